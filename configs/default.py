@@ -1,0 +1,121 @@
+"""Every leaf a run can have, with its meaning. Other configs start from this one.
+
+A block with a `name` is built by calling the factory of that name with the other leaves as keyword
+arguments (`schedule` from `vdm.schedules.SCHEDULES`, `weighting` from `vdm.weightings.WEIGHTINGS`,
+`model` from `vdm.nn.NETWORKS`), so a leaf that a factory does not know is refused.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(arg=''):
+  """The complete configuration; `arg` is what follows the colon in `--config=FILE:arg`."""
+  config = ConfigDict()
+  config.name = 'default'  # the workdir is runs/<name> unless --workdir is given
+  config.seed = 0
+
+  config.data = ConfigDict(
+    dict(
+      name='digits',  # 'digits' (embedded), or any TFDS image data set, e.g. 'imagenet_resized/64x64'
+      dir='',  # TFDS data_dir; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
+      train_split='train',
+      eval_split='test',
+      # What the data must be. The run stops when what was loaded differs.
+      train_images=1437,
+      eval_images=360,
+      image_shape=(8, 8, 1),  # height, width, channels
+      num_values=17,  # pixels are integers 0 .. num_values - 1
+      num_classes=10,  # 0: the data has no labels
+      flip=False,  # random horizontal flips in training
+    )
+  )
+  config.model = ConfigDict(
+    dict(
+      name='vdm_unet',
+      output='eps',  # what the network predicts: see vdm.gaussian.HEADS
+      width=32,
+      num_blocks=2,  # ResNet blocks on the way in; one more on the way out
+      attention=False,  # attention in every block, not only in the middle
+      num_heads=1,
+      fourier_exponents=(3, 4),  # sin and cos of 2 pi 2^n z for each n; 6, 7 for 8-bit data
+      dropout=0.1,
+      class_conditional=False,
+      dtype='auto',  # of activations: 'float32', 'bfloat16'; auto: bfloat16 on TPU and GPU
+    )
+  )
+  config.schedule = ConfigDict(dict(name='learned_endpoints', log_snr_min=-5.0, log_snr_max=8.0))
+  config.weighting = ConfigDict(dict(name='elbo'))
+
+  config.optimizer = ConfigDict(
+    dict(
+      learning_rate=2e-4,
+      warmup_steps=100,
+      decay='constant',  # after the warm-up: 'constant', or 'cosine' to zero at num_steps
+      b1=0.9,
+      b2=0.99,
+      eps=1e-8,
+      weight_decay=0.01,  # on kernels only: never on schedule, biases, norms or embeddings
+      clip_norm=0.0,  # global norm of the gradient; 0: no clipping
+    )
+  )
+  config.ema = ConfigDict(
+    dict(
+      halflife_images=500_000,  # decay per step is 0.5 ** (batch_size / halflife_images)
+      rampup_ratio=0.05,  # half-life at most this fraction of the images seen; 0: no ramp
+    )
+  )
+  config.train = ConfigDict(
+    dict(
+      batch_size=128,  # over all devices, hosts and microbatches
+      num_steps=1000,
+      num_timesteps=0,  # T of the discrete-time loss; 0: continuous time
+      microbatches=1,  # gradients are accumulated over this many parts of the batch
+      log_every_steps=100,
+      eval_every_steps=500,
+    )
+  )
+  config.eval = ConfigDict(
+    dict(
+      batch_size=128,
+      draws=4,  # of (t, eps) per image; two or more give a standard error
+      num_timesteps=0,  # T of the evaluated bound; 0: continuous time
+      max_images=0,  # evaluate this many images only; 0: the whole split
+      seed=0,
+    )
+  )
+  config.sample = ConfigDict(
+    dict(
+      num_images=64,
+      batch_size=64,
+      num_steps=250,
+      params='ema',  # 'ema' or 'raw'
+      label=-1,  # class to draw, for a class-conditional model; -1: each in turn
+      seed=0,
+    )
+  )
+  config.checkpoint = ConfigDict(
+    dict(
+      every_steps=500,
+      keep=2,  # newest checkpoints kept, besides the one with the best bits/dim
+    )
+  )
+  config.parallel = ConfigDict(
+    dict(
+      mode='jit',  # 'jit' over a mesh, or 'pmap'
+      fsdp=1,  # devices that share one copy of the parameters (jit only)
+    )
+  )
+  if arg == 'debug':
+    debug(config)
+  return config.lock()
+
+
+def debug(config):
+  """Shrinks any config, in place, to a run of seconds on a CPU."""
+  config.name += '_debug'
+  config.model.width = 16
+  config.model.num_blocks = 1
+  config.train.update(batch_size=8, num_steps=4, log_every_steps=1, eval_every_steps=2)
+  config.eval.update(batch_size=8, draws=2, max_images=16)
+  config.sample.update(num_images=4, batch_size=4, num_steps=4)
+  config.checkpoint.every_steps = 2
