@@ -1,0 +1,21 @@
+"""The 1,797 real 8 x 8 digits that come with scikit-learn: nothing to download.
+
+  python -m vdm.main --config=configs/digits.py
+"""
+
+from vdm.configs import default
+
+
+def get_config(arg=''):
+  """See configs/default.py, whose data block is this one's."""
+  config = default.get_config()
+  with config.unlocked():
+    config.name = 'digits'
+    config.model.update(width=32, num_blocks=2, dropout=0.2)
+    config.optimizer.update(learning_rate=2e-3, decay='cosine', clip_norm=1.0)
+    config.ema.halflife_images = 20_000
+    config.train.update(batch_size=128, num_steps=2000, log_every_steps=100, eval_every_steps=500)
+    config.eval.draws = 8
+    if arg == 'debug':
+      default.debug(config)
+  return config.lock()

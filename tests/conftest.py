@@ -1,0 +1,32 @@
+"""Eight CPU devices, jaxtyping checked, rank promotion an error."""
+
+import os
+
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ['JAX_PLATFORMS'] = 'cpu'
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+
+from jaxtyping import install_import_hook
+
+MATHS = ('gaussian', 'schedules', 'weightings', 'times', 'likelihood', 'losses', 'samplers')
+install_import_hook([f'vdm.{name}' for name in MATHS], 'beartype.beartype')
+
+import jax
+import pytest
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+
+@pytest.fixture
+def key():
+  return jax.random.key(0)
+
+
+@pytest.fixture
+def rank_promotion_allowed():
+  """For code of libraries (flax, optax) that broadcasts."""
+  jax.config.update('jax_numpy_rank_promotion', 'allow')
+  yield
+  jax.config.update('jax_numpy_rank_promotion', 'raise')

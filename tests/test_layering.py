@@ -1,0 +1,44 @@
+"""A file imports only from lower levels: see the map of the files in the README."""
+
+import ast
+import pathlib
+
+import vdm
+
+LEVELS = [
+  {'gaussian', 'schedules', 'weightings', 'times', 'nn', 'data'},
+  {'likelihood', 'samplers'},
+  {'losses', 'state'},
+  {'parallel', 'build', 'cards'},
+  {'checkpoint'},
+  {'evaluate', 'sample', 'report'},
+  {'train'},
+  {'main'},
+]
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
+# gaussian is below the rest of the maths: it defines what a schedule and a denoiser are
+ALLOWED_SIDEWAYS = {('schedules', 'gaussian')}
+ROOT = pathlib.Path(vdm.__file__).parent
+
+
+def imports(path):
+  """Names of the vdm modules that a file imports."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == 'vdm':
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and (node.module or '').startswith('vdm.'):
+      yield node.module.split('.')[1]
+
+
+def test_every_file_imports_only_from_lower_levels():
+  for path in ROOT.glob('*.py'):
+    for name in set(imports(path)) - {'configs'}:
+      if path.stem != '__init__' and (path.stem, name) not in ALLOWED_SIDEWAYS:
+        assert LEVEL[name] < LEVEL[path.stem], f'{path.stem} imports {name}'
+
+
+def test_maths_files_hold_no_jit_config_io_or_logging():
+  for name in ('gaussian', 'schedules', 'weightings', 'times', 'likelihood', 'samplers', 'losses'):
+    text = (ROOT / f'{name}.py').read_text()
+    for word in ('jax.jit', 'ml_collections', 'open(', 'logging', 'print('):
+      assert word not in text, f'{name}.py has {word}'

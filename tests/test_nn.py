@@ -1,0 +1,309 @@
+import math
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+from vdm.nn import NETWORKS, layers
+from vdm.nn.mlp import MLP
+from vdm.nn.vdm_unet import VDMUNet
+
+SMALL = {'width': 16, 'num_blocks': 1, 'fourier_exponents': (3, 4)}
+
+
+def normal(seed, *shape):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+def init(network, z, seed=0):
+  t = jnp.zeros(len(z))
+  return jax.jit(lambda key: network.init(key, z, t, train=False))(jax.random.key(seed))
+
+
+def perturbed(variables, scale=0.1):
+  """The variables plus noise: the layers that start at zero hide most of the network."""
+  leaves, tree = jax.tree.flatten(variables)
+  noisy = [a + scale * normal(100 + i, *a.shape) for i, a in enumerate(leaves)]
+  return jax.tree.unflatten(tree, noisy)
+
+
+def apply(network, variables, z, t, *args, **kwargs):
+  return jax.jit(lambda v, z, t: network.apply(v, z, t, *args, train=False, **kwargs))(
+    variables, z, t
+  )
+
+
+# The public code's counts, less the parameters of its schedule: 2 end points, or 3074 of a network.
+@pytest.mark.parametrize(
+  ('width', 'num_blocks', 'attention', 'count'),
+  [
+    (128, 32, False, 30_578_181 - 2),
+    (256, 32, False, 122_137_605 - 2),
+    (256, 32, True, 139_279_877 - 3074),
+    (256, 64, False, 237_603_845 - 2),
+    (64, 4, False, 1_331_717 - 2),
+  ],
+)
+def test_parameter_counts_are_those_published(width, num_blocks, attention, count):
+  network = VDMUNet(width, num_blocks, attention, augmentation_flag=True)
+  variables = jax.eval_shape(
+    lambda key: network.init(key, jnp.zeros((1, 32, 32, 3)), jnp.zeros(1), train=False),
+    jax.random.key(0),
+  )
+  assert sum(math.prod(a.shape) for a in jax.tree.leaves(variables)) == count
+
+
+@pytest.mark.parametrize(
+  ('name', 'shape', 'fields'),
+  [
+    ('vdm_unet', (2, 28, 20, 1), {}),
+    ('vdm_unet', (3, 9, 7, 4), {'num_classes': 5, 'attention': True, 'num_heads': 2}),
+    ('vdm_unet', (1, 1, 1, 2), {'fourier_exponents': (), 'augmentation_flag': True}),
+    ('mlp', (4, 3), {'num_classes': 3}),
+  ],
+)
+def test_starts_as_the_identity_or_as_zero(name, shape, fields):
+  z, t = normal(0, *shape), jnp.linspace(0, 1, shape[0])
+  label = jnp.arange(shape[0]) if fields.get('num_classes') else None
+  network = NETWORKS[name](**SMALL | fields)
+  variables = init(network, z)
+  rngs = {'dropout': jax.random.key(1)}
+  out = network.apply(variables, z, t, label, train=True, rngs=rngs)
+  np.testing.assert_array_equal(out, z)
+  out = network.clone(residual=False).apply(variables, z, t, label, train=False)
+  np.testing.assert_array_equal(out, jnp.zeros_like(z))
+
+
+@pytest.mark.parametrize('network', [VDMUNet(**SMALL, num_classes=3), MLP(**SMALL, num_classes=3)])
+def test_labels_condition_and_every_null_label_is_the_same(network):
+  z = normal(0, 1, 4, 4, 1) if isinstance(network, VDMUNet) else normal(0, 1, 2)
+  z, t = jnp.tile(z, (5, *[1] * (z.ndim - 1))), jnp.full(5, 0.5)
+  variables = perturbed(init(network, z))
+  out = apply(network, variables, z, t, jnp.array([0, 1, 2, 3, -1]))
+  for i in range(4):
+    for j in range(i):
+      assert jnp.abs(out[i] - out[j]).max() > 1e-3
+  np.testing.assert_array_equal(out[3], out[4])
+  unlabelled = apply(network, variables, z, t)
+  np.testing.assert_allclose(unlabelled[0], out[3], rtol=1e-5, atol=1e-5)
+
+
+def test_noise_level_and_flag_condition():
+  z = jnp.tile(normal(0, 1, 4, 4, 1), (3, 1, 1, 1))
+  network = VDMUNet(**SMALL, augmentation_flag=True)
+  variables = perturbed(init(network, z))
+  out = apply(network, variables, z, jnp.array([0.2, 0.2, 0.8]), flag=jnp.array([0, 1, 0]))
+  assert jnp.abs(out[0] - out[1]).max() > 1e-3
+  assert jnp.abs(out[0] - out[2]).max() > 1e-3
+  unflagged = apply(network, variables, z, jnp.full(3, 0.2))
+  np.testing.assert_allclose(unflagged[1], out[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('network', [VDMUNet(**SMALL, attention=True), MLP(**SMALL)])
+def test_examples_are_independent(network):
+  z = normal(0, 3, 4, 4, 2) if isinstance(network, VDMUNet) else normal(0, 3, 2)
+  variables = perturbed(init(network, z))
+  t = jnp.array([0.1, 0.5, 0.9])
+  grad = jax.jit(jax.grad(lambda z: network.apply(variables, z, t, train=False)[1].sum()))(z)
+  assert jnp.abs(grad[1]).min() > 0
+  np.testing.assert_array_equal(grad[0], 0)
+  np.testing.assert_array_equal(grad[2], 0)
+
+
+@pytest.mark.parametrize('network', [VDMUNet(**SMALL, attention=True), MLP(**SMALL)])
+def test_bfloat16_is_close_and_only_inside(network):
+  z = normal(0, 2, 8, 8, 3) if isinstance(network, VDMUNet) else normal(0, 2, 3)
+  t = jnp.array([0.3, 0.7])
+  variables = perturbed(init(network, z))
+  low = network.clone(dtype=jnp.bfloat16)
+  assert {a.dtype for a in jax.tree.leaves(init(low, z))} == {jnp.dtype('float32')}
+  out, expected = apply(low, variables, z, t), apply(network, variables, z, t)
+  assert out.dtype == expected.dtype == jnp.float32
+  error = jnp.linalg.norm(out - expected) / jnp.linalg.norm(expected - z)
+  assert 1e-5 < error < 0.05
+
+
+def test_fourier_features():
+  z = normal(0, 2, 3, 3, 2)
+  features = np.asarray(layers.fourier_features(z, (6, 7)))
+  assert features.shape == (2, 3, 3, 10) and features.dtype == np.float32
+  exact = np.asarray(z, np.float64)
+  np.testing.assert_array_equal(features[..., :2], z)
+  for channel in range(2):
+    for i, n in enumerate((6, 7)):
+      angle = 2 * np.pi * 2**n * exact[..., channel]
+      index = 2 + 2 * channel + i
+      np.testing.assert_allclose(features[..., index], np.sin(angle), atol=1e-6)
+      np.testing.assert_allclose(features[..., index + 4], np.cos(angle), atol=1e-6)
+
+
+def test_fourier_features_separate_neighbours_and_show_the_noise():
+  grid = (2 * (jnp.arange(256) + 0.5) / 256 - 1)[:, None]
+  _, sin_6, sin_7, *_ = layers.fourier_features(grid, (6, 7)).T
+  np.testing.assert_allclose(sin_6[1:], -sin_6[:-1], atol=1e-6)
+  assert jnp.abs(sin_6).min() > 0.99
+  # n = 7 has the same value at every grid point, so it shows the distance from the grid alone.
+  np.testing.assert_allclose(sin_7, 0, atol=1e-6)
+  noise = 1e-3 * normal(0, 256, 1)
+  sin_7 = layers.fourier_features(grid + noise, (7,))[:, 1]
+  np.testing.assert_allclose(sin_7, -jnp.sin(2 * jnp.pi * 128 * noise[:, 0]), atol=1e-4)
+
+
+def test_sinusoidal_embedding():
+  t, size = np.linspace(0, 1, 5), 8
+  embedding = layers.sinusoidal_embedding(jnp.asarray(t, jnp.float32), size)
+  for k in range(4):
+    angle = 1000 * t * 10_000 ** (-k / 3)
+    np.testing.assert_allclose(embedding[:, k], np.sin(angle), atol=2e-4)
+    np.testing.assert_allclose(embedding[:, k + 4], np.cos(angle), atol=2e-4)
+
+
+@pytest.mark.parametrize(('rate', 'channels'), [(0.1, 64), (0.5, 3), (0.05, 6), (0.999, 4)])
+def test_dropout_is_unbiased(rate, channels):
+  x = jnp.ones((64, 32, 32, channels))
+  drop = lambda seed: layers.Dropout(rate).apply(
+    {}, x, train=True, rngs={'dropout': jax.random.key(seed)}
+  )
+  y = drop(0)
+  threshold = max(1, round(256 * (1 - rate)))
+  assert set(np.unique(y)) == {0, np.float32(256 / threshold)}
+  keep = threshold / 256
+  deviation = 5 * math.sqrt(keep * (1 - keep) / x.size)
+  assert abs(jnp.mean(y > 0) - keep) < deviation
+  assert abs(jnp.mean(y) - 1) < deviation / keep
+  np.testing.assert_array_equal(y, drop(0))
+  assert (y != drop(1)).any()
+  # No two channels, and no two positions, share their bits.
+  masks = np.asarray(y > 0).reshape(-1, channels).T
+  assert len({mask.tobytes() for mask in masks}) == channels
+
+
+def test_dropout_needs_no_key_when_it_does_nothing():
+  x = normal(0, 2, 5)
+  np.testing.assert_array_equal(layers.Dropout(0.5).apply({}, x, train=False), x)
+  np.testing.assert_array_equal(layers.Dropout(0.0).apply({}, x, train=True), x)
+
+
+def value_and_gradients(f, *args):
+  """f's value, and the gradients of all its arguments for a fixed cotangent."""
+  out, vjp = jax.vjp(f, *args)
+  return out, *vjp(normal(99, *out.shape).astype(out.dtype))
+
+
+def assert_close(actual, expected, tolerance):
+  for a, b in zip(actual, expected, strict=True):
+    assert a.dtype == b.dtype
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.abs(b).max())
+
+
+@pytest.mark.parametrize('channels', [8, 48, 64])
+def test_group_norm_is_flax_group_norm(channels):
+  x = 3 + 2 * normal(0, 3, 5, 4, channels)
+  scale, bias = 1 + normal(1, channels), normal(2, channels)
+  reference = nn.GroupNorm(math.gcd(32, channels), epsilon=1e-6)
+  run = lambda module: value_and_gradients(
+    lambda x, scale, bias: module.apply({'params': {'scale': scale, 'bias': bias}}, x),
+    x, scale, bias,
+  )  # fmt: skip
+  assert_close(run(layers.GroupNorm()), run(reference), 1e-5)
+
+
+def plain_conv(x, kernel):
+  return lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+
+
+def in_scan(f):
+  """f as the body of a loop of one step."""
+  return lambda *args: jax.tree.map(
+    lambda a: a[0], lax.scan(lambda _, args: (None, f(*args)), None, [a[None] for a in args])[1]
+  )
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize('shape', [(2, 8, 6), (3, 1, 5), (1, 2, 2)])
+def test_conv_gradients(dtype, tolerance, shape):
+  x, kernel = normal(0, *shape, 5).astype(dtype), normal(1, 3, 3, 5, 4).astype(dtype)
+  ours = lambda *args: value_and_gradients(layers.conv3x3, *args)
+  expected = value_and_gradients(plain_conv, x, kernel)
+  assert_close(ours(x, kernel), expected, tolerance)
+  assert_close(jax.jit(in_scan(ours))(x, kernel), expected, tolerance)
+  if dtype == jnp.float32:
+    stacked = jax.vmap(ours, in_axes=(0, None))(jnp.stack([x, 2 * x]), kernel)
+    assert_close([a[0] for a in stacked], expected, tolerance)
+    # Other platforms take the native gradient, which this one can run too.
+    native = layers._conv_vjp_native(x, kernel, normal(99, *expected[0].shape))
+    assert_close(native, expected[1:], tolerance)
+
+
+def test_conv_gradient_is_not_slow_in_a_loop():
+  x, kernel = normal(0, 8, 16, 16, 32), normal(1, 3, 3, 32, 32)
+  straight = lambda *args: value_and_gradients(layers.conv3x3, *args)
+  runs = [jax.jit(f).lower(x, kernel).compile() for f in (straight, in_scan(straight))]
+  seconds = [[], []]
+  for _ in range(12):
+    for run, times in zip(runs, seconds, strict=True):
+      start = time.perf_counter()
+      jax.block_until_ready(run(x, kernel))
+      times.append(time.perf_counter() - start)
+  straight, looped = (min(times[2:]) for times in seconds)
+  assert looped < 5 * straight
+
+
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 3e-2)])
+def test_attention_is_softmax_attention(dtype, tolerance):
+  q, k, v = (normal(i, 2, 12, 3, 8) for i in range(3))
+
+  def naive(q, k, v):
+    logits = jnp.einsum('bqnd,bknd->bnqk', q, k) / math.sqrt(8)
+    return jnp.einsum('bnqk,bknd->bqnd', jax.nn.softmax(logits, axis=-1), v)
+
+  low = [a.astype(dtype) for a in (q, k, v)]
+  expected = [a.astype(dtype) for a in value_and_gradients(naive, q, k, v)]
+  assert_close(
+    jax.jit(lambda *a: value_and_gradients(layers.attention, *a))(*low), expected, tolerance
+  )
+  native = layers._attention_vjp_native(*low, normal(99, *q.shape).astype(dtype))
+  assert_close(native, expected[1:], tolerance)
+
+
+def test_attention_takes_large_logits():
+  q, k, v = (100 * normal(i, 1, 6, 1, 4) for i in range(3))
+  for a in value_and_gradients(layers.attention, q, k, v):
+    assert jnp.isfinite(a).all()
+
+
+@pytest.mark.parametrize(
+  ('network', 'message'),
+  [
+    (VDMUNet(width=128, num_heads=3), r'config\.model\.num_heads=3 must divide .* try 2 or 4\.'),
+    (VDMUNet(width=31), r'config\.model\.width=31 must be even and at least 4; try 32\.'),
+    (VDMUNet(dropout=1.0), r'config\.model\.dropout=1\.0 must be in \[0, 1\)'),
+    (VDMUNet(num_blocks=0), r'config\.model\.num_blocks=0 must be at least 1'),
+    (VDMUNet(num_classes=-1), r'config\.model\.num_classes=-1 must not be negative'),
+    (MLP(), r'mlp takes vectors \[B, D\]'),
+  ],
+)
+def test_errors_name_the_field(network, message):
+  with pytest.raises(ValueError, match=message):
+    jax.eval_shape(
+      lambda: network.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)), jnp.zeros(1), train=False)
+    )
+
+
+def test_inputs_that_the_network_has_no_use_for_are_refused():
+  z, t = jnp.zeros((1, 4, 4, 1)), jnp.zeros(1)
+  network = VDMUNet(**SMALL)
+  variables = init(network, z)
+  with pytest.raises(ValueError, match='class_conditional'):
+    network.apply(variables, z, t, jnp.zeros(1, jnp.int32), train=False)
+  with pytest.raises(ValueError, match='augmentation_flag'):
+    network.apply(variables, z, t, flag=jnp.zeros(1), train=False)
+  with pytest.raises(ValueError, match='vdm_unet takes images'):
+    network.apply(variables, z[0], t, train=False)

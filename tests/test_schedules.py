@@ -1,0 +1,63 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdm.gaussian import log_snr_and_slope
+from vdm.schedules import SCHEDULES, Learned
+
+ENDS = dict(log_snr_min=-7.0, log_snr_max=11.0)
+EXTRA = {'shifted_cosine': dict(image_size=128)}
+
+
+def make(name):
+  """The schedule as a function of t, at its initial parameters if it has any."""
+  schedule = SCHEDULES[name](**ENDS, **EXTRA.get(name, {}))
+  return schedule.as_schedule(schedule.init()) if isinstance(schedule, Learned) else schedule
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_falls_strictly_from_end_to_end(name):
+  t = jnp.linspace(0.0, 1.0, 1001)
+  log_snr, slope = log_snr_and_slope(make(name), t)
+  np.testing.assert_allclose(log_snr[0], ENDS['log_snr_max'], rtol=1e-5)
+  np.testing.assert_allclose(log_snr[-1], ENDS['log_snr_min'], rtol=1e-5)
+  assert np.all(np.diff(log_snr) < 0)
+  assert np.all(slope < 0)
+  assert log_snr.dtype == jnp.float32
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_works_for_a_scalar_and_under_jit_and_grad(name):
+  schedule = make(name)
+  assert jnp.isfinite(jax.jit(jax.grad(schedule))(0.3))
+
+
+@pytest.mark.parametrize('name', SCHEDULES)
+def test_swapped_end_points_are_refused(name):
+  with pytest.raises(ValueError, match=r'config.schedule.log_snr_min=3.0 must be below'):
+    SCHEDULES[name](log_snr_min=3.0, log_snr_max=-3.0, **EXTRA.get(name, {}))
+
+
+def test_cosine_is_alpha_equals_cos():
+  """Untruncated, alpha = cos(pi t / 2): truncation only stretches t."""
+  t = np.linspace(0, 1, 101)
+  inverse = lambda log_snr: 2 / np.pi * np.arctan(np.exp(-log_snr / 2))
+  base = inverse(11.0) + (inverse(-7.0) - inverse(11.0)) * t
+  log_snr = 2 * np.log(np.cos(np.pi * base / 2) / np.sin(np.pi * base / 2))
+  np.testing.assert_allclose(make('cosine')(jnp.float32(t)), log_snr, rtol=1e-4, atol=1e-4)
+
+
+def test_shifted_cosine_is_the_cosine_moved_by_the_resolution():
+  """At image size d, log_snr is lower by 2 log(d / 64) at every base time."""
+  shifted = SCHEDULES['shifted_cosine'](log_snr_min=-8.0, log_snr_max=6.0, image_size=256)
+  moved = SCHEDULES['cosine'](log_snr_min=-8 + 2 * np.log(4), log_snr_max=6 + 2 * np.log(4))
+  t = jnp.linspace(0.0, 1.0, 33)
+  np.testing.assert_allclose(shifted(t), moved(t) - 2 * np.log(4), rtol=1e-4, atol=1e-4)
+
+
+def test_learned_end_points_fall_whatever_the_optimizer_does():
+  learned = SCHEDULES['learned_endpoints'](**ENDS)
+  params = learned.init() | {'slope': jnp.float32(-4.0)}
+  ends = learned.as_schedule(params)(jnp.array([0.0, 1.0]))
+  np.testing.assert_allclose(ends, [11, 7])

@@ -1,0 +1,80 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vdm import state
+
+PARAMS = {
+  'network': {
+    'conv_in': {'kernel': jnp.ones((3, 3, 1, 4)), 'bias': jnp.ones(4)},
+    'norm': {'scale': jnp.ones(4), 'bias': jnp.ones(4)},
+    'label': {'embedding': jnp.ones((10, 4))},
+  },
+  'schedule': {'slope': jnp.float32(18.3), 'log_snr_max': jnp.float32(13.3)},
+}
+SETTINGS = dict(
+  num_steps=100, learning_rate=0.1, warmup_steps=0, decay='constant', b1=0.9, b2=0.99, eps=1e-8,
+  weight_decay=0.5, clip_norm=0.0,
+)
+
+
+def test_weight_decay_reaches_kernels_alone():
+  """With no gradient, AdamW moves what decays: not the learned end points, norms or biases."""
+  optimizer = state.make_optimizer(**SETTINGS)
+  before = state.create(PARAMS, optimizer)
+  zero = jax.tree.map(jnp.zeros_like, PARAMS)
+  after = state.apply_gradients(before, zero, optimizer, 0.9).params
+  moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before.params, after)
+  assert moved['network'].pop('conv_in') == {'kernel': True, 'bias': False}
+  assert not any(jax.tree.leaves(moved))
+
+
+@pytest.mark.parametrize('decay, end', [('constant', 0.1), ('cosine', 0.0)])
+def test_learning_rate_warms_up_from_zero_and_decays(decay, end):
+  """The first update of a constant gradient under Adam is the learning rate itself."""
+  settings = SETTINGS | dict(warmup_steps=10, decay=decay, weight_decay=0.0)
+  optimizer = state.make_optimizer(**settings)
+  params, opt_state, sizes = {'network': jnp.zeros(1)}, None, []
+  params = {'network': {'bias': jnp.zeros(1)}}
+  opt_state = optimizer.init(params)
+  for _ in range(101):
+    updates, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
+    sizes.append(-float(updates['network']['bias'][0]))
+  np.testing.assert_allclose(sizes[:11], np.arange(11) * 0.01, atol=1e-6)
+  np.testing.assert_allclose(sizes[100], end, atol=1e-5)
+
+
+def test_clipping_bounds_the_gradient_norm():
+  optimizer = state.make_optimizer(**SETTINGS | dict(clip_norm=1.0))
+  grads = jax.tree.map(lambda a: 100 * jnp.ones_like(a), PARAMS)
+  _, opt_state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
+  adam = [s for s in jax.tree.leaves(opt_state, is_leaf=lambda s: hasattr(s, 'mu')) if hasattr(s, 'mu')]
+  np.testing.assert_allclose(optax.global_norm(adam[0].mu) / (1 - 0.9), 1, rtol=1e-4)
+
+
+def test_average_halves_the_past_after_one_half_life():
+  """Weight of the initial value after n steps is 0.5 ** (n batch / halflife)."""
+  optimizer = optax.set_to_zero()
+  current = state.create({'network': jnp.float32(0.0)}, optimizer)
+  current = current.replace(ema_params={'network': jnp.float32(1.0)})
+  for _ in range(50):
+    decay = state.ema_decay(current.step, 32, halflife_images=800, rampup_ratio=0.0)
+    current = state.apply_gradients(current, current.params, optimizer, decay)
+  np.testing.assert_allclose(current.ema_params['network'], 0.25, rtol=1e-4)
+  assert current.step == 50
+
+
+def test_average_forgets_the_start_early_on():
+  decay = state.ema_decay(jnp.int32(0), 32, halflife_images=1e9, rampup_ratio=0.05)
+  assert decay < 1e-5
+  late = state.ema_decay(jnp.int32(10**6), 32, halflife_images=800, rampup_ratio=0.05)
+  np.testing.assert_allclose(late, 0.5 ** (32 / 800), rtol=1e-6)
+
+
+def test_parameters_and_average_do_not_share_buffers():
+  """The state is donated: one buffer must not be given away twice."""
+  created = state.create(PARAMS, state.make_optimizer(**SETTINGS))
+  pairs = zip(jax.tree.leaves(created.params), jax.tree.leaves(created.ema_params), strict=True)
+  assert all(p.unsafe_buffer_pointer() != e.unsafe_buffer_pointer() for p, e in pairs)

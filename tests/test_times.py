@@ -1,0 +1,39 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from vdm import times
+
+
+def test_one_time_in_each_stratum_for_every_batch_size():
+  draw = jax.jit(times.stratified, static_argnums=2)
+  for size in range(1, 129):
+    t = np.sort(draw(jax.random.key(size), jnp.arange(size), size))
+    assert t.shape == (size,)
+    low = np.arange(size) / size
+    assert np.all(t >= low - 1e-6) and np.all(t <= low + 1 / size + 1e-6), size
+
+
+def test_strata_are_equally_far_apart(key):
+  t = np.sort(times.stratified(key, jnp.arange(49), 49))
+  np.testing.assert_allclose(np.diff(t), 1 / 49, atol=1e-6)
+
+
+def test_parts_of_a_batch_get_the_times_of_the_whole(key):
+  whole = times.stratified(key, jnp.arange(24), 24)
+  parts = [times.stratified(key, jnp.arange(24)[part::4], 24) for part in range(4)]
+  for number, part in enumerate(parts):
+    np.testing.assert_array_equal(whole[number::4], part)
+
+
+def test_each_time_is_uniform():
+  """The first position of the batch falls into every stratum equally often."""
+  keys = jax.random.split(jax.random.key(1), 8000)
+  t = jax.vmap(lambda key: times.stratified(key, jnp.arange(8), 8)[0])(keys)
+  counts, _ = np.histogram(t, 16, (0, 1))
+  assert np.all(np.abs(counts - 500) < 5 * np.sqrt(500))
+
+
+def test_discrete_times_are_the_ends_of_the_steps():
+  t = jnp.array([0.0, 0.09, 0.1, 0.55, 0.999, 1.0])
+  np.testing.assert_allclose(times.discretize(t, 10), [0.1, 0.1, 0.2, 0.6, 1, 1], rtol=1e-6)

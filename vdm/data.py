@@ -1,0 +1,515 @@
+"""Images behind one small interface: `load` a split, then iterate over batches of it.
+
+Two kinds: `digits` (8x8, embedded in scikit-learn, for offline runs and tests), and any image data
+set of TensorFlow Datasets by name, read at random from ArrayRecord files through Grain. Nothing is
+ever downloaded here, and reading imports no TensorFlow. Images are uint8 [H, W, C], labels int32.
+
+  python -m vdm.data show --name=fashion_mnist --data_dir=DIR     # the lines for config.data
+  python -m vdm.data convert --name=fashion_mnist --data_dir=DIR  # TFRecord -> ArrayRecord
+"""
+
+import argparse
+import dataclasses
+import difflib
+import functools
+import hashlib
+import io
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+
+Batch = dict[str, np.ndarray]
+
+# Decoded images are kept in memory while the whole split fits: PNG is read at 4 000 images/s and
+# core, memory at a hundred times that.
+CACHE_BYTES = 2**30
+CHECKED_IMAGES = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """A split with random access: `len(source)`, `source[i]`, `source.fetch(indices)`.
+
+  Attributes:
+    fetch: indices [b] -> {'image': uint8 [b, H, W, C], 'label': int32 [b]}; labels are 0 where
+      config.data.num_classes is 0.
+    identity: what was loaded, in plain values, for number cards.
+    num_threads: threads that read ahead; 0 where the images are in memory already.
+  """
+
+  fetch: Callable[[np.ndarray], Batch]
+  identity: dict
+  num_threads: int = 0
+
+  def __len__(self) -> int:
+    return self.identity['num_images']
+
+  def __getitem__(self, index) -> Batch:
+    if not 0 <= index < len(self):  # also what ends `for image in source`
+      raise IndexError(index)
+    return {name: value[0] for name, value in self.fetch(np.array([index])).items()}
+
+
+def load(data, split: str) -> Source:
+  """The split of `config.data` that `split` ('train' or 'eval') names, checked against the config.
+
+  Raises:
+    ValueError: the data set, directory or split is not there, or is not what the config says.
+  """
+  if split not in ('train', 'eval'):
+    raise ValueError(f'{split=} must be "train" or "eval"')
+  load_kind = _load_digits if data.name == 'digits' else _load_tfds
+  fetch, full_name, num_images, num_threads = load_kind(data, split)
+  identity = {'name': data.name, 'full_name': full_name, 'split': data[f'{split}_split']}
+  identity |= _check(data, split, full_name, fetch, num_images)
+  return Source(fetch, identity, num_threads)
+
+
+# --- batches
+
+
+def train_batches(
+  source: Source,
+  *,
+  batch_size: int,
+  seed: int,
+  start_step: int,
+  process_index: int,
+  process_count: int,
+) -> Iterator[Batch]:
+  """Endless batches, of which batch k depends on (seed, k) alone; this host's rows of each.
+
+  Every epoch is a fresh permutation that visits each image once; a batch may straddle two epochs.
+  Host h gets rows [h b, (h + 1) b) of the global batch, b = batch_size / process_count, so that
+  any number of hosts sees the same images. Starting at any step costs the same.
+
+  Args:
+    source: what `load` returned.
+    batch_size: images over all hosts.
+    seed: any integer; seeds are equal modulo 2**32.
+    start_step: k of the first batch.
+    process_index: this host.
+    process_count: number of hosts.
+
+  Returns:
+    An iterator over {'image': uint8 [b, H, W, C], 'label': int32 [b]}.
+  """
+  local = _local_batch_size('train', batch_size, process_count)
+  count = len(source)
+
+  # Not Grain's shuffle, which takes 35 us per index on sets as small as digits and may change with
+  # its version: RandomState is frozen, hashes its two seeds, and takes 25 ms for 1.3 million.
+  @functools.lru_cache(maxsize=2)
+  def permutation(epoch):
+    return np.random.RandomState([seed % 2**32, epoch % 2**32]).permutation(count)
+
+  def batch(step):
+    rows = step * batch_size + process_index * local + np.arange(local)
+    epochs, positions = np.divmod(rows, count)
+    parts = [permutation(int(e))[positions[epochs == e]] for e in np.unique(epochs)]
+    return source.fetch(np.concatenate(parts))
+
+  return _iterate(range(start_step, sys.maxsize), batch, source)
+
+
+def eval_batches(
+  source: Source,
+  *,
+  batch_size: int,
+  max_images: int = 0,
+  process_index: int,
+  process_count: int,
+) -> Iterator[Batch]:
+  """The split once, in order; as many batches on every host, the last filled up with image 0.
+
+  Args:
+    source: what `load` returned.
+    batch_size: images over all hosts.
+    max_images: stop after this many; 0: the whole split.
+    process_index: this host.
+    process_count: number of hosts.
+
+  Returns:
+    An iterator over {'image', 'label', 'mask': float32 [b], 1 for an image that counts and 0 for
+    filling, 'index': int32 [b], position of the image in the split}.
+  """
+  local = _local_batch_size('eval', batch_size, process_count)
+  total = min(max_images or len(source), len(source))
+
+  def batch(step):
+    rows = step * batch_size + process_index * local + np.arange(local)
+    index = np.where(rows < total, rows, 0)
+    return source.fetch(index) | {
+      'mask': (rows < total).astype(np.float32),
+      'index': index.astype(np.int32),
+    }
+
+  return _iterate(range(-(-total // batch_size)), batch, source)
+
+
+def _iterate(steps, batch, source):
+  # A short queue, since each element is a whole batch.
+  options = grain.ReadOptions(
+    num_threads=source.num_threads, prefetch_buffer_size=2 * source.num_threads
+  )
+  dataset = grain.MapDataset.range(steps.start, steps.stop).map(batch)
+  return iter(dataset.to_iter_dataset(options))
+
+
+def _local_batch_size(block, batch_size, process_count):
+  low = max(1, batch_size // process_count) * process_count
+  good = batch_size > 0 and batch_size % process_count == 0
+  fact = f'must be positive and divisible by the {process_count} hosts'
+  remedy = f'try {low} or {low + process_count}'
+  _require(good, f'config.{block}.batch_size', batch_size, fact, remedy)
+  return batch_size // process_count
+
+
+# --- the identity guard
+
+
+def _require(good, field, value, fact, remedy):
+  if not good:
+    raise ValueError(f'{field}={value} {fact}; {remedy}')
+
+
+def _require_shape(data, full_name, found):
+  field, flag = 'config.data.image_shape', ','.join(map(str, found))
+  remedy = f'set --{field}={flag} if all its images have that shape'
+  good = tuple(data.image_shape) == tuple(found)
+  _require(good, field, tuple(data.image_shape), f'but {full_name} has {found}', remedy)
+
+
+def _check(data, split, full_name, fetch, num_images):
+  """Compares what was loaded with what the config says, and returns it as plain values."""
+  field, value, name = (
+    f'config.data.{split}_images',
+    data[f'{split}_images'],
+    data[f'{split}_split'],
+  )
+  fact = f'but {full_name} has {num_images} images in {name!r}'
+  remedy = f'set --{field}={num_images} if this is the data you mean'
+  _require(value == num_images, field, value, fact, remedy)
+  _require_shape(data, full_name, fetch(np.array([0]))['image'].shape[1:])
+
+  num_checked = num_images if data.name == 'digits' else min(CHECKED_IMAGES, num_images)
+  digest, low, high, low_label, high_label = '', 255, 0, 0, 0
+  for start in range(0, num_checked, 64):
+    batch = fetch(np.arange(start, min(start + 64, num_checked)))
+    image, label = batch['image'], batch['label']
+    digest = digest or hashlib.sha256(image.tobytes()).hexdigest()[:16]
+    low, high = min(low, int(image.min())), max(high, int(image.max()))
+    low_label, high_label = min(low_label, int(label.min())), max(high_label, int(label.max()))
+
+  field, value = 'config.data.num_values', data.num_values
+  fact = f'but {full_name} has values {low} .. {high} in its first {num_checked} images'
+  _require(high < value, field, value, fact, f'set --{field} to at least {high + 1}')
+  # Fewer than half of the values is another unit: bits/dim and the range of x would mean little.
+  remedy = f'set --{field}={high + 1}, or at most {2 * high + 1}'
+  _require(2 * high + 1 >= value, field, value, fact, remedy)
+
+  field, value = 'config.data.num_classes', data.num_classes
+  fact = f'but {full_name} has labels {low_label} .. {high_label}'
+  remedy = f'set --{field}={high_label + 1}, or 0 to ignore labels'
+  _require(low_label >= 0 and high_label < max(value, 1), field, value, fact, remedy)
+  return {
+    'num_images': num_images,
+    'image_shape': list(data.image_shape),
+    'num_values': data.num_values,
+    'value_min': low,
+    'value_max': high,
+    'checked_images': num_checked,
+    'sha256_first_64': digest,
+  }
+
+
+# --- digits
+
+
+def _load_digits(data, split):
+  from sklearn.datasets import load_digits  # seconds to import, for this data set only
+
+  field, name = f'config.data.{split}_split', data[f'{split}_split']
+  good = name in ('train', 'test')
+  _require(good, field, repr(name), 'is no split of digits', "choose 'train' or 'test'")
+  images, labels = load_digits(return_X_y=True)
+  images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+  # RandomState, since its stream is frozen by numpy: the split must outlive this environment.
+  random = np.random.RandomState(0)
+  test = [random.permutation(np.flatnonzero(labels == digit))[:36] for digit in range(10)]
+  rows = np.sort(np.concatenate(test))
+  if name == 'train':
+    rows = np.delete(np.arange(len(images)), rows)
+  images, labels = images[rows], labels[rows].astype(np.int32) * bool(data.num_classes)
+  fetch = lambda indices: {'image': images[indices], 'label': labels[indices]}
+  return fetch, 'digits/sklearn', len(rows), 0
+
+
+# --- TensorFlow Datasets
+
+
+def _load_tfds(data, split):
+  builder = _builder(data.name, data.dir, 'config.data.name', 'config.data.dir')
+  info, name = builder.info, data[f'{split}_split']
+  _require_features(info, data)
+  try:
+    records, decode = _open(builder, name, 'config.data.name')
+  except KeyError as error:
+    splits = f"{', '.join(map(repr, info.splits))}, or a part such as 'train[:90%]'"
+    raise ValueError(
+      f'config.data.{split}_split={name!r} is no split of {info.full_name}; choose from {splits}'
+    ) from error
+  shape, count = tuple(data.image_shape), len(records)
+
+  def read(indices):
+    rows = records.__getitems__(indices.tolist())
+    images = [decode(row) for row in rows]
+    for image in images:
+      _require_shape(data, info.full_name, image.shape)
+    labels = [row['label'] if data.num_classes else 0 for row in rows]
+    return {'image': np.stack(images), 'label': np.array(labels, np.int32)}
+
+  # Decoding holds the interpreter lock about half of the time: many threads gain nothing.
+  num_threads = min(8, os.cpu_count() or 1)
+  if count * math.prod(shape) > CACHE_BYTES:
+    return read, info.full_name, count, num_threads
+
+  cache = {'image': np.zeros((count, *shape), np.uint8), 'label': np.zeros(count, np.int32)}
+  known = np.zeros(count, bool)
+
+  def fetch(indices):
+    missing = np.unique(indices[~known[indices]])
+    if missing.size:
+      # Threads may decode an image twice: they write the same bytes, and `known` last.
+      for name, value in read(missing).items():
+        cache[name][missing] = value
+      known[missing] = True
+    return {name: value[indices] for name, value in cache.items()}
+
+  return fetch, info.full_name, count, num_threads
+
+
+def _open(builder, split, field):
+  """Records of a split with random access, and the function from a record to its image."""
+  import tensorflow_datasets as tfds
+  from PIL import Image
+
+  info = builder.info
+  root, name = _root_and_name(builder)
+  if not _has_array_record(info):
+    fact = f'is prepared in {root} as {info.file_format.value}, which has no random access'
+    remedy = f'run once: python -m vdm.data convert --name={name} --data_dir={root}'
+    raise ValueError(f'{field}={name!r} {fact}; {remedy}')
+  # PIL here is half as fast again as TFDS's decoder, and does without advice to install OpenCV.
+  encoded = isinstance(info.features['image'], tfds.features.Image)
+  decoders = {'image': tfds.decode.SkipDecoding()} if encoded else None
+  try:
+    records = builder.as_data_source(split, decoders=decoders, file_format='array_record')
+  except ValueError as error:  # what TFDS raises, depending on what is wrong with the name
+    raise KeyError(split) from error
+  # ArrayRecord would tell at the first read, in a thread, with no name of a field.
+  there = {path.name for path in builder.data_path.iterdir()}
+  needed = [os.path.basename(part.filename) for part in info.splits[split].file_instructions]
+  missing = ', '.join(sorted(set(needed) - there)[:3])
+  fact = f'lacks {missing} in {builder.data_path}'
+  _require(not missing, field, repr(name), fact, 'copy or prepare it again')
+  channels = info.features['image'].shape[-1]
+  mode = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}.get(channels)
+
+  def decode(record):
+    if not encoded:
+      return record['image']
+    with Image.open(io.BytesIO(record['image'])) as file:
+      # As TensorFlow does: the channels of the data set, whatever this file has.
+      image = np.asarray(file if file.mode == mode else file.convert(mode))
+    return image.reshape(*image.shape[:2], channels)
+
+  return records, decode
+
+
+def _root_and_name(builder):
+  """The data_dir, and the name under which it holds the data set."""
+  parts = builder.info.full_name.split('/')
+  return builder.data_path.parents[len(parts) - 1], '/'.join(parts[:-1])
+
+
+def _has_array_record(info):
+  return 'array_record' in {kind.value for kind in info.available_file_formats()}
+
+
+def _require_features(info, data):
+  import tensorflow_datasets as tfds
+
+  features, field, value = info.features, 'config.data.name', repr(data.name)
+  names = sorted(features) if isinstance(features, tfds.features.FeaturesDict) else []
+  fact = f'has no feature "image" (but {", ".join(names) or "a single one"})'
+  _require('image' in names, field, value, fact, 'choose a data set of images')
+  dtype, shape = np.dtype(features['image'].np_dtype), features['image'].shape
+  good = dtype == np.uint8 and len(shape) == 3
+  fact = f'has images of {dtype} {shape}, must be uint8 [H, W, C]'
+  _require(good, field, value, fact, 'choose a data set of 8-bit images')
+  if data.num_classes:
+    field, value = 'config.data.num_classes', data.num_classes
+    label = features['label'] if 'label' in names else None
+    good = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)
+    fact = f'but {info.full_name} has no integer feature "label"'
+    _require(good, field, value, fact, f'set --{field}=0')
+    found = getattr(label, 'num_classes', None) or value
+    remedy = f'set --{field}={found}, or 0 to ignore labels'
+    _require(found == value, field, value, f'but {info.full_name} has {found}', remedy)
+
+
+def _builder(name, data_dir, name_field, dir_field):
+  """The TFDS builder of what lies prepared in a directory.
+
+  It is read from the files alone: TFDS's own `tfds.builder` fetches metadata from the network.
+  """
+  import tensorflow_datasets as tfds
+  from etils import epath
+  from tensorflow_datasets.core import read_only_builder
+
+  chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
+  root = epath.Path(os.path.expanduser(chosen))
+  shown = root if data_dir else f"'' means {root}, which"
+  remedy = f'set --{dir_field.lstrip("-")} or $TFDS_DATA_DIR to the directory that holds {name}'
+  _require(root.exists(), dir_field, shown, 'does not exist', remedy)
+  try:
+    return read_only_builder.builder_from_files(name, data_dir=root)
+  except (tfds.core.DatasetNotFoundError, ValueError) as error:
+    infos = (*root.glob('*/*/dataset_info.json'), *root.glob('*/*/*/dataset_info.json'))
+    prepared = sorted({'/'.join(path.parent.parent.relative_to(root).parts) for path in infos})
+    holds = f'{root} holds {", ".join(prepared) or "no data set"}'
+    known = tfds.list_builders(with_community_datasets=False)
+    base = name.split('/')[0].split(':')[0]
+    if base in known or any(base == other.split('/')[0] for other in prepared):
+      fact = f'is not prepared ({holds})'
+      remedy = (
+        'choose one of these, or download and prepare it: python -c "import tensorflow_datasets as '
+        f"tfds; tfds.builder('{name}', data_dir='{root}')"
+        ".download_and_prepare(file_format='array_record')\""
+      )
+    else:
+      fact = f"is neither 'digits' nor a TFDS data set ({holds})"
+      close = difflib.get_close_matches(base, ['digits', *prepared, *known])
+      remedy = f'did you mean {" or ".join(close)}?' if close else 'check the name'
+    raise ValueError(f'{name_field}={name!r} {fact}; {remedy}') from error
+
+
+# --- the command line
+
+
+def convert(name: str, data_dir: str = '') -> str:
+  """Writes ArrayRecord shards beside the TFRecord shards of a prepared data set.
+
+  The serialized examples are copied as they are, in order, shard by shard: nothing is decoded. A
+  shard gets its name when it is complete, and dataset_info.json is replaced last, so a conversion
+  that was killed leaves the set as it was, and the next one goes on from the finished shards.
+
+  Args:
+    name: TFDS name, e.g. 'imagenet_resized/64x64'.
+    data_dir: as config.data.dir.
+
+  Returns:
+    A sentence that says what was done.
+  """
+  _hide_accelerators_from_tensorflow()
+  from rich.progress import Progress
+  from tensorflow_datasets.core import dataset_info, file_adapters
+
+  builder = _builder(name, data_dir, '--name', '--data_dir')
+  info, again = builder.info, 'copy or prepare the data set again'
+  if _has_array_record(info):
+    return f'{info.full_name} is in ArrayRecord already: {builder.data_path}'
+  reader = file_adapters.ADAPTER_FOR_FORMAT[info.file_format]
+  writer = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat.ARRAY_RECORD]
+  with Progress() as progress:
+    for split in info.splits.values():
+      task = progress.add_task(split.name, total=split.num_examples)
+      sources = split.filename_template.sharded_filepaths(split.num_shards)
+      template = split.filename_template.replace(filetype_suffix='array_record')
+      targets = template.sharded_filepaths(split.num_shards)
+      for source, target, length in zip(sources, targets, split.shard_lengths, strict=True):
+        if target.exists():
+          progress.advance(task, length)
+          continue
+        _require(source.exists(), '--name', name, f'lacks {source}', again)
+        incomplete = target.parent / f'incomplete.{target.name}'
+        examples = reader.make_tf_data(source).as_numpy_iterator()
+        writer.write_examples(incomplete, progress.track(enumerate(examples), task_id=task))
+        count = writer.num_examples(incomplete)
+        if count != length:
+          incomplete.unlink()
+        fact = f'has {count} examples in {source}, but dataset_info.json says {length}'
+        _require(count == length, '--name', name, fact, again)
+        incomplete.replace(target)
+  info.add_alternative_file_format('array_record')
+  path = dataset_info.dataset_info_path(builder.data_path)
+  incomplete = path.parent / f'incomplete.{path.name}'
+  incomplete.write_text(dataset_info.get_dataset_info_json(info.as_proto))
+  incomplete.replace(path)
+  return f'{info.full_name} is in ArrayRecord now, beside the old files: {builder.data_path}'
+
+
+def show(name: str, data_dir: str = '') -> str:
+  """The lines of config.data for a prepared data set; the choice of splits is a guess."""
+  builder = _builder(name, data_dir, '--name', '--data_dir')
+  info = builder.info
+  counts = {split: part.num_examples for split, part in info.splits.items()}
+  train = 'train' if 'train' in counts else next(iter(counts))
+  evaluate = next((split for split in ('test', 'validation') if split in counts), train)
+  records, decode = _open(builder, train, '--name')
+  label = info.features['label'] if 'label' in info.features else None
+  lines = {
+    'name': name,
+    'dir': data_dir,
+    'train_split': train,
+    'eval_split': evaluate,
+    'train_images': counts[train],
+    'eval_images': counts[evaluate],
+    'image_shape': decode(records[0]).shape,
+    'num_values': 256,
+    'num_classes': getattr(label, 'num_classes', None) or 0,
+  }
+  head = f'# {info.full_name}: {", ".join(f"{split} {n}" for split, n in counts.items())}'
+  return '\n'.join([head, *(f'config.data.{field} = {value!r}' for field, value in lines.items())])
+
+
+def _hide_accelerators_from_tensorflow():
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
+  import tensorflow as tf
+
+  for kind in ('GPU', 'TPU'):
+    tf.config.set_visible_devices([], kind)  # before TensorFlow takes one from JAX
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog='python -m vdm.data', description='Looks at and converts prepared TFDS data sets.'
+  )
+  commands = parser.add_subparsers(required=True)
+  for function, text in (
+    (show, 'Print the lines of config.data for a data set.'),
+    (convert, 'Write ArrayRecord files, which have random access, beside the TFRecord files.'),
+  ):
+    command = commands.add_parser(function.__name__, help=text, description=text)
+    command.set_defaults(function=function)
+    command.add_argument('--name', required=True, help="e.g. 'imagenet_resized/64x64'")
+    command.add_argument(
+      '--data_dir', default='', help='default: $TFDS_DATA_DIR, else ~/tensorflow_datasets'
+    )
+  args = parser.parse_args(argv)
+  try:
+    print(args.function(args.name, args.data_dir))
+  except (ValueError, OSError) as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

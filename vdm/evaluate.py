@@ -1,0 +1,209 @@
+"""Bits per dimension of a whole split, each image once, with its standard error."""
+
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build, cards, checkpoint, data, parallel
+from vdm.gaussian import Schedule, fold_in, standard_normal
+from vdm.likelihood import bits_per_dim
+from vdm.losses import variational_bound
+from vdm.times import stratified
+from vdm.weightings import elbo
+
+NUM_BINS = 20
+TERMS = ('recon', 'prior', 'diffusion')
+
+
+def log_snr_bins(
+  log_snr: jax.Array, value: jax.Array, schedule: Schedule, mask: jax.Array
+) -> dict[str, jax.Array]:
+  """Sum of `value` [B] and number of examples in NUM_BINS equal bins between the end points."""
+  ends = schedule(jnp.array([1.0, 0.0]))
+  position = (log_snr - ends[0]) / (ends[1] - ends[0])
+  number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
+  zeros = jnp.zeros(NUM_BINS)
+  return {'sum': zeros.at[number].add(value * mask), 'count': zeros.at[number].add(mask)}
+
+
+def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
+  """step(params, batch, batch_number) -> sums over the batch's real images, in bits per dim.
+
+  'terms' [draws, 3] over images; 'image' the sum, and 'image_squared' the sum of squares, of
+  each image's mean over draws; 'bins' of the diffusion term.
+  """
+  num_dims = math.prod(model.image_shape)
+  settings = config.eval
+
+  def step(params, batch, batch_number):
+    u, index, mask = batch['image'].astype(jnp.int32), batch['index'], batch['mask']
+    position = index % settings.batch_size  # eval batches are consecutive parts of the split
+    denoiser, schedule = model.denoiser(params, batch['label']), model.schedule(params)
+
+    def draw(number):
+      key = jax.random.fold_in(jax.random.key(settings.seed), number)
+      key_t, key_eps, key_recon = jax.random.split(key, 3)
+      bound = variational_bound(
+        denoiser, schedule, elbo(), u,
+        stratified(jax.random.fold_in(key_t, batch_number), position, settings.batch_size),
+        standard_normal(fold_in(key_recon, index), model.image_shape),
+        standard_normal(fold_in(key_eps, index), model.image_shape),
+        model.num_values, settings.num_timesteps,
+      )
+      terms = jnp.stack([bound.recon, bound.prior, bound.diffusion.elbo], axis=1)
+      terms = bits_per_dim(terms, num_dims)  # [B, 3]
+      bins = log_snr_bins(bound.diffusion.log_snr, terms[:, 2], schedule, mask)
+      return mask @ terms, terms.sum(axis=1), bins
+
+    terms, image, bins = jax.lax.map(draw, jnp.arange(settings.draws))
+    image = image.mean(axis=0)
+    return {
+      'terms': terms,
+      'image': mask @ image,
+      'image_squared': mask @ image**2,
+      'bins': jax.tree.map(lambda a: a.sum(axis=0), bins),
+    }
+
+  return step
+
+
+class BitsPerDim(NamedTuple):
+  """An evaluation. `stderr` is the Monte Carlo error of the value for these very images (nan for a
+  single draw); `stderr_images` the error as an estimate for the population they come from."""
+
+  value: float
+  stderr: float
+  stderr_images: float
+  terms: dict[str, dict[str, float]]
+  num_images: int
+  bins: np.ndarray  # [NUM_BINS] mean diffusion loss per log-SNR bin, nan where none fell
+
+
+def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
+  """From the sums of every batch, in float64.
+
+  Batches and draws are independent, and t is stratified within a batch, so the spread of a batch's
+  total over draws is what its Monte Carlo error is estimated from.
+  """
+  num_images = sum(counts)
+  terms = np.stack([s['terms'] for s in sums]).astype(np.float64)  # [batches, draws, 3]
+  draws = terms.shape[1]
+
+  def mean_and_error(totals):  # [batches, draws]
+    if draws == 1:
+      return totals.sum() / num_images, math.nan
+    variance = totals.var(axis=1, ddof=1) / draws
+    return totals.mean(axis=1).sum() / num_images, math.sqrt(variance.sum()) / num_images
+
+  value, stderr = mean_and_error(terms.sum(axis=2))
+  per_term = dict(zip(TERMS, map(mean_and_error, np.moveaxis(terms, 2, 0)), strict=True))
+  mean = sum(s['image'].astype(np.float64) for s in sums) / num_images
+  square = sum(s['image_squared'].astype(np.float64) for s in sums) / num_images
+  bins = {k: sum(s['bins'][k].astype(np.float64) for s in sums) for k in ('sum', 'count')}
+  with np.errstate(invalid='ignore'):
+    bins = bins['sum'] / bins['count']
+  return BitsPerDim(
+    value=float(value),
+    stderr=float(stderr),
+    stderr_images=math.sqrt(max(0.0, square - mean**2) / max(1, num_images - 1)),
+    terms={k: {'value': float(v), 'stderr': float(e)} for k, (v, e) in per_term.items()},
+    num_images=num_images,
+    bins=bins,
+  )
+
+
+def make_evaluator(
+  config: ConfigDict, model: build.Model, mesh: Mesh
+) -> Callable[[Any, Iterable[dict]], BitsPerDim]:
+  """(params, batches) -> BitsPerDim; compiled once, then used for any parameters."""
+  compiled = jax.jit(make_eval_step(config, model), out_shardings=parallel.replicated(mesh))
+
+  def evaluate(params, batches):
+    sums = []
+    on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
+    for number, batch in enumerate(on_devices):
+      sums.append((compiled(params, batch, number), batch['mask'].sum()))
+    sums, counts = zip(*jax.device_get(sums), strict=True)
+    return summarize(list(sums), [int(c) for c in counts])
+
+  return evaluate
+
+
+def write_card(
+  workdir: pathlib.Path, config: ConfigDict, result: BitsPerDim, identity: dict, params: str,
+  step: int, ends: tuple[float, float],
+) -> pathlib.Path:
+  """The number card of one evaluation, cards/bits_per_dim_<params>_T<T>_step<step>.json."""
+  settings = config.eval
+  time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
+  path = workdir / 'cards' / f'bits_per_dim_{params}_{time}_step{step:08d}.json'
+  cards.write(path, {
+    'metric': 'bits_per_dim',
+    'value': result.value,
+    'stderr': result.stderr,
+    'stderr_images': result.stderr_images,
+    'terms': result.terms,
+    'bound': f'discrete-time ELBO, T = {settings.num_timesteps}' if settings.num_timesteps
+    else 'continuous-time ELBO',
+    'num_images': result.num_images,
+    'whole_split': result.num_images == identity['num_images'],
+    'draws_per_image': settings.draws,
+    'eval_batch_size': settings.batch_size,
+    'eval_seed': settings.seed,
+    'data': identity,
+    'params': params,
+    'step': step,
+    'images_seen': step * config.train.batch_size,
+    'log_snr_max': ends[0],
+    'log_snr_min': ends[1],
+    'dtype': str(build.dtype(config)),
+    'config': config.to_dict(),
+  })
+  return path
+
+
+def evaluate_and_write(
+  config: ConfigDict, model: build.Model, evaluator: Callable, source: data.Source,
+  train_state: Any, workdir: pathlib.Path,
+) -> dict[str, BitsPerDim]:
+  """Scores raw and averaged parameters on the split and writes a card for each."""
+  step = int(train_state.step)
+  results = {}
+  for name, params in (('raw', train_state.params), ('ema', train_state.ema_params)):
+    batches = data.eval_batches(
+      source, batch_size=config.eval.batch_size, max_images=config.eval.max_images,
+      process_index=jax.process_index(), process_count=jax.process_count(),
+    )
+    results[name] = evaluator(params, batches)
+    ends = jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))
+    write_card(
+      workdir, config, results[name], source.identity, name, step, tuple(map(float, ends))
+    )
+  return results
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+  """--mode=eval: scores the newest checkpoint of the workdir, raw and averaged parameters."""
+  model = build.model(config)
+  build.check_devices(config, jax.device_count())
+  mesh = parallel.make_mesh(config.parallel.fsdp)
+  abstract = parallel.abstract_state(mesh, build.init_state(config, model))
+  train_state = checkpoint.read(workdir, config, abstract)
+  source = data.load(config.data, 'eval')
+  evaluator = make_evaluator(config, model, mesh)
+  results = evaluate_and_write(config, model, evaluator, source, train_state, workdir)
+  for name, result in results.items():
+    terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
+    logging.info(
+      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)', name,
+      int(train_state.step), result.num_images, result.value, result.stderr, terms,
+    )
+  return 0

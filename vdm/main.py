@@ -1,0 +1,83 @@
+"""Trains, evaluates or samples a variational diffusion model.
+
+  python -m vdm.main --config=configs/digits.py                  train, evaluate, draw samples
+  python -m vdm.main --config=configs/digits.py --mode=eval      score the newest checkpoint
+  python -m vdm.main --config=configs/digits.py --mode=sample    draw images from it
+  python -m vdm.main --config=configs/cifar10.py:debug           any config, shrunk to seconds
+
+Any leaf of the config can be overridden: --config.train.batch_size=64. configs/default.py lists
+and explains them all. The same command run again goes on where it stopped. SIGTERM and Ctrl-C
+save and exit with status 75.
+"""
+
+import os
+import pathlib
+import sys
+import traceback
+
+# TensorFlow reads records and writes summaries here; it need not announce itself.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+from absl import app, flags, logging  # noqa: E402
+from ml_collections import config_flags  # noqa: E402
+
+import vdm  # noqa: E402
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
+_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'sample'], 'What to do.')
+_COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of the first process, by hand.')
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', 1, 'Processes, with --coordinator.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'This process, with --coordinator.')
+
+
+def main(_):
+  """Dispatches on --mode."""
+  from vdm import evaluate, parallel, report, sample, train  # after the flags: they import JAX
+
+  parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  report.set_up_logging()
+  config = _CONFIG.value
+  workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}')
+  modes = {'train': train.train, 'eval': evaluate.run, 'sample': sample.run}
+  try:
+    sys.exit(modes[_MODE.value](config, workdir))
+  except (ValueError, FloatingPointError) as error:
+    _one_line(error)
+
+
+def _one_line(error: Exception):
+  """Exits with the message alone where our own code refused something; else with the traceback."""
+  raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+  if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
+    raise error
+  logging.error('%s', error)
+  sys.exit(1)
+
+
+def _parse_flags(argv):
+  """absl's parser, with what can go wrong in one line; finds packaged configs from anywhere."""
+  try:
+    return flags.FLAGS([_locate(arg) for arg in argv])
+  except (flags.Error, AttributeError, OSError) as error:
+    text = ' '.join(str(error).split())
+    sys.exit(f'{text} (see --help, and configs/default.py for the fields of a config)')
+
+
+def _locate(arg: str) -> str:
+  """--config=configs/NAME.py, where there is no such file, means the one that came with vdm."""
+  flag, _, rest = arg.partition('=')
+  path, colon, preset = rest.partition(':')
+  if flag in ('--config', '-config') and not pathlib.Path(path).exists():
+    from vdm import configs
+    packaged = pathlib.Path(configs.__file__).parent / pathlib.Path(path).name
+    if pathlib.Path(path).parent.name in ('', 'configs') and packaged.exists():
+      return f'{flag}={packaged}{colon}{preset}'
+    known = sorted(p.stem for p in packaged.parent.glob('[a-z]*.py'))
+    sys.exit(f'--config={path} does not exist; give a file, or one of configs/{{{",".join(known)}}}.py.')
+  return arg
+
+
+if __name__ == '__main__':
+  app.run(main, flags_parser=_parse_flags)

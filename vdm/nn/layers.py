@@ -1,0 +1,317 @@
+"""Layers that the networks share: convolution, dropout, normalisation, attention, conditioning.
+
+Parameters are float32. `dtype` is that of activations; statistics, softmax and the conditioning
+vector are float32 whatever it is.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+
+def _conv(x, kernel):
+  """x [B, H, W, I] * kernel [3, 3, I, O] -> [B, H, W, O]."""
+  return lax.conv_general_dilated(
+    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
+  )
+
+
+@jax.custom_vjp
+def conv3x3(x, kernel):
+  """3x3 convolution, stride 1, zero padding: x [B, H, W, I], kernel [3, 3, I, O] -> [B, H, W, O].
+
+  Equal to `lax.conv_general_dilated` in value and gradient (reverse mode only). On CPU the gradient
+  is written out as two plain NHWC/HWIO convolutions: XLA:CPU takes its fast path for this layout
+  only, and inside the body of a loop nothing rewrites the transposed layout of the automatic
+  kernel gradient, which is then some forty times slower.
+  """
+  return _conv(x, kernel)
+
+
+def _conv3x3_fwd(x, kernel):
+  return _conv(x, kernel), (x, kernel)
+
+
+def _conv3x3_bwd(residuals, g):
+  return lax.platform_dependent(*residuals, g, cpu=_conv_vjp_plain, default=_conv_vjp_native)
+
+
+def _conv_vjp_native(x, kernel, g):
+  (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel), x)(g)
+  (dkernel,) = jax.linear_transpose(lambda kernel: _conv(x, kernel), kernel)(g)
+  return dx, dkernel
+
+
+def _conv_vjp_plain(x, kernel, g):
+  dx = _conv(g, kernel[::-1, ::-1].swapaxes(2, 3))
+  # Input channels act as the batch, examples as the channels, g as an H x W kernel.
+  dkernel = lax.conv_general_dilated(
+    x.transpose(3, 1, 2, 0),
+    g.transpose(1, 2, 0, 3),
+    (1, 1),
+    ((1, 1), (1, 1)),
+    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
+  )
+  return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
+
+
+class Conv3x3(nn.Module):
+  """3x3 convolution with bias: x [B, H, W, I] -> [B, H, W, features]; see `conv3x3`."""
+
+  features: int
+  dtype: jnp.dtype = jnp.float32
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
+    bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    y = conv3x3(x.astype(self.dtype), kernel.astype(self.dtype))
+    return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+
+
+class Dropout(nn.Module):
+  """Sets elements of x [..., C] to zero with probability `rate`, and scales up the others.
+
+  One random byte per element: random bits are the dearest part of dropout, and a 32-bit word holds
+  four. So the rate is rounded to a multiple of 1/256; the scale is that of the rounded rate, which
+  keeps the expectation of the output equal to x. Draws from the rng stream 'dropout', but not when
+  `train` is False or the rate rounds to 0.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x, *, train):
+    threshold = max(1, round((1 - self.rate) * 256))  # the byte values that keep an element
+    if not train or threshold == 256:
+      return x
+    *batch, channels = x.shape
+    words = jax.random.bits(self.make_rng('dropout'), (*batch, -(-channels // 4)), jnp.uint32)
+    random_bytes = lax.bitcast_convert_type(words, jnp.uint8).reshape(*batch, -1)[..., :channels]
+    keep = random_bytes < jnp.uint8(threshold)
+    return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros_like(x))
+
+
+def num_groups(channels):
+  """The greatest divisor of `channels`, up to 32, that leaves at least 4 channels per group."""
+  return max(n for n in range(1, max(1, min(32, channels // 4)) + 1) if channels % n == 0)
+
+
+class GroupNorm(nn.Module):
+  """Normalises x [B, ..., C] over positions and groups of channels (Wu & He, arXiv 1803.08494).
+
+  32 groups, or the greatest number of groups of at least four channels if that is less: a group of
+  one channel would remove the conditioning, which shifts whole channels just before. float32
+  statistics, output in `dtype`. The function is `flax.linen.GroupNorm`'s; here positions are summed before channels
+  are grouped, so that the large sums run along whole rows: half the time on CPU.
+  """
+
+  epsilon: float = 1e-6
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    batch, *positions, channels = x.shape
+    groups = num_groups(channels)
+    scale = self.param('scale', nn.initializers.ones, (channels,))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+
+    def group_mean(u):
+      sums = u.sum(range(1, x.ndim - 1)).reshape(batch, groups, -1)
+      return sums.sum(-1, keepdims=True) / (math.prod(positions) * channels // groups)
+
+    x = x.astype(jnp.float32)
+    mean = group_mean(x)
+    variance = jnp.maximum(group_mean(x**2) - mean**2, 0.0)
+    factor = lax.rsqrt(variance + self.epsilon) * scale.reshape(1, groups, -1)
+    offset = bias.reshape(1, groups, -1) - mean * factor
+    per_channel = (batch, *(1 for _ in positions), channels)
+    return (x * factor.reshape(per_channel) + offset.reshape(per_channel)).astype(self.dtype)
+
+
+@jax.custom_vjp
+def attention(query, key, value):
+  """softmax(query key^T / sqrt(D)) value, each [B, S, N, D] -> [B, S, N, D]; float32 softmax.
+
+  `jax.nn.dot_product_attention`, but the S x S weights are recomputed in the gradient (reverse mode
+  only) instead of kept. On CPU it runs example by example, whose weights stay in the cache, and no
+  S x S matrix is transposed, which is what XLA:CPU is slowest at: a third of the time.
+  """
+  return lax.platform_dependent(
+    query, key, value, cpu=_attention_by_example, default=jax.nn.dot_product_attention
+  )
+
+
+def _attention_fwd(query, key, value):
+  return attention(query, key, value), (query, key, value)
+
+
+def _attention_bwd(residuals, g):
+  return lax.platform_dependent(
+    *residuals, g, cpu=_attention_vjp_by_example, default=_attention_vjp_native
+  )
+
+
+def _attention_vjp_native(query, key, value, g):
+  return jax.vjp(jax.nn.dot_product_attention, query, key, value)[1](g)
+
+
+def _map_examples_and_heads(f, *arrays):
+  """Maps f: [S, D] ... -> [S, D] ... over B and N of [B, S, N, D]."""
+  batch, size, heads, _ = arrays[0].shape
+  flat = [a.swapaxes(1, 2).reshape(batch * heads, size, -1) for a in arrays]
+  out = lax.map(lambda args: f(*args), flat)
+  return jax.tree.map(lambda a: a.reshape(batch, heads, size, -1).swapaxes(1, 2), out)
+
+
+def _matmul(a, b):
+  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
+
+
+def _attention_by_example(query, key, value):
+  def attend(q, k, v):
+    weights = jax.nn.softmax(_matmul(q, k.T) / math.sqrt(q.shape[-1]))
+    return (weights.astype(v.dtype) @ v).astype(q.dtype)
+
+  return _map_examples_and_heads(attend, query, key, value)
+
+
+def _attention_vjp_by_example(query, key, value, g):
+  def vjp(q, k, v, g):
+    scale = 1 / math.sqrt(q.shape[-1])
+    logits = _matmul(q, k.T) * scale
+    log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    weights = jnp.exp(logits - log_sum)
+    dweights = _matmul(g, v.T)
+    mean = (weights * dweights).sum(-1, keepdims=True)
+    dlogits = (weights * (dweights - mean) * scale).astype(q.dtype)
+    # The transposes of weights and dlogits once more from the start: cheaper than transposing.
+    weights_t = jnp.exp(_matmul(k, q.T) * scale - log_sum.T)
+    dlogits_t = (weights_t * (_matmul(v, g.T) - mean.T) * scale).astype(q.dtype)
+    return dlogits @ k, dlogits_t @ q, weights_t.astype(g.dtype) @ g
+
+  return _map_examples_and_heads(vjp, query, key, value, g)
+
+
+attention.defvjp(_attention_fwd, _attention_bwd)
+
+
+class Attention(nn.Module):
+  """Residual self-attention over all positions: x [B, H, W, C] -> [B, H, W, C].
+
+  GroupNorm, projections to queries, keys and values, float32 softmax, and an output projection
+  that starts at zero, so that the layer starts as the identity.
+  """
+
+  num_heads: int = 1
+  dtype: jnp.dtype = jnp.float32
+
+  @nn.compact
+  def __call__(self, x):
+    batch, height, width, channels = x.shape
+    h = GroupNorm(dtype=self.dtype, name='norm')(x)
+    heads = (batch, height * width, self.num_heads, channels // self.num_heads)
+    q, k, v = (
+      nn.Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads)
+      for name in ('query', 'key', 'value')
+    )
+    h = attention(q, k, v).reshape(x.shape)
+    zeros = nn.initializers.zeros
+    return x + nn.Dense(channels, dtype=self.dtype, kernel_init=zeros, name='out')(h)
+
+
+def sinusoidal_embedding(t, size):
+  """t [B] in [0, 1] -> [B, size]: sin, then cos, of 1000 t w_k, k = 0 .. size/2 - 1.
+
+  w_k = 10000^(-k / (size/2 - 1)), from 1 to 1e-4.
+  """
+  k = jnp.arange(size // 2, dtype=jnp.float32)
+  frequencies = jnp.exp(-math.log(10_000) / (size // 2 - 1) * k)
+  angles = 1000 * t[:, None] * frequencies[None, :]
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+def fourier_features(z, exponents):
+  """z [..., C] -> [..., C (1 + 2 len(exponents))]: z, sin(2 pi 2^n z), cos(2 pi 2^n z).
+
+  VDM (arXiv 2107.00630), section 5.4. In each third the exponents vary fastest, as in the published
+  checkpoints. For K-valued data, z = 2(u + 1/2)/K - 1 without noise, n = log2(K) - 1 reads the
+  noise off directly: neighbouring values have the same features there. Everything in float32.
+  """
+  z = jnp.asarray(z, jnp.float32)
+  if not exponents:
+    return z
+  cycles = jnp.stack([z * 2.0**n for n in exponents], axis=-1).reshape(*z.shape[:-1], -1)
+  # Exact in float32, unlike 2 pi 2^n z, which for n = 7 is 1e-4 off.
+  angles = 2 * jnp.pi * (cycles - jnp.round(cycles))
+  return jnp.concatenate([z, jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Conditioning(nn.Module):
+  """Noise level t [B], label [B] and flag [B] -> conditioning vector [B, 4 width], float32.
+
+  VDM's (public code): sinusoidal embedding of t, then twice Dense, swish. Our addition: the
+  embedding of the label is added before the last swish. Labels -1 and `num_classes`, and no labels
+  at all, are the null label, which has its own row in the table.
+  """
+
+  width: int
+  num_classes: int = 0
+  augmentation_flag: bool = False
+
+  @nn.compact
+  def __call__(self, t, label=None, flag=None):
+    if label is not None and not self.num_classes:
+      raise ValueError(
+        'labels were given to a network with num_classes=0; set '
+        'config.model.class_conditional=True, or pass label=None.'
+      )
+    if flag is not None and not self.augmentation_flag:
+      raise ValueError(
+        'flag was given to a network with augmentation_flag=False; set '
+        'config.model.augmentation_flag=True, or pass flag=None.'
+      )
+    t = jnp.asarray(t, jnp.float32)
+    h = sinusoidal_embedding(t, self.width)
+    if self.augmentation_flag:
+      flag = jnp.zeros_like(t) if flag is None else jnp.asarray(flag, jnp.float32)
+      h = jnp.concatenate([h, flag[:, None]], axis=-1)
+    h = nn.swish(nn.Dense(4 * self.width, name='dense_0')(h))
+    h = nn.Dense(4 * self.width, name='dense_1')(h)
+    if self.num_classes:
+      null = self.num_classes
+      label = jnp.full(t.shape, null) if label is None else jnp.where(label < 0, null, label)
+      h += nn.Embed(
+        self.num_classes + 1,
+        4 * self.width,
+        embedding_init=nn.initializers.normal(1.0),
+        name='label',
+      )(label)
+    return nn.swish(h)
+
+
+def check_fields(module):
+  """Raises ValueError if a field of a network, given by `config.model`, is out of its range."""
+
+  def require(valid, name, constraint, remedy):
+    if not valid:
+      value = getattr(module, name)
+      raise ValueError(f'config.model.{name}={value} must {constraint}; try {remedy}.')
+
+  width = module.width
+  require(width >= 4 and width % 2 == 0, 'width', 'be even and at least 4', max(4, width + 1))
+  require(module.num_blocks >= 1, 'num_blocks', 'be at least 1', 1)
+  require(0 <= module.dropout < 1, 'dropout', 'be in [0, 1)', 0.1)
+  require(module.num_classes >= 0, 'num_classes', 'not be negative', 0)
+  if hasattr(module, 'num_heads'):
+    divisors = [n for n in range(1, min(width, 17)) if width % n == 0]
+    remedy = ' or '.join(map(str, divisors[1:3] or divisors))
+    valid = module.num_heads >= 1 and width % module.num_heads == 0
+    require(valid, 'num_heads', f'divide the width {width}', remedy)

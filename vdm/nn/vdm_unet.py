@@ -1,0 +1,117 @@
+"""VDM's network: a U-Net with no down-sampling (arXiv 2107.00630, appendix B; public code)."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vdm.nn import layers
+
+
+class ResBlock(nn.Module):
+  """Residual block: x [B, H, W, C], cond [B, D] -> [B, H, W, features].
+
+  GroupNorm, swish, conv; + projection of cond; GroupNorm, swish, dropout, conv. The projection and
+  the second convolution start at zero, so that the block starts as its shortcut.
+  """
+
+  features: int
+  dropout: float
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x, cond, *, train):
+    zeros = nn.initializers.zeros
+    h = nn.swish(layers.GroupNorm(dtype=self.dtype, name='norm_0')(x))
+    h = layers.Conv3x3(self.features, self.dtype, name='conv_0')(h)
+    shift = nn.Dense(
+      self.features, use_bias=False, kernel_init=zeros, dtype=self.dtype, name='cond'
+    )(cond)
+    h += shift[:, None, None, :]
+    h = nn.swish(layers.GroupNorm(dtype=self.dtype, name='norm_1')(h))
+    h = layers.Dropout(self.dropout)(h, train=train)
+    h = layers.Conv3x3(self.features, self.dtype, zeros, name='conv_1')(h)
+    if x.shape[-1] != self.features:
+      x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
+    return x + h
+
+
+class VDMUNet(nn.Module):
+  """VDM's network, the same function as the public code's (arXiv 2107.00630, appendix B).
+
+  conv; `num_blocks` residual blocks; block, attention, block; `num_blocks` + 1 blocks, each of
+  which also reads one of the earlier outputs, the last first; GroupNorm, swish, conv. All at full
+  resolution, for any H, W, C.
+
+  Attributes:
+    width: channels of every activation; even, and a multiple of `num_heads`.
+    num_blocks: residual blocks on the way in; one more on the way out.
+    attention: attention after every block, not only in the middle.
+    num_heads: heads of each attention; VDM has one.
+    fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
+    dropout: rate in each residual block, rounded to 1/256.
+    num_classes: 0 for an unconditional network.
+    dtype: of activations. Parameters and output are float32.
+    augmentation_flag: one more scalar conditioning input, `flag`, 1 where the image was augmented.
+      The published checkpoints all have it.
+    residual: adds z to the output. With eps as output the network starts as eps_hat = z, VDM's
+      choice; leave it out for an output that is not near z where noise dominates.
+  """
+
+  width: int = 128
+  num_blocks: int = 32
+  attention: bool = False
+  num_heads: int = 1
+  fourier_exponents: tuple[int, ...] = (6, 7)
+  dropout: float = 0.1
+  num_classes: int = 0
+  dtype: jnp.dtype = jnp.float32
+  augmentation_flag: bool = False
+  residual: bool = True
+
+  @nn.compact
+  def __call__(self, z, t, label=None, flag=None, *, train):
+    """The raw output of the network.
+
+    Args:
+      z: [B, H, W, C] float32, the noisy images.
+      t: [B] float32, the noise level (log_snr_max - log_snr) / (log_snr_max - log_snr_min).
+      label: [B] int32; -1 or `num_classes`: no label. None: no labels at all.
+      flag: [B], with `augmentation_flag` only; None: zeros.
+      train: whether dropout is on; it draws from the rng stream 'dropout'.
+
+    Returns:
+      [B, H, W, C] float32.
+    """
+    layers.check_fields(self)
+    if z.ndim != 4:
+      raise ValueError(f'vdm_unet takes images [B, H, W, C], but z has shape {z.shape}.')
+
+    def block(h, name):
+      h = ResBlock(self.width, self.dropout, self.dtype, name=name)(h, cond, train=train)
+      return attend(h, f'{name}_attention') if self.attention else h
+
+    def attend(h, name):
+      return layers.Attention(self.num_heads, self.dtype, name=name)(h)
+
+    cond = layers.Conditioning(
+      self.width, self.num_classes, self.augmentation_flag, name='conditioning'
+    )(t, label, flag)
+    h = layers.fourier_features(z, self.fourier_exponents)
+    h = layers.Conv3x3(self.width, self.dtype, name='conv_in')(h)
+
+    skips = [h]
+    for i in range(self.num_blocks):
+      h = block(h, f'down_{i}')
+      skips.append(h)
+
+    h = ResBlock(self.width, self.dropout, self.dtype, name='mid_0')(h, cond, train=train)
+    h = attend(h, 'mid_attention')
+    h = ResBlock(self.width, self.dropout, self.dtype, name='mid_1')(h, cond, train=train)
+
+    for i, skip in enumerate(reversed(skips)):
+      h = block(jnp.concatenate([h, skip], axis=-1), f'up_{i}')
+
+    h = nn.swish(layers.GroupNorm(dtype=self.dtype, name='norm_out')(h))
+    zeros = nn.initializers.zeros
+    h = layers.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
+    h = h.astype(jnp.float32)
+    return h + z if self.residual else h

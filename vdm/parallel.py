@@ -1,0 +1,158 @@
+"""Devices and hosts: one mesh, and the two ways to run the one train step over it."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mesh
+
+
+def initialize(coordinator: str, num_processes: int, process_id: int):
+  """Joins the processes of a job that JAX cannot find by itself, and loopback ones on CPUs."""
+  if not coordinator:
+    return
+  if num_processes < 1 or not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'--process_id={process_id} must be in 0 .. --num_processes={num_processes} - 1; '
+      'start each process with its own.'
+    )
+  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
+  jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
+def make_mesh(fsdp: int = 1) -> Mesh:
+  """All devices of all hosts as (data, fsdp)."""
+  return Mesh(np.asarray(jax.devices()).reshape(-1, fsdp), BATCH_AXES)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The whole array on every device."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The first axis split over all devices."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
+  """Splits each array's largest axis over `fsdp` where it divides; all else is replicated."""
+  fsdp = mesh.shape['fsdp']
+
+  def spec(leaf):
+    axes = [None] * leaf.ndim
+    divisible = [i for i, n in enumerate(leaf.shape) if n % fsdp == 0]
+    if fsdp > 1 and leaf.ndim > 1 and divisible:
+      axes[max(divisible, key=lambda i: leaf.shape[i])] = 'fsdp'
+    return NamedSharding(mesh, PartitionSpec(*axes))
+
+  return jax.tree.map(spec, abstract_state)
+
+
+def abstract_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
+  """What init() would return, as shapes with shardings: nothing is computed."""
+  shapes = jax.eval_shape(init)
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    state_sharding(mesh, shapes),
+  )
+
+
+def initial_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
+  """init(), computed and placed in its shards at once: never whole on one device."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, init))
+  return jax.jit(init, out_shardings=shardings)()
+
+
+def to_devices(mesh: Mesh, batch: Any) -> Any:
+  """A batch of which every host holds its rows, as one global array over the mesh."""
+  sharding = batch_sharding(mesh)
+  return jax.tree.map(
+    lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
+  )
+
+
+def prefetch(batches: Iterator[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+  """Keeps `depth` batches on their way to the devices ahead of the one in use."""
+  queue = []
+  for batch in batches:
+    queue.append(put(batch))
+    if len(queue) > depth:
+      yield queue.pop(0)
+  yield from queue
+
+
+class Runner(NamedTuple):
+  """How a train step runs: what it takes, the step itself, and the state back as the mesh's."""
+
+  put_batch: Callable[[Any], Any]
+  put_state: Callable[[Any], Any]
+  step: Callable[[Any, Any], tuple[Any, Any]]  # (state, batch) -> (state, metrics); donates state
+  get_state: Callable[[Any], Any]
+  get_metrics: Callable[[Any], Any]
+
+
+def jit_runner(step: Callable, mesh: Mesh, abstract: Any) -> Runner:
+  """jit over the mesh: the step sees the global batch."""
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  compiled = jax.jit(
+    step,
+    donate_argnums=0,
+    in_shardings=(shardings, batch_sharding(mesh)),
+    out_shardings=(shardings, replicated(mesh)),
+  )
+  same = lambda tree: tree
+  return Runner(lambda batch: to_devices(mesh, batch), same, compiled, same, jax.device_get)
+
+
+def pmap_runner(step: Callable, mesh: Mesh) -> Runner:
+  """pmap: each device sees its rows of the batch, and means are taken over the devices' axis.
+
+  The state has a leading device axis inside; it enters and leaves as the mesh's replicated arrays.
+  """
+  devices = list(mesh.devices.flat)
+  local = [d for d in devices if d.process_index == jax.process_index()]
+  mapped = jax.pmap(
+    lambda state, batch: step(state, batch, axis_name='devices'),
+    axis_name='devices', devices=devices, donate_argnums=0,
+  )
+  stacked = NamedSharding(Mesh(np.asarray(devices), ('devices',)), PartitionSpec('devices'))
+
+  def put_batch(batch):
+    def rows_by_device(rows):
+      return rows.reshape(len(local), -1, *rows.shape[1:])
+
+    return jax.tree.map(
+      lambda rows: jax.make_array_from_process_local_data(stacked, rows_by_device(np.asarray(rows))),
+      batch,
+    )
+
+  def put_state(state):
+    def stack(leaf):
+      shards = [s.data[None] for s in leaf.addressable_shards]
+      return jax.make_array_from_single_device_arrays(
+        (len(devices), *leaf.shape), stacked, shards
+      )
+
+    return jax.tree.map(stack, state)
+
+  def get_state(state):
+    def unstack(leaf):
+      shards = [s.data[0] for s in leaf.addressable_shards]
+      return jax.make_array_from_single_device_arrays(leaf.shape[1:], replicated(mesh), shards)
+
+    return jax.tree.map(unstack, state)
+
+  def get_metrics(metrics):
+    return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], metrics)
+
+  return Runner(put_batch, put_state, mapped, get_state, get_metrics)
+
+
+def runner(mode: str, step: Callable, mesh: Mesh, abstract: Any) -> Runner:
+  """config.parallel.mode: 'jit' or 'pmap'."""
+  return jit_runner(step, mesh, abstract) if mode == 'jit' else pmap_runner(step, mesh)

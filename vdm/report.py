@@ -1,0 +1,177 @@
+"""What a person sees of a run: log, metric writers, the progress line, plots."""
+
+import contextlib
+import json
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import matplotlib
+import numpy as np
+from absl import logging
+from clu import metric_writers
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+matplotlib.use('Agg')
+from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+
+console = Console(stderr=True)
+
+
+class _PlainFormatter(logging.PythonFormatter):
+  def format(self, record):
+    level = '' if record.levelname == 'INFO' else f'{record.levelname} '
+    return f'{time.strftime("%H:%M:%S")} {level}{record.getMessage()}'
+
+
+def set_up_logging():
+  """Time and message, a line each; on a terminal they scroll above the progress line."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+  if console.is_terminal:
+    logger = logging.get_absl_logger()
+    logger.handlers = [RichHandler(console=console, show_path=False, show_level=False)]
+    logger.propagate = False
+  else:
+    logging.get_absl_handler().setFormatter(_PlainFormatter())
+
+
+def open_writer(workdir: pathlib.Path) -> metric_writers.MetricWriter:
+  """clu's writer to TensorBoard files in the workdir and to the log, from the first process only."""
+  if jax.process_index():
+    return metric_writers.MultiWriter([])
+  return metric_writers.create_default_writer(workdir / 'tensorboard')
+
+
+def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path):
+  """Diffusion loss per bin of log-SNR, one curve a set of parameters; returns the picture."""
+  figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
+  for name, bins in curves.items():
+    edges = np.linspace(ends[1], ends[0], len(bins) + 1)
+    axes.stairs(bins, edges, label=name)
+  axes.set(xlabel='log-SNR', ylabel='diffusion loss (bits/dim)', ylim=(0, None))
+  axes.legend()
+  return save_figure(figure, path)
+
+
+def plot_history(workdir: pathlib.Path, path: pathlib.Path):
+  """Bits per dimension against steps, from the workdir's number cards; returns the picture."""
+  figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
+  curves = {}
+  for card in map(load_json, sorted((workdir / 'cards').glob('bits_per_dim_*.json'))):
+    curves.setdefault((card['params'], card['bound']), []).append(
+      (card['step'], card['value'], card['stderr'])
+    )
+  for (params, bound), points in sorted(curves.items()):
+    steps, values, errors = np.array(sorted(points), float).T
+    axes.errorbar(steps, values, errors, marker='.', label=f'{params}, {bound}')
+  axes.set(xlabel='steps', ylabel='bits/dim')
+  axes.legend(fontsize='small')
+  return save_figure(figure, path)
+
+
+def load_json(path: pathlib.Path) -> Any:
+  """The content of a JSON file."""
+  return json.loads(path.read_text())
+
+
+def save_figure(figure, path: pathlib.Path) -> np.ndarray:
+  """Writes the figure as PNG and returns it as an image uint8 [H W 3]."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  figure.savefig(path, dpi=120)
+  picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+  plt.close(figure)
+  return picture
+
+
+class Meter:
+  """Averages of the steps' metrics, written every `every` steps, and the progress line.
+
+  A step's metrics are fetched when the next one has been dispatched, so no device waits for them.
+  """
+
+  def __init__(
+    self, writer: metric_writers.MetricWriter, every: int, batch_size: int, start: int, total: int
+  ):
+    self._writer, self._every, self._batch_size = writer, every, batch_size
+    self._start, self._total = start, total
+    self._pending, self._window, self._bins = None, [], []
+    self._begin = self._clock = None  # set after the first step, which compiles
+    columns = (
+      TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TextColumn('{task.fields[status]}')
+    )
+    self._line = Progress(*columns, console=console, disable=not _shown(), transient=True)
+    self._task = self._line.add_task('compiling', total=total, completed=start, status='')
+    self._line.start()
+
+  def push(self, step: int, metrics: Any, fetch: Callable[[Any], dict]):
+    """Takes the metrics of `step`, still being computed, and reads those of the step before."""
+    self.drain()
+    self._pending = (step, metrics, fetch)
+
+  def drain(self):
+    """Reads the metrics of the last step pushed; FloatingPointError where one is not finite."""
+    if self._pending is None:
+      return
+    step, metrics, fetch = self._pending
+    self._pending = None
+    metrics = fetch(metrics)
+    for name in ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm'):
+      if not np.isfinite(metrics[name]):
+        raise FloatingPointError(f'step {step}: {name} is {metrics[name]}')
+    now = time.monotonic()
+    if self._begin is None:
+      self._begin = self._clock = now
+      self._start = step
+    self._window.append(metrics)
+    left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
+    bits = metrics['bits_per_dim']
+    status = f'{bits:.3f} bits/dim, {self._rate(now):.0f} images/s, {_duration(left)} left'
+    self._line.update(self._task, description=f'step {step}', completed=step, status=status)
+    if step % self._every == 0:
+      self._write(step, now, left)
+
+  @contextlib.contextmanager
+  def pause(self):
+    """Reads what is pending; what happens inside does not count as time of the steps."""
+    self.drain()
+    start = time.monotonic()
+    yield
+    self._clock += time.monotonic() - start
+
+  def close(self):
+    """Takes the progress line away."""
+    self._line.stop()
+
+  def _rate(self, now: float) -> float:
+    """Images per second since the last write."""
+    return len(self._window) * self._batch_size / max(now - self._clock, 1e-9)
+
+  def _write(self, step: int, now: float, left: float):
+    means = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *self._window)
+    self._bins.append(means.pop('bins'))
+    scalars = {f'train/{k}': float(v) for k, v in means.items()}
+    scalars |= {'train/images_per_second': self._rate(now), 'train/minutes_left': left / 60}
+    self._writer.write_scalars(step, scalars)
+    self._window, self._clock = [], now
+
+  def take_bins(self) -> np.ndarray:
+    """Mean diffusion loss per log-SNR bin since the last call; nan where no example fell."""
+    sums, counts = (sum(bins[k] for bins in self._bins) for k in ('sum', 'count'))
+    self._bins = []
+    with np.errstate(invalid='ignore'):
+      return np.divide(sums, counts)
+
+
+def _shown() -> bool:
+  return console.is_terminal and jax.process_index() == 0
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'

@@ -1,0 +1,108 @@
+"""Draws images from a model; an image depends on its own number and the seed alone."""
+
+import math
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from vdm import build, checkpoint, parallel
+from vdm.gaussian import alpha, fold_in
+from vdm.likelihood import from_grid
+from vdm.samplers import ancestral, sample, time_grid
+
+
+def make_sampler(
+  config: ConfigDict, model: build.Model, mesh: Mesh
+) -> Callable[[Any], Iterator[np.ndarray]]:
+  """params -> iterator over batches [B H W C] of integers, config.sample.num_images in all."""
+  settings = config.sample
+  labels = labels_of(config)
+
+  def draw(params, index, label):
+    schedule = model.schedule(params)
+    denoiser = model.denoiser(params, label)
+    keys = fold_in(jax.random.key(settings.seed), index)
+    log_snrs = time_grid(schedule, settings.num_steps)
+    z_0 = sample(keys, ancestral, denoiser, log_snrs, model.image_shape)
+    return from_grid(z_0 / alpha(log_snrs[-1]), model.num_values)  # the decoder's mode
+
+  compiled = jax.jit(draw, out_shardings=parallel.replicated(mesh))
+  sharding = parallel.batch_sharding(mesh)
+
+  def run(params):
+    for start in range(0, settings.num_images, settings.batch_size):
+      index = start + np.arange(settings.batch_size)
+      inputs = (index.astype(np.int32), labels(index))
+      placed = [
+        jax.make_array_from_callback(a.shape, sharding, lambda part, a=a: a[part]) for a in inputs
+      ]
+      yield np.asarray(compiled(params, *placed))[: settings.num_images - start]
+
+  return run
+
+
+def chosen_params(config: ConfigDict, train_state: Any) -> Any:
+  """config.sample.params: the averaged parameters or the raw ones."""
+  return train_state.ema_params if config.sample.params == 'ema' else train_state.params
+
+
+def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
+  """Image number -> class: config.sample.label, or each class in turn where that is -1."""
+  label, classes = config.sample.label, max(1, config.data.num_classes)
+  build.check(
+    -1 <= label < classes, 'sample.label', label, f'a class, 0 .. {classes - 1}, or -1',
+    'use -1 for each class in turn',
+  )
+  return lambda index: (index % classes if label < 0 else np.full_like(index, label)).astype(np.int32)
+
+
+def grid(images: np.ndarray, num_values: int, columns: int = 0) -> np.ndarray:
+  """Images [N H W C] of integers as one picture uint8 [.. .. C], with a one-pixel frame."""
+  columns = columns or math.ceil(math.sqrt(len(images)))
+  rows = math.ceil(len(images) / columns)
+  picture = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
+  picture[: len(images)] = np.round(images * (255 / (num_values - 1)))
+  picture = np.pad(picture, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+  _, h, w, c = picture.shape
+  return picture.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
+
+
+def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
+  """Writes a picture uint8 [H W C], enlarged by whole pixels where it is small."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  if picture.shape[2] not in (1, 3):
+    picture = picture[..., :1]
+  image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
+  scale = max(1, math.ceil(least_side / min(image.size)))
+  image.resize([side * scale for side in image.size], Image.NEAREST).save(path)
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+  """--mode=sample: images from the newest checkpoint, as a PNG grid and as an NPZ file."""
+  model = build.model(config)
+  build.check_devices(config, jax.device_count())
+  mesh = parallel.make_mesh(config.parallel.fsdp)
+  abstract = parallel.abstract_state(mesh, build.init_state(config, model))
+  train_state = checkpoint.read(workdir, config, abstract)
+  step, settings = int(train_state.step), config.sample
+  batches = []
+  for batch in make_sampler(config, model, mesh)(chosen_params(config, train_state)):
+    batches.append(batch)
+    logging.info('%d of %d images', sum(map(len, batches)), settings.num_images)
+  images = np.concatenate(batches)
+  if jax.process_index() == 0:
+    name = f'step{step:08d}_{settings.params}_{settings.num_steps}steps_seed{settings.seed}'
+    path = workdir / 'samples' / f'{name}.png'
+    save_png(path, grid(images[:100], model.num_values))
+    labels = labels_of(config)(np.arange(len(images)))
+    np.savez_compressed(path.with_suffix('.npz'), images=images.astype(np.uint8), labels=labels)
+    logging.info('wrote %s and .npz', path)
+  return 0

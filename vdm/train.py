@@ -1,0 +1,249 @@
+"""The train step, written for the global batch, and the loop around it."""
+
+import pathlib
+import signal
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build, cards, checkpoint, data, evaluate, parallel, report, sample, state
+from vdm.gaussian import fold_in, standard_normal
+from vdm.likelihood import bits_per_dim
+from vdm.losses import variational_bound
+from vdm.times import stratified
+
+EXIT_PREEMPTED = 75  # saved after SIGTERM, not done: run the same command again
+
+
+def flip_horizontally(key: jax.Array, images: jax.Array) -> jax.Array:
+  """Mirrors each image [B H W C] with probability one half; one key per example."""
+  flip = jax.vmap(jax.random.bernoulli)(key)
+  return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+
+
+def make_loss(config: ConfigDict, model: build.Model) -> Callable:
+  """(params, batch, key, key_dropout) -> (mean loss in nats per dimension, metrics)."""
+  num_dims = int(np.prod(model.image_shape))
+
+  def loss_fn(params, batch, key, key_dropout):
+    key_t, key_eps, key_recon, key_flip = jax.random.split(key, 4)
+    u, index = batch['image'].astype(jnp.int32), batch['index']
+    if config.data.flip:
+      u = flip_horizontally(fold_in(key_flip, index), u)
+    bound = variational_bound(
+      model.denoiser(params, batch['label'], key_dropout),
+      model.schedule(params),
+      model.weighting,
+      u,
+      stratified(key_t, index, config.train.batch_size),
+      standard_normal(fold_in(key_recon, index), model.image_shape),
+      standard_normal(fold_in(key_eps, index), model.image_shape),
+      model.num_values,
+      config.train.num_timesteps,
+    )
+    loss = (bound.recon + bound.prior + bound.diffusion.loss).mean() / num_dims
+    terms = {
+      'recon_bpd': bound.recon, 'prior_bpd': bound.prior, 'diffusion_bpd': bound.diffusion.elbo
+    }
+    metrics = {k: bits_per_dim(v.mean(), num_dims) for k, v in terms.items()}
+    metrics['bits_per_dim'] = sum(metrics.values())
+    metrics['loss'] = loss
+    metrics['bins'] = evaluate.log_snr_bins(
+      bound.diffusion.log_snr, bits_per_dim(bound.diffusion.elbo, num_dims),
+      model.schedule(params), jnp.ones(len(u)),
+    )
+    return loss, metrics
+
+  return loss_fn
+
+
+def make_train_step(
+  config: ConfigDict, model: build.Model, optimizer: optax.GradientTransformation
+) -> Callable[..., tuple[state.TrainState, dict]]:
+  """step(train_state, batch, axis_name=None) -> (train_state, metrics).
+
+  `batch` holds 'image' uint8 [B H W C], 'label' [B] and 'index' [B], the position in the global
+  batch; with an axis name it is one device's part. Every random number is a function of
+  (config.seed, step, purpose, index), so that any split over devices and microbatches draws the
+  same ones; dropout alone is drawn per call.
+  """
+  grad_fn = jax.grad(make_loss(config, model), has_aux=True)
+  microbatches = config.train.microbatches
+
+  def step(train_state, batch, axis_name=None):
+    key = jax.random.fold_in(jax.random.key(config.seed), train_state.step)
+    key, key_dropout = jax.random.split(key)
+    if axis_name:
+      key_dropout = jax.random.fold_in(key_dropout, jax.lax.axis_index(axis_name))
+
+    def part_grads(number, part):
+      dropout = jax.random.fold_in(key_dropout, number) if config.model.dropout else None
+      return grad_fn(train_state.params, part, key, dropout)
+
+    if microbatches == 1:
+      grads, metrics = part_grads(0, batch)
+    else:
+      # Every k-th row, so that each part is spread over all devices.
+      parts = jax.tree.map(
+        lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch
+      )
+
+      def body(total, numbered):
+        return jax.tree.map(jnp.add, total, part_grads(*numbered)), None
+
+      numbered = (jnp.arange(microbatches), parts)
+      zero = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype),
+        jax.eval_shape(part_grads, *jax.tree.map(lambda a: a[0], numbered)),
+      )
+      total, _ = jax.lax.scan(body, zero, numbered)
+      grads, metrics = jax.tree.map(lambda a: a / microbatches, total)
+    if axis_name:
+      grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+    metrics['grad_norm'] = optax.global_norm(grads)
+    decay = state.ema_decay(train_state.step, config.train.batch_size, **config.ema)
+    return state.apply_gradients(train_state, grads, optimizer, decay), metrics
+
+  return step
+
+
+class _StopSignal:
+  """Notes SIGTERM and Ctrl-C, for the loop to save and stop; a second one acts at once."""
+
+  def __init__(self):
+    self.name = ''
+    self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+
+  def _note(self, number, _):
+    self.name = signal.Signals(number).name
+    self.restore()
+
+  def restore(self):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def agreed(self, step: int) -> bool:
+    """Whether to stop after `step`: the same answer on every host."""
+    if jax.process_count() > 1:  # JAX's own notifier passes the signal on to all hosts
+      return multihost_utils.reached_preemption_sync_point(step)
+    return bool(self.name)
+
+
+def train(config: ConfigDict, workdir: pathlib.Path) -> int:
+  """Trains to config.train.num_steps, from the newest checkpoint if there is one.
+
+  Returns:
+    The process's exit status: 0 when done, EXIT_PREEMPTED when stopped and saved before.
+  """
+  model, optimizer = build.model(config), build.optimizer(config)
+  build.check_devices(config, jax.device_count())
+  checkpoint.open_workdir(workdir, config)
+  train_source = data.load(config.data, 'train')
+  mesh = parallel.make_mesh(config.parallel.fsdp)
+  look = make_look(config, model, mesh, workdir)
+  init = build.init_state(config, model)
+  abstract = parallel.abstract_state(mesh, init)
+  manager = checkpoint.manager(workdir, config.checkpoint.keep)
+  train_state, start = checkpoint.restore(manager, abstract) or (None, 0)
+  num_steps = config.train.num_steps
+  if start >= num_steps:
+    logging.info('%s is done, at step %d. %s', workdir, start, cards.last_result(workdir))
+    return 0
+  logging.info(
+    '%s: step %d of %d, %s parameters, %d device(s)', workdir, start, num_steps,
+    f'{sum(leaf.size for leaf in jax.tree.leaves(abstract.params)):,}', jax.device_count(),
+  )
+  step_fn = make_train_step(config, model, optimizer)
+  runner = parallel.runner(config.parallel.mode, step_fn, mesh, abstract)
+  train_state = runner.put_state(train_state or parallel.initial_state(mesh, init))
+  batches = parallel.prefetch(_batches(config, train_source, start), runner.put_batch)
+  writer = report.open_writer(workdir)
+  meter = report.Meter(
+    writer, config.train.log_every_steps, config.train.batch_size, start, num_steps
+  )
+  stop = _StopSignal()
+  try:
+    for step in range(start + 1, num_steps + 1):
+      train_state, metrics = runner.step(train_state, next(batches))
+      meter.push(step, metrics, runner.get_metrics)
+      stopped, last = stop.agreed(step), step == num_steps
+      evaluates = (step % config.train.eval_every_steps == 0 or last) and not stopped
+      saves = step % config.checkpoint.every_steps == 0 or last or stopped
+      if evaluates or saves:
+        with meter.pause():
+          current = runner.get_state(train_state)
+          result = look(current, writer, meter.take_bins()) if evaluates else {}
+          if saves:
+            checkpoint.save(manager, step, current, result)
+      if stopped:
+        manager.wait_until_finished()
+        logging.warning('%s: stopped and saved at step %d; the same command goes on.', stop.name, step)
+        return EXIT_PREEMPTED
+  except FloatingPointError as error:
+    manager.wait_until_finished()
+    latest = checkpoint.latest_step(manager)
+    kept = f'is {workdir}/checkpoints/{latest}' if latest else 'does not exist'
+    raise FloatingPointError(f'{error}; stopped. The last good checkpoint {kept}.') from error
+  finally:
+    meter.close()
+    writer.close()
+    manager.close()
+    stop.restore()
+  logging.info('%s is done. %s', workdir, cards.last_result(workdir))
+  return 0
+
+
+def _batches(config: ConfigDict, source: data.Source, start: int) -> Iterator[dict[str, np.ndarray]]:
+  """This host's rows of each global batch, with their position in it."""
+  size, host = config.train.batch_size // jax.process_count(), jax.process_index()
+  index = np.arange(host * size, (host + 1) * size, dtype=np.int32)
+  batches = data.train_batches(
+    source, batch_size=config.train.batch_size, seed=config.seed, start_step=start,
+    process_index=host, process_count=jax.process_count(),
+  )
+  return (batch | {'index': index} for batch in batches)
+
+
+def make_look(
+  config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path
+) -> Callable[..., dict[str, float]]:
+  """look(state, writer, train_bins) scores the state, draws samples and plots, and writes them all.
+
+  It returns the metrics by which checkpoints are ranked.
+  """
+  source = data.load(config.data, 'eval')
+  evaluator = evaluate.make_evaluator(config, model, mesh)
+  sampler = sample.make_sampler(config, model, mesh)
+
+  def look(train_state, writer, train_bins):
+    step = int(train_state.step)
+    results = evaluate.evaluate_and_write(config, model, evaluator, source, train_state, workdir)
+    scalars = {
+      f'eval/{name}_{k}': v
+      for name, result in results.items()
+      for k, v in (('bits_per_dim', result.value), ('stderr', result.stderr),
+                   *((f'{term}_bpd', t['value']) for term, t in result.terms.items()))
+    }
+    writer.write_scalars(step, scalars)
+    images = np.concatenate(list(sampler(sample.chosen_params(config, train_state))))
+    if jax.process_index() == 0:
+      picture = sample.grid(images, model.num_values)
+      sample.save_png(workdir / 'samples' / f'step_{step:08d}.png', picture)
+      curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
+      ends = model.schedule(train_state.params)(jnp.array([0.0, 1.0]))
+      plots = workdir / 'plots'
+      writer.write_images(step, {
+        'samples': picture[None],
+        'diffusion_loss': report.plot_bins(curves, jax.device_get(ends), plots / 'diffusion_loss.png')[None],
+        'history': report.plot_history(workdir, plots / 'bits_per_dim.png')[None],
+      })
+    return {'bits_per_dim': results['ema'].value}
+
+  return look
