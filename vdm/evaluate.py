@@ -35,7 +35,7 @@ def log_snr_bins(
 
 
 def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
-  """step(params, batch, batch_number) -> sums over the batch's real images, in bits per dim.
+  """step(params, batch, batch_number, seed) -> sums over the batch's real images, in bits per dim.
 
   'terms' [draws, 3] over images; 'image' the sum, and 'image_squared' the sum of squares, of
   each image's mean over draws; 'bins' of the diffusion term.
@@ -43,13 +43,13 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
   num_dims = math.prod(model.image_shape)
   settings = config.eval
 
-  def step(params, batch, batch_number):
+  def step(params, batch, batch_number, seed):
     u, index, mask = batch['image'].astype(jnp.int32), batch['index'], batch['mask']
     position = index % settings.batch_size  # eval batches are consecutive parts of the split
     denoiser, schedule = model.denoiser(params, batch['label']), model.schedule(params)
 
     def draw(number):
-      key = jax.random.fold_in(jax.random.key(settings.seed), number)
+      key = jax.random.fold_in(jax.random.key(seed), number)
       key_t, key_eps, key_recon = jax.random.split(key, 3)
       bound = variational_bound(
         denoiser, schedule, elbo(), u,
@@ -130,7 +130,7 @@ def make_evaluator(
     sums = []
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
     for number, batch in enumerate(on_devices):
-      sums.append((compiled(params, batch, number), batch['mask'].sum()))
+      sums.append((compiled(params, batch, number, config.eval.seed), batch['mask'].sum()))
     sums, counts = zip(*jax.device_get(sums), strict=True)
     return summarize(list(sums), [int(c) for c in counts])
 

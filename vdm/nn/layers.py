@@ -99,41 +99,17 @@ class Dropout(nn.Module):
     return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros_like(x))
 
 
-def num_groups(channels):
-  """The greatest divisor of `channels`, up to 32, that leaves at least 4 channels per group."""
-  return max(n for n in range(1, max(1, min(32, channels // 4)) + 1) if channels % n == 0)
+def group_norm(channels, dtype, name):
+  """GroupNorm over positions and groups of channels (Wu & He, arXiv 1803.08494), named `name`.
 
-
-class GroupNorm(nn.Module):
-  """Normalises x [B, ..., C] over positions and groups of channels (Wu & He, arXiv 1803.08494).
-
-  32 groups, or the greatest number of groups of at least four channels if that is less: a group of
-  one channel would remove the conditioning, which shifts whole channels just before. float32
-  statistics, output in `dtype`. The function is `flax.linen.GroupNorm`'s; here positions are summed before channels
-  are grouped, so that the large sums run along whole rows: half the time on CPU.
+  32 groups as in VDM's public code, or, where that leaves fewer than four channels per group, the
+  greatest number of groups that does not: a group of one channel would remove the conditioning,
+  which shifts whole channels just before it, and one of two keeps only their difference. float32
+  statistics, output in `dtype`.
   """
-
-  epsilon: float = 1e-6
-  dtype: jnp.dtype = jnp.float32
-
-  @nn.compact
-  def __call__(self, x):
-    batch, *positions, channels = x.shape
-    groups = num_groups(channels)
-    scale = self.param('scale', nn.initializers.ones, (channels,))
-    bias = self.param('bias', nn.initializers.zeros, (channels,))
-
-    def group_mean(u):
-      sums = u.sum(range(1, x.ndim - 1)).reshape(batch, groups, -1)
-      return sums.sum(-1, keepdims=True) / (math.prod(positions) * channels // groups)
-
-    x = x.astype(jnp.float32)
-    mean = group_mean(x)
-    variance = jnp.maximum(group_mean(x**2) - mean**2, 0.0)
-    factor = lax.rsqrt(variance + self.epsilon) * scale.reshape(1, groups, -1)
-    offset = bias.reshape(1, groups, -1) - mean * factor
-    per_channel = (batch, *(1 for _ in positions), channels)
-    return (x * factor.reshape(per_channel) + offset.reshape(per_channel)).astype(self.dtype)
+  most = max(1, min(32, channels // 4))
+  num_groups = max(n for n in range(1, most + 1) if channels % n == 0)
+  return nn.GroupNorm(num_groups, epsilon=1e-6, dtype=dtype, name=name)
 
 
 @jax.custom_vjp
@@ -216,7 +192,7 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(self, x):
     batch, height, width, channels = x.shape
-    h = GroupNorm(dtype=self.dtype, name='norm')(x)
+    h = group_norm(channels, self.dtype, 'norm')(x)
     heads = (batch, height * width, self.num_heads, channels // self.num_heads)
     q, k, v = (
       nn.Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads)

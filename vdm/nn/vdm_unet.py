@@ -20,13 +20,13 @@ class ResBlock(nn.Module):
   @nn.compact
   def __call__(self, x, cond, *, train):
     zeros = nn.initializers.zeros
-    h = nn.swish(layers.GroupNorm(dtype=self.dtype, name='norm_0')(x))
+    h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0')(x))
     h = layers.Conv3x3(self.features, self.dtype, name='conv_0')(h)
     shift = nn.Dense(
       self.features, use_bias=False, kernel_init=zeros, dtype=self.dtype, name='cond'
     )(cond)
     h += shift[:, None, None, :]
-    h = nn.swish(layers.GroupNorm(dtype=self.dtype, name='norm_1')(h))
+    h = nn.swish(layers.group_norm(self.features, self.dtype, 'norm_1')(h))
     h = layers.Dropout(self.dropout)(h, train=train)
     h = layers.Conv3x3(self.features, self.dtype, zeros, name='conv_1')(h)
     if x.shape[-1] != self.features:
@@ -36,6 +36,8 @@ class ResBlock(nn.Module):
 
 class VDMUNet(nn.Module):
   """VDM's network, the same function as the public code's (arXiv 2107.00630, appendix B).
+
+  The same at the published widths, 128 and 256; narrower ones have fewer groups (`group_norm`).
 
   conv; `num_blocks` residual blocks; block, attention, block; `num_blocks` + 1 blocks, each of
   which also reads one of the earlier outputs, the last first; GroupNorm, swish, conv. All at full
@@ -110,7 +112,7 @@ class VDMUNet(nn.Module):
     for i, skip in enumerate(reversed(skips)):
       h = block(jnp.concatenate([h, skip], axis=-1), f'up_{i}')
 
-    h = nn.swish(layers.GroupNorm(dtype=self.dtype, name='norm_out')(h))
+    h = nn.swish(layers.group_norm(self.width, self.dtype, 'norm_out')(h))
     zeros = nn.initializers.zeros
     h = layers.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
     h = h.astype(jnp.float32)

@@ -1,0 +1,199 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from vdm import build, data, evaluate, parallel, sample
+from vdm.configs import default
+from vdm.gaussian import Prediction, alpha, sigma
+from vdm.schedules import SCHEDULES
+from vdm.weightings import WEIGHTINGS
+
+SHAPE, VALUES = (2, 3, 1), 256
+LOG_SNR_MIN, LOG_SNR_MAX = -12.0, 13.3
+
+
+def gaussian_data(seed=0):
+  """Mean and covariance of correlated Gaussian images well inside [-1, 1]."""
+  rng = np.random.default_rng(seed)
+  dims = int(np.prod(SHAPE))
+  factor = rng.normal(size=(dims, dims)) / np.sqrt(dims)
+  return rng.uniform(-0.2, 0.2, dims), 0.02 * (factor @ factor.T + 0.5 * np.eye(dims))
+
+
+def exact_model(mean, covariance, schedule='linear'):
+  """A model whose denoiser is E[x | z] = mu + a C (a^2 C + s^2 I)^-1 (z - a mu)."""
+  values, vectors = (jnp.asarray(a, jnp.float32) for a in np.linalg.eigh(covariance))
+  mean = jnp.asarray(mean, jnp.float32)
+
+  def denoise(z, log_snr):
+    a, s = alpha(log_snr)[:, None], sigma(log_snr)[:, None]
+    residual = (z.reshape(len(z), -1) - a * mean[None]) @ vectors
+    # eps_hat from the residual itself: z - a x_hat would cancel where there is little noise
+    shrink = 1 / (a**2 * values[None] + s**2)
+    x = mean[None] + (a * values[None] * shrink * residual) @ vectors.T
+    eps = (s * shrink * residual) @ vectors.T
+    return Prediction(x.reshape(z.shape), eps.reshape(z.shape))
+
+  fixed = SCHEDULES[schedule](log_snr_min=LOG_SNR_MIN, log_snr_max=LOG_SNR_MAX)
+  return build.Model(
+    init=None,
+    schedule=lambda params: fixed,
+    denoiser=lambda params, label=None, key_dropout=None: denoise,
+    weighting=WEIGHTINGS['elbo'](),
+    image_shape=SHAPE,
+    num_values=VALUES,
+  )
+
+
+def quantised(mean, covariance, count, seed=1):
+  """Draws, rounded to the grid, and their exact bits/dim: the density times the cell.
+
+  The cell is 1/128 against a standard deviation of 0.1 and more in every direction: the midpoint
+  rule is off by less than 1e-3 bits/dim.
+  """
+  rng = np.random.default_rng(seed)
+  x = rng.multivariate_normal(mean, covariance, count)
+  u = np.clip(np.round(((x + 1) * VALUES - 1) / 2), 0, VALUES - 1)
+  offset = (2 * u + 1) / VALUES - 1 - mean
+  dims = len(mean)
+  nats = 0.5 * np.einsum('ni,ij,nj->n', offset, np.linalg.inv(covariance), offset)
+  nats += 0.5 * np.linalg.slogdet(covariance)[1] + dims / 2 * np.log(2 * np.pi)
+  bits = (nats - dims * np.log(2 / VALUES)) / (dims * np.log(2))
+  return u.astype(np.uint8).reshape(count, *SHAPE), bits.mean()
+
+
+def source_of(images):
+  def fetch(indices):
+    return {'image': images[indices], 'label': np.zeros(len(indices), np.int32)}
+
+  return data.Source(fetch, {'num_images': len(images)})
+
+
+def config_of(**settings):
+  config = default.get_config()
+  with config.unlocked():
+    config.eval.update(batch_size=256, draws=8)
+    config.eval.update(settings)
+  return config
+
+
+def score(model, config, images, evaluator=None):
+  evaluator = evaluator or evaluate.make_evaluator(config, model, parallel.make_mesh())
+  batches = data.eval_batches(
+    source_of(images), batch_size=config.eval.batch_size, max_images=config.eval.max_images,
+    process_index=0, process_count=1,
+  )
+  return evaluator({}, batches)
+
+
+def test_bound_of_the_exact_denoiser_is_the_exact_likelihood():
+  mean, covariance = gaussian_data()
+  images, exact = quantised(mean, covariance, 3000)
+  result = score(exact_model(mean, covariance), config_of(draws=64), images)
+  assert result.num_images == 3000
+  assert result.stderr < 0.03
+  # 1e-3 for the midpoint rule, and for the prior and decoder, which are not exact to the end
+  assert abs(result.value - exact) < 3 * result.stderr + 2e-3, (result.value, exact)
+
+
+def test_bound_of_a_wrong_denoiser_is_worse():
+  mean, covariance = gaussian_data()
+  images, exact = quantised(mean, covariance, 1000)
+  result = score(exact_model(mean, 4 * covariance), config_of(), images)
+  assert result.value > exact + 5 * result.stderr + 0.02
+
+
+def test_discrete_bound_is_above_the_continuous_one_and_tends_to_it():
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 1000)
+  model = exact_model(mean, covariance)
+  value = lambda steps: score(model, config_of(num_timesteps=steps), images)
+  few, many, continuous = value(10), value(1000), value(0)
+  assert few.value > continuous.value + 5 * continuous.stderr
+  assert abs(many.value - continuous.value) < 4 * continuous.stderr + 0.05
+
+
+def test_standard_error_is_that_of_repeated_evaluations():
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 200)
+  model = exact_model(mean, covariance)
+  config = config_of(draws=4, batch_size=64)
+  evaluator = evaluate.make_evaluator(config, model, parallel.make_mesh())
+  runs = []
+  for seed in range(24):
+    config.eval.seed = seed
+    runs.append(score(model, config, images, evaluator))
+  spread = np.std([run.value for run in runs], ddof=1)
+  stated = np.sqrt(np.mean([run.stderr**2 for run in runs]))
+  assert 0.6 < stated / spread < 1.6
+
+
+def test_every_image_counts_once_whatever_the_batch_size():
+  """Padding and masks: the terms without Monte Carlo noise are the same for any batch size."""
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 100)
+  model = exact_model(mean, covariance)
+  small, large = (score(model, config_of(batch_size=size), images).terms for size in (24, 256))
+  for term in ('prior', 'recon'):  # the noise of the latter is drawn by image, not by batch
+    np.testing.assert_allclose(small[term]['value'], large[term]['value'], rtol=1e-5)
+
+
+def test_max_images_evaluates_the_first_ones():
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 100)
+  model = exact_model(mean, covariance)
+  part = score(model, config_of(batch_size=8, max_images=20), images)
+  assert part.num_images == 20
+  alone = score(model, config_of(batch_size=8), images[:20])
+  np.testing.assert_allclose(part.value, alone.value, rtol=1e-6)
+
+
+def test_a_single_draw_has_no_standard_error():
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 16)
+  result = score(exact_model(mean, covariance), config_of(draws=1, batch_size=8), images)
+  assert np.isnan(result.stderr) and np.isfinite(result.stderr_images)
+
+
+def test_bins_hold_the_diffusion_loss_by_log_snr():
+  log_snr = jnp.array([-5.0, -4.9, 0.01, 4.99, 5.0])
+  schedule = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=5.0)
+  mask = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
+  bins = evaluate.log_snr_bins(log_snr, jnp.arange(1.0, 6.0), schedule, mask)
+  middle = evaluate.NUM_BINS // 2
+  np.testing.assert_allclose(bins['sum'][jnp.array([0, middle, -1])], [3, 3, 4])
+  np.testing.assert_allclose(bins['count'][jnp.array([0, middle, -1])], [2, 1, 1])
+  assert bins['count'].sum() == 4
+
+
+def test_samples_of_the_exact_denoiser_have_the_mean_and_covariance_of_the_data():
+  """Through the sampler a config builds: keys by image number, grid, decoder."""
+  mean, covariance = gaussian_data()
+  config = default.get_config()
+  config.sample.update(num_images=9000, batch_size=4096, num_steps=250)
+  sampler = sample.make_sampler(config, exact_model(mean, covariance, 'cosine'), parallel.make_mesh())
+  u = np.concatenate(list(sampler({}))).reshape(9000, -1)
+  x = (2 * u + 1) / VALUES - 1
+  np.testing.assert_allclose(x.mean(axis=0), mean, atol=5 * np.sqrt(covariance.max() / 9000))
+  error = 5 * covariance.max() * np.sqrt(2 / 9000)
+  np.testing.assert_allclose(np.cov(x.T), covariance, atol=error + 0.01 * covariance.max())
+
+
+def test_images_do_not_depend_on_the_batch_they_are_drawn_in():
+  mean, covariance = gaussian_data()
+  model = exact_model(mean, covariance)
+  config = default.get_config()
+  config.sample.update(num_images=20, batch_size=8, num_steps=10)
+  small = np.concatenate(list(sample.make_sampler(config, model, parallel.make_mesh())({})))
+  config.sample.batch_size = 24
+  large = np.concatenate(list(sample.make_sampler(config, model, parallel.make_mesh())({})))
+  assert small.shape == (20, *SHAPE)
+  np.testing.assert_array_equal(small, large)
+
+
+def test_grid_shows_every_image_once():
+  images = np.arange(5 * 2 * 3 * 1).reshape(5, 2, 3, 1) % 17
+  picture = sample.grid(images, 17)
+  assert picture.shape == (2 * 4, 3 * 5, 1) and picture.dtype == np.uint8
+  np.testing.assert_array_equal(picture[1:3, 6:9, 0], np.round(images[1, ..., 0] * 255 / 16))
