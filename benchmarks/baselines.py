@@ -57,13 +57,17 @@ def main(_):
     images = np.stack([source[i]['image'] for i in range(len(source))])
     splits[split] = images.reshape(len(images), -1).astype(np.int64)
   arguments = (splits['train'], splits['eval'], config.num_values)
-  print(json.dumps({
-    'data': config.name,
-    'train_images': len(splits['train']),
-    'test_images': len(splits['eval']),
-    'histogram_bits_per_dim': min(histogram(*arguments, s) for s in SMOOTHINGS),
-    'gaussian_bits_per_dim': min(gaussian(*arguments, r) for r in RIDGES),
-  }))
+  print(
+    json.dumps(
+      {
+        'data': config.name,
+        'train_images': len(splits['train']),
+        'test_images': len(splits['eval']),
+        'histogram_bits_per_dim': min(histogram(*arguments, s) for s in SMOOTHINGS),
+        'gaussian_bits_per_dim': min(gaussian(*arguments, r) for r in RIDGES),
+      }
+    )
+  )
 
 
 if __name__ == '__main__':

@@ -1,1 +1,1 @@
-"""One file per experiment; `default.py` is complete and commented, the others state what differs."""
+"""One file per experiment: `default.py` explains every leaf, the others state what differs."""

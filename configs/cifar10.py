@@ -16,8 +16,12 @@ def get_config(arg=''):
   with config.unlocked():
     config.name = 'cifar10'
     config.data.update(
-      name='cifar10', train_images=50_000, eval_images=10_000, image_shape=(32, 32, 3),
-      num_values=256, num_classes=10,
+      name='cifar10',
+      train_images=50_000,
+      eval_images=10_000,
+      image_shape=(32, 32, 3),
+      num_values=256,
+      num_classes=10,
     )
     config.model.update(width=128, num_blocks=32, fourier_exponents=(6, 7), dropout=0.1)
     config.schedule.update(log_snr_min=-5.0, log_snr_max=13.3)

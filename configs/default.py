@@ -16,7 +16,7 @@ def get_config(arg=''):
 
   config.data = ConfigDict(
     dict(
-      name='digits',  # 'digits' (embedded), or any TFDS image data set, e.g. 'imagenet_resized/64x64'
+      name='digits',  # 'digits' (embedded), or a TFDS image data set: 'imagenet_resized/64x64'
       dir='',  # TFDS data_dir; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
       train_split='train',
       eval_split='test',
@@ -117,5 +117,5 @@ def debug(config):
   config.model.num_blocks = 1
   config.train.update(batch_size=8, num_steps=4, log_every_steps=1, eval_every_steps=2)
   config.eval.update(batch_size=8, draws=2, max_images=16)
-  config.sample.update(num_images=4, batch_size=4, num_steps=4)
+  config.sample.update(num_images=8, batch_size=8, num_steps=4)
   config.checkpoint.every_steps = 2

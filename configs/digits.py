@@ -1,6 +1,6 @@
 """The 1,797 real 8 x 8 digits that come with scikit-learn: nothing to download.
 
-  python -m vdm.main --config=configs/digits.py
+python -m vdm.main --config=configs/digits.py
 """
 
 from vdm.configs import default

@@ -1,6 +1,6 @@
 """Fashion-MNIST, 28 x 28 grey: a real data set on a laptop CPU.
 
-  python -m vdm.main --config=configs/fashion_mnist.py --config.data.dir=DIR
+python -m vdm.main --config=configs/fashion_mnist.py --config.data.dir=DIR
 """
 
 from vdm.configs import default
@@ -12,8 +12,12 @@ def get_config(arg=''):
   with config.unlocked():
     config.name = 'fashion_mnist'
     config.data.update(
-      name='fashion_mnist', train_images=60_000, eval_images=10_000, image_shape=(28, 28, 1),
-      num_values=256, num_classes=10,
+      name='fashion_mnist',
+      train_images=60_000,
+      eval_images=10_000,
+      image_shape=(28, 28, 1),
+      num_values=256,
+      num_classes=10,
     )
     config.model.update(width=32, num_blocks=2, fourier_exponents=(6, 7), dropout=0.0)
     config.schedule.update(log_snr_min=-5.0, log_snr_max=13.3)

@@ -17,8 +17,14 @@ def get_config(arg=''):
   with config.unlocked():
     config.name = 'imagenet64'
     config.data.update(
-      name='imagenet_resized/64x64', eval_split='validation', train_images=1_281_167,
-      eval_images=50_000, image_shape=(64, 64, 3), num_values=256, num_classes=1000, flip=True,
+      name='imagenet_resized/64x64',
+      eval_split='validation',
+      train_images=1_281_167,
+      eval_images=50_000,
+      image_shape=(64, 64, 3),
+      num_values=256,
+      num_classes=1000,
+      flip=True,
     )
     config.model.update(
       width=256, num_blocks=64, fourier_exponents=(6, 7), dropout=0.1, class_conditional=True

@@ -1,6 +1,7 @@
 """Eight CPU devices, jaxtyping checked, rank promotion an error."""
 
 import os
+import tempfile
 
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -17,6 +18,10 @@ import jax
 import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+# Many tests compile the same small programs, in this process and in pytest-xdist's others.
+CACHE = os.path.join(tempfile.gettempdir(), f'vdm_tests_{jax.__version__}_{os.getuid()}')
+jax.config.update('jax_compilation_cache_dir', CACHE)
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
 @pytest.fixture

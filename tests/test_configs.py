@@ -24,7 +24,11 @@ def load(name, arg=''):
 def batch_of(config, size):
   shape = (size, *config.data.image_shape)
   image = np.random.default_rng(0).integers(0, config.data.num_values, shape).astype(np.uint8)
-  return {'image': image, 'label': np.zeros(size, np.int32), 'index': np.arange(size, dtype=np.int32)}
+  return {
+    'image': image,
+    'label': np.zeros(size, np.int32),
+    'index': np.arange(size, dtype=np.int32),
+  }
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -52,7 +56,10 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   init = build.init_state(config, model)
   state = parallel.initial_state(mesh, init)
   runner = parallel.runner(
-    'jit', train.make_train_step(config, model, optimizer), mesh, parallel.abstract_state(mesh, init)
+    'jit',
+    train.make_train_step(config, model, optimizer),
+    mesh,
+    parallel.abstract_state(mesh, init),
   )
   batch = batch_of(config, config.train.batch_size)
   state, metrics = runner.step(state, runner.put_batch(batch))

@@ -1,10 +1,8 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
+from vdm.configs import default
 
 from vdm import build, data, evaluate, parallel, sample
-from vdm.configs import default
 from vdm.gaussian import Prediction, alpha, sigma
 from vdm.schedules import SCHEDULES
 from vdm.weightings import WEIGHTINGS
@@ -81,8 +79,11 @@ def config_of(**settings):
 def score(model, config, images, evaluator=None):
   evaluator = evaluator or evaluate.make_evaluator(config, model, parallel.make_mesh())
   batches = data.eval_batches(
-    source_of(images), batch_size=config.eval.batch_size, max_images=config.eval.max_images,
-    process_index=0, process_count=1,
+    source_of(images),
+    batch_size=config.eval.batch_size,
+    max_images=config.eval.max_images,
+    process_index=0,
+    process_count=1,
   )
   return evaluator({}, batches)
 
@@ -172,7 +173,9 @@ def test_samples_of_the_exact_denoiser_have_the_mean_and_covariance_of_the_data(
   mean, covariance = gaussian_data()
   config = default.get_config()
   config.sample.update(num_images=9000, batch_size=4096, num_steps=250)
-  sampler = sample.make_sampler(config, exact_model(mean, covariance, 'cosine'), parallel.make_mesh())
+  sampler = sample.make_sampler(
+    config, exact_model(mean, covariance, 'cosine'), parallel.make_mesh()
+  )
   u = np.concatenate(list(sampler({}))).reshape(9000, -1)
   x = (2 * u + 1) / VALUES - 1
   np.testing.assert_allclose(x.mean(axis=0), mean, atol=5 * np.sqrt(covariance.max() / 9000))

@@ -59,9 +59,7 @@ def test_probabilities_of_a_sub_pixel_sum_to_one(shape, num_values, log_snr_max,
     (1, 0),
   )(every.reshape(num_values, -1), z_0.reshape(-1))
   np.testing.assert_allclose(np.exp(each_pixel).sum(axis=1), 1, rtol=2e-3)
-  whole = likelihood.decoder_log_prob(
-    every[:1], z_0, jnp.float32(log_snr_max), num_values
-  )
+  whole = likelihood.decoder_log_prob(every[:1], z_0, jnp.float32(log_snr_max), num_values)
   np.testing.assert_allclose(whole[0], each_pixel[:, 0].sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -106,11 +104,15 @@ def test_grid_round_trip_and_extent(num_values):
   x = likelihood.to_grid(u, num_values)
   np.testing.assert_array_equal(likelihood.from_grid(x, num_values), u)
   np.testing.assert_allclose([x[0], x[-1]], [1 / num_values - 1, 1 - 1 / num_values], rtol=1e-6)
-  np.testing.assert_array_equal(likelihood.from_grid(jnp.array([-3.0, 3.0]), num_values), [0, num_values - 1])
+  np.testing.assert_array_equal(
+    likelihood.from_grid(jnp.array([-3.0, 3.0]), num_values), [0, num_values - 1]
+  )
 
 
 def test_prior_term_vanishes_with_the_signal():
   x = jnp.ones((2, 3, 3, 1))
   np.testing.assert_allclose(likelihood.prior_loss(x, jnp.float32(-40.0)), 0, atol=1e-5)
   # alpha^2 = sigma^2 = 1/2: 1/2 sum(1/2 x^2 + 1/2 - log 1/2 - 1)
-  np.testing.assert_allclose(likelihood.prior_loss(x, jnp.float32(0.0)), 9 * np.log(2) / 2, rtol=1e-6)
+  np.testing.assert_allclose(
+    likelihood.prior_loss(x, jnp.float32(0.0)), 9 * np.log(2) / 2, rtol=1e-6
+  )

@@ -27,9 +27,9 @@ def test_ancestral_samples_have_the_mean_and_covariance_of_the_data(schedule, ke
   schedule = SCHEDULES[schedule](log_snr_min=-10.0, log_snr_max=10.0)
   keys = fold_in(key, jnp.arange(count))
   grid = samplers.time_grid(schedule, 400)
-  x = jax.jit(
-    lambda keys: samplers.sample(keys, samplers.ancestral, denoiser, grid, (2,))
-  )(keys) / alpha(grid[-1])
+  x = jax.jit(lambda keys: samplers.sample(keys, samplers.ancestral, denoiser, grid, (2,)))(
+    keys
+  ) / alpha(grid[-1])
   x = np.float64(x)
   # five standard errors, and 2 % for the finite number of steps
   np.testing.assert_allclose(x.mean(axis=0), MEAN, atol=5 * np.sqrt(0.5 / count))

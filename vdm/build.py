@@ -41,8 +41,11 @@ def _factory(table: dict, field: str, block: dict, **extra):
   parameters = inspect.signature(table[name]).parameters
   unknown = [k for k in kwargs if k not in parameters]
   missing = [
-    k for k, p in parameters.items()
-    if p.default is p.empty and k not in kwargs and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    k
+    for k, p in parameters.items()
+    if p.default is p.empty
+    and k not in kwargs
+    and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
   ]
   if unknown or missing:
     problem = f'does not take {unknown[0]}' if unknown else f'needs {missing[0]}'
@@ -63,8 +66,11 @@ def dtype(config: ConfigDict) -> jnp.dtype:
   """Of activations inside the network."""
   name = config.model.dtype
   check(
-    name in ('auto', 'float32', 'bfloat16'), 'model.dtype', name,
-    "'auto', 'float32' or 'bfloat16'", 'auto means bfloat16 on TPU and GPU, float32 on CPU',
+    name in ('auto', 'float32', 'bfloat16'),
+    'model.dtype',
+    name,
+    "'auto', 'float32' or 'bfloat16'",
+    'auto means bfloat16 on TPU and GPU, float32 on CPU',
   )
   if name == 'auto':
     name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
@@ -76,14 +82,25 @@ def model(config: ConfigDict) -> Model:
   check_config(config)
   block = config.model.to_dict()
   output, class_conditional = block.pop('output'), block.pop('class_conditional')
-  check(output in HEADS, 'model.output', output, f'one of {", ".join(HEADS)}', 'choose one of these')
+  check(
+    output in HEADS, 'model.output', output, f'one of {", ".join(HEADS)}', 'choose one of these'
+  )
   num_classes = config.data.num_classes if class_conditional else 0
-  network = _factory(NETWORKS, 'model', block, num_classes=num_classes, dtype=dtype(config))
+  network = _factory(
+    NETWORKS,
+    'model',
+    block,
+    num_classes=num_classes,
+    dtype=dtype(config),
+    residual=output == 'eps',  # z is nearly eps where noise dominates, and nothing like x or v
+  )
   learned = schedule(config)
   weighting = _factory(WEIGHTINGS, 'weighting', config.weighting.to_dict())
   check(
     not (jax.tree.leaves(learned.init()) and config.weighting.name != 'elbo'),
-    'weighting.name', config.weighting.name, "'elbo' where the schedule is learned",
+    'weighting.name',
+    config.weighting.name,
+    "'elbo' where the schedule is learned",
     'the end points are trained by the bound: choose a fixed config.schedule.name, such as linear',
   )
   image_shape = tuple(config.data.image_shape)
@@ -117,7 +134,13 @@ def model(config: ConfigDict) -> Model:
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
   """config.optimizer as an optax transformation."""
   decay = config.optimizer.decay
-  check(decay in ('constant', 'cosine'), 'optimizer.decay', decay, "'constant' or 'cosine'", 'choose one')
+  check(
+    decay in ('constant', 'cosine'),
+    'optimizer.decay',
+    decay,
+    "'constant' or 'cosine'",
+    'choose one',
+  )
   return state_lib.make_optimizer(config.train.num_steps, **config.optimizer)
 
 
@@ -130,38 +153,83 @@ def init_state(config: ConfigDict, model: Model) -> Callable[[], state_lib.Train
 def check_config(config: ConfigDict):
   """Refuses values that no run could use, before anything is compiled or written."""
   for field in (
-    'train.batch_size', 'train.num_steps', 'train.microbatches', 'train.log_every_steps',
-    'train.eval_every_steps', 'eval.batch_size', 'eval.draws', 'sample.num_images',
-    'sample.batch_size', 'sample.num_steps', 'checkpoint.every_steps', 'checkpoint.keep',
-    'data.num_values', 'parallel.fsdp', 'optimizer.learning_rate', 'ema.halflife_images',
+    'train.batch_size',
+    'train.num_steps',
+    'train.microbatches',
+    'train.log_every_steps',
+    'train.eval_every_steps',
+    'eval.batch_size',
+    'eval.draws',
+    'sample.num_images',
+    'sample.batch_size',
+    'sample.num_steps',
+    'checkpoint.every_steps',
+    'checkpoint.keep',
+    'data.num_values',
+    'parallel.fsdp',
+    'optimizer.learning_rate',
+    'ema.halflife_images',
   ):
     block, leaf = field.split('.')
     check(config[block][leaf] > 0, field, config[block][leaf], 'positive', 'give 1 or more')
   for field in (
-    'train.num_timesteps', 'eval.num_timesteps', 'eval.max_images', 'data.num_classes',
-    'optimizer.warmup_steps', 'optimizer.clip_norm', 'optimizer.weight_decay', 'ema.rampup_ratio',
+    'train.num_timesteps',
+    'eval.num_timesteps',
+    'eval.max_images',
+    'data.num_classes',
+    'optimizer.warmup_steps',
+    'optimizer.clip_norm',
+    'optimizer.weight_decay',
+    'ema.rampup_ratio',
   ):
     block, leaf = field.split('.')
-    check(config[block][leaf] >= 0, field, config[block][leaf], 'zero or more', 'give 0 to switch it off')
+    check(
+      config[block][leaf] >= 0,
+      field,
+      config[block][leaf],
+      'zero or more',
+      'give 0 to switch it off',
+    )
   shape = config.data.image_shape
   check(
-    all(isinstance(n, int) and n > 0 for n in shape), 'data.image_shape', tuple(shape),
-    'positive integers', 'for 28 x 28 grey images give --config.data.image_shape=28,28,1',
+    all(isinstance(n, int) and n > 0 for n in shape),
+    'data.image_shape',
+    tuple(shape),
+    'positive integers',
+    'for 28 x 28 grey images give --config.data.image_shape=28,28,1',
   )
-  check(config.data.num_values >= 2, 'data.num_values', config.data.num_values, '2 or more', '256 for 8-bit pixels')
+  check(
+    config.data.num_values >= 2,
+    'data.num_values',
+    config.data.num_values,
+    '2 or more',
+    '256 for 8-bit pixels',
+  )
   conditional, classes = config.model.class_conditional, config.data.num_classes
   check(
-    not conditional or classes > 0, 'model.class_conditional', conditional,
-    'False for data without labels', 'state config.data.num_classes, or set it to False',
+    not conditional or classes > 0,
+    'model.class_conditional',
+    conditional,
+    'False for data without labels',
+    'state config.data.num_classes, or set it to False',
   )
   microbatches, batch = config.train.microbatches, config.train.batch_size
   check(
-    batch % microbatches == 0, 'train.batch_size', batch,
-    f'divisible by config.train.microbatches={microbatches}', f'try {_multiples(batch, microbatches)}',
+    batch % microbatches == 0,
+    'train.batch_size',
+    batch,
+    f'divisible by config.train.microbatches={microbatches}',
+    f'try {_multiples(batch, microbatches)}',
   )
   for field, names in (('parallel.mode', ('jit', 'pmap')), ('sample.params', ('ema', 'raw'))):
     block, leaf = field.split('.')
-    check(config[block][leaf] in names, field, config[block][leaf], ' or '.join(map(repr, names)), 'choose one')
+    check(
+      config[block][leaf] in names,
+      field,
+      config[block][leaf],
+      ' or '.join(map(repr, names)),
+      'choose one',
+    )
 
 
 def check_devices(config: ConfigDict, num_devices: int):
@@ -170,17 +238,26 @@ def check_devices(config: ConfigDict, num_devices: int):
     batch = config[field].batch_size
     by = 'devices' if parts == 1 else f'devices x {parts} microbatches'
     check(
-      batch % (num_devices * parts) == 0, f'{field}.batch_size', batch,
-      f'divisible by the {num_devices} {by}', f'try {_multiples(batch, num_devices * parts)}',
+      batch % (num_devices * parts) == 0,
+      f'{field}.batch_size',
+      batch,
+      f'divisible by the {num_devices} {by}',
+      f'try {_multiples(batch, num_devices * parts)}',
     )
   fsdp = config.parallel.fsdp
   check(
-    num_devices % fsdp == 0, 'parallel.fsdp', fsdp, f'a divisor of the {num_devices} devices',
+    num_devices % fsdp == 0,
+    'parallel.fsdp',
+    fsdp,
+    f'a divisor of the {num_devices} devices',
     'try 1, which replicates the parameters',
   )
   check(
-    fsdp == 1 or config.parallel.mode == 'jit', 'parallel.fsdp', fsdp,
-    "1 with config.parallel.mode='pmap', which keeps replicas", 'use --config.parallel.mode=jit',
+    fsdp == 1 or config.parallel.mode == 'jit',
+    'parallel.fsdp',
+    fsdp,
+    "1 with config.parallel.mode='pmap', which keeps replicas",
+    'use --config.parallel.mode=jit',
   )
 
 

@@ -57,9 +57,13 @@ def write(path: pathlib.Path, card: dict[str, Any]):
 
 def last_result(workdir: pathlib.Path) -> str:
   """The newest bits/dim of the averaged parameters, in a sentence; '' where there is none."""
-  paths = sorted((workdir / 'cards').glob('bits_per_dim_ema_*.json'), key=lambda path: path.stat().st_mtime)
+  paths = sorted(
+    (workdir / 'cards').glob('bits_per_dim_ema_*.json'), key=lambda path: path.stat().st_mtime
+  )
   if not paths:
     return ''
   card = json.loads(paths[-1].read_text())
   split, stderr = card['data']['split'], card['stderr']
-  return f'{split}: {card["value"]:.4f} +- {stderr:.4f} bits/dim at step {card["step"]} ({paths[-1]}).'
+  return (
+    f'{split}: {card["value"]:.4f} +- {stderr:.4f} bits/dim at step {card["step"]} ({paths[-1]}).'
+  )

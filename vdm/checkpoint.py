@@ -120,7 +120,6 @@ def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
   """
   if keep is not None and keep < 1:
     raise ValueError(f'config.checkpoint.keep={keep} must be at least 1.')
-  logging.get_absl_logger().addFilter(_not_orbax_chatter)
   directory = epath.Path(workdir).absolute() / 'checkpoints'
 
   def should_preserve(checkpoints, *, context):
@@ -220,6 +219,22 @@ def restore(
     f'{manager.directory} holds no checkpoint that can be restored, of {len(broken)} tried '
     f'({path.name}: {cause}); put back a whole copy, or choose another --workdir.'
   )
+
+
+def read(workdir: str, config: ConfigDict, abstract_state: Any) -> Any:
+  """The state of the newest checkpoint, to evaluate it or to sample from it.
+
+  Raises:
+    ValueError: there is none, it cannot be restored, or the workdir holds another run.
+  """
+  if not (epath.Path(workdir) / 'checkpoints').exists():
+    raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
+  open_workdir(workdir, config)
+  with manager(workdir) as reader:
+    step = latest_step(reader)
+    if step is None:
+      raise ValueError(f'--workdir={workdir} holds no finished checkpoint yet; wait for the first.')
+    return restore(reader, abstract_state, step)[0]
 
 
 def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
@@ -361,18 +376,3 @@ def _best(bpds: dict[int, float]) -> int | None:
   """The step of the lowest finite value, the newest of equals."""
   finite = {step: bpd for step, bpd in bpds.items() if math.isfinite(bpd)}
   return min(finite, key=lambda step: (finite[step], -step)) if finite else None
-
-
-def _not_orbax_chatter(record) -> bool:
-  """A log filter: of Orbax's own lines, some thirty a save, only warnings are worth reading."""
-  return record.levelno >= logging.converter.STANDARD_WARNING or '/orbax/' not in record.pathname
-
-
-def read(workdir, config, abstract_state):
-  """The state of the newest checkpoint, for evaluation and sampling."""
-  open_workdir(workdir, config)
-  with manager(workdir) as reader:
-    step = latest_step(reader)
-    if step is None:
-      raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
-    return restore(reader, abstract_state, step)[0]

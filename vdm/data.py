@@ -416,7 +416,7 @@ def convert(name: str, data_dir: str = '') -> str:
   Returns:
     A sentence that says what was done.
   """
-  _hide_accelerators_from_tensorflow()
+  hide_accelerators_from_tensorflow()
   from rich.progress import Progress
   from tensorflow_datasets.core import dataset_info, file_adapters
 
@@ -478,7 +478,8 @@ def show(name: str, data_dir: str = '') -> str:
   return '\n'.join([head, *(f'config.data.{field} = {value!r}' for field, value in lines.items())])
 
 
-def _hide_accelerators_from_tensorflow():
+def hide_accelerators_from_tensorflow():
+  """Call before TensorFlow is first used: it would take memory that is JAX's."""
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   import tensorflow as tf
 

@@ -52,11 +52,15 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
       key = jax.random.fold_in(jax.random.key(seed), number)
       key_t, key_eps, key_recon = jax.random.split(key, 3)
       bound = variational_bound(
-        denoiser, schedule, elbo(), u,
+        denoiser,
+        schedule,
+        elbo(),
+        u,
         stratified(jax.random.fold_in(key_t, batch_number), position, settings.batch_size),
         standard_normal(fold_in(key_recon, index), model.image_shape),
         standard_normal(fold_in(key_eps, index), model.image_shape),
-        model.num_values, settings.num_timesteps,
+        model.num_values,
+        settings.num_timesteps,
       )
       terms = jnp.stack([bound.recon, bound.prior, bound.diffusion.elbo], axis=1)
       terms = bits_per_dim(terms, num_dims)  # [B, 3]
@@ -138,55 +142,69 @@ def make_evaluator(
 
 
 def write_card(
-  workdir: pathlib.Path, config: ConfigDict, result: BitsPerDim, identity: dict, params: str,
-  step: int, ends: tuple[float, float],
+  workdir: pathlib.Path,
+  config: ConfigDict,
+  result: BitsPerDim,
+  identity: dict,
+  params: str,
+  step: int,
+  ends: tuple[float, float],
 ) -> pathlib.Path:
   """The number card of one evaluation, cards/bits_per_dim_<params>_T<T>_step<step>.json."""
   settings = config.eval
   time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
   path = workdir / 'cards' / f'bits_per_dim_{params}_{time}_step{step:08d}.json'
-  cards.write(path, {
-    'metric': 'bits_per_dim',
-    'value': result.value,
-    'stderr': result.stderr,
-    'stderr_images': result.stderr_images,
-    'terms': result.terms,
-    'bound': f'discrete-time ELBO, T = {settings.num_timesteps}' if settings.num_timesteps
-    else 'continuous-time ELBO',
-    'num_images': result.num_images,
-    'whole_split': result.num_images == identity['num_images'],
-    'draws_per_image': settings.draws,
-    'eval_batch_size': settings.batch_size,
-    'eval_seed': settings.seed,
-    'data': identity,
-    'params': params,
-    'step': step,
-    'images_seen': step * config.train.batch_size,
-    'log_snr_max': ends[0],
-    'log_snr_min': ends[1],
-    'dtype': str(build.dtype(config)),
-    'config': config.to_dict(),
-  })
+  cards.write(
+    path,
+    {
+      'metric': 'bits_per_dim',
+      'value': result.value,
+      'stderr': result.stderr,
+      'stderr_images': result.stderr_images,
+      'terms': result.terms,
+      'bound': f'discrete-time ELBO, T = {settings.num_timesteps}'
+      if settings.num_timesteps
+      else 'continuous-time ELBO',
+      'num_images': result.num_images,
+      'whole_split': result.num_images == identity['num_images'],
+      'draws_per_image': settings.draws,
+      'eval_batch_size': settings.batch_size,
+      'eval_seed': settings.seed,
+      'data': identity,
+      'params': params,
+      'step': step,
+      'images_seen': step * config.train.batch_size,
+      'log_snr_max': ends[0],
+      'log_snr_min': ends[1],
+      'dtype': str(build.dtype(config)),
+      'config': config.to_dict(),
+    },
+  )
   return path
 
 
 def evaluate_and_write(
-  config: ConfigDict, model: build.Model, evaluator: Callable, source: data.Source,
-  train_state: Any, workdir: pathlib.Path,
+  config: ConfigDict,
+  model: build.Model,
+  evaluator: Callable,
+  source: data.Source,
+  train_state: Any,
+  workdir: pathlib.Path,
 ) -> dict[str, BitsPerDim]:
   """Scores raw and averaged parameters on the split and writes a card for each."""
   step = int(train_state.step)
   results = {}
   for name, params in (('raw', train_state.params), ('ema', train_state.ema_params)):
     batches = data.eval_batches(
-      source, batch_size=config.eval.batch_size, max_images=config.eval.max_images,
-      process_index=jax.process_index(), process_count=jax.process_count(),
+      source,
+      batch_size=config.eval.batch_size,
+      max_images=config.eval.max_images,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     results[name] = evaluator(params, batches)
     ends = jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))
-    write_card(
-      workdir, config, results[name], source.identity, name, step, tuple(map(float, ends))
-    )
+    write_card(workdir, config, results[name], source.identity, name, step, tuple(map(float, ends)))
   return results
 
 
@@ -203,7 +221,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   for name, result in results.items():
     terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
     logging.info(
-      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)', name,
-      int(train_state.step), result.num_images, result.value, result.stderr, terms,
+      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)',
+      name,
+      int(train_state.step),
+      result.num_images,
+      result.value,
+      result.stderr,
+      terms,
     )
   return 0

@@ -1,4 +1,4 @@
-"""Discrete data and its bits per dimension: the data grid, the decoder p(x | z_0), the prior term."""
+"""Bits per dimension of discrete data: the grid, the decoder p(x | z_0), the prior term."""
 
 import functools
 

@@ -19,10 +19,10 @@ import traceback
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
-from absl import app, flags, logging  # noqa: E402
-from ml_collections import config_flags  # noqa: E402
+from absl import app, flags
+from ml_collections import config_flags
 
-import vdm  # noqa: E402
+import vdm
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
@@ -36,33 +36,45 @@ def main(_):
   """Dispatches on --mode."""
   from vdm import evaluate, parallel, report, sample, train  # after the flags: they import JAX
 
-  parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   report.set_up_logging()
-  config = _CONFIG.value
-  workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}')
   modes = {'train': train.train, 'eval': evaluate.run, 'sample': sample.run}
   try:
+    parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    config = _CONFIG.value
+    workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}')
     sys.exit(modes[_MODE.value](config, workdir))
   except (ValueError, FloatingPointError) as error:
-    _one_line(error)
-
-
-def _one_line(error: Exception):
-  """Exits with the message alone where our own code refused something; else with the traceback."""
-  raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
-  if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
-    raise error
-  logging.error('%s', error)
-  sys.exit(1)
+    # What our own code refused is one line; what broke inside a library keeps its traceback.
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
+      raise
+    sys.exit(str(error))
 
 
 def _parse_flags(argv):
   """absl's parser, with what can go wrong in one line; finds packaged configs from anywhere."""
   try:
-    return flags.FLAGS([_locate(arg) for arg in argv])
-  except (flags.Error, AttributeError, OSError) as error:
-    text = ' '.join(str(error).split())
-    sys.exit(f'{text} (see --help, and configs/default.py for the fields of a config)')
+    rest = flags.FLAGS([_locate(arg) for arg in argv])
+  except (flags.Error, AttributeError, KeyError, OSError) as error:
+    text = ' '.join(str(error.args[0]).replace('\\n', ' ').replace("\\'", "'").split())
+    typed = [arg for arg in argv if arg.startswith('--config.') and _last_field(arg) in text]
+    field = f'{typed[0].partition("=")[0]}: ' if typed and not text.startswith('flag') else ''
+    sys.exit(f'{field}{text} (configs/default.py lists every field, --help the flags)')
+  asks_for_help = any(arg.startswith(('--help', '-help')) for arg in argv)
+  if _CONFIG.value is None and not asks_for_help:
+    sys.exit(f'--config is missing; give a file, or one of {_packaged()}.')
+  return rest
+
+
+def _last_field(arg: str) -> str:
+  return arg.partition('=')[0].rpartition('.')[2]
+
+
+def _packaged() -> str:
+  from vdm import configs
+
+  names = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
+  return f'configs/{{{",".join(names)}}}.py'
 
 
 def _locate(arg: str) -> str:
@@ -71,11 +83,11 @@ def _locate(arg: str) -> str:
   path, colon, preset = rest.partition(':')
   if flag in ('--config', '-config') and not pathlib.Path(path).exists():
     from vdm import configs
+
     packaged = pathlib.Path(configs.__file__).parent / pathlib.Path(path).name
     if pathlib.Path(path).parent.name in ('', 'configs') and packaged.exists():
       return f'{flag}={packaged}{colon}{preset}'
-    known = sorted(p.stem for p in packaged.parent.glob('[a-z]*.py'))
-    sys.exit(f'--config={path} does not exist; give a file, or one of configs/{{{",".join(known)}}}.py.')
+    sys.exit(f'--config={path} does not exist; give a file, or one of {_packaged()}.')
   return arg
 
 

@@ -118,7 +118,9 @@ def pmap_runner(step: Callable, mesh: Mesh) -> Runner:
   local = [d for d in devices if d.process_index == jax.process_index()]
   mapped = jax.pmap(
     lambda state, batch: step(state, batch, axis_name='devices'),
-    axis_name='devices', devices=devices, donate_argnums=0,
+    axis_name='devices',
+    devices=devices,
+    donate_argnums=0,
   )
   stacked = NamedSharding(Mesh(np.asarray(devices), ('devices',)), PartitionSpec('devices'))
 
@@ -127,16 +129,16 @@ def pmap_runner(step: Callable, mesh: Mesh) -> Runner:
       return rows.reshape(len(local), -1, *rows.shape[1:])
 
     return jax.tree.map(
-      lambda rows: jax.make_array_from_process_local_data(stacked, rows_by_device(np.asarray(rows))),
+      lambda rows: jax.make_array_from_process_local_data(
+        stacked, rows_by_device(np.asarray(rows))
+      ),
       batch,
     )
 
   def put_state(state):
     def stack(leaf):
       shards = [s.data[None] for s in leaf.addressable_shards]
-      return jax.make_array_from_single_device_arrays(
-        (len(devices), *leaf.shape), stacked, shards
-      )
+      return jax.make_array_from_single_device_arrays((len(devices), *leaf.shape), stacked, shards)
 
     return jax.tree.map(stack, state)
 

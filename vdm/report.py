@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import pathlib
 import time
 from collections.abc import Callable
@@ -16,10 +17,18 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+from vdm import data
+
 matplotlib.use('Agg')
-from matplotlib import pyplot as plt  # noqa: E402  (the backend comes first)
+from matplotlib import pyplot as plt
 
 console = Console(stderr=True)
+
+
+def _ours_or_serious(record) -> bool:
+  """Of other packages' messages only warnings: Orbax alone has some thirty lines a save."""
+  ours = any(f'{os.sep}{name}{os.sep}' in record.pathname for name in ('vdm', 'clu'))
+  return ours or record.levelno >= logging.converter.STANDARD_WARNING
 
 
 class _PlainFormatter(logging.PythonFormatter):
@@ -31,19 +40,21 @@ class _PlainFormatter(logging.PythonFormatter):
 def set_up_logging():
   """Time and message, a line each; on a terminal they scroll above the progress line."""
   logging.use_absl_handler()
-  logging.set_verbosity(logging.INFO if jax.process_index() == 0 else logging.WARNING)
+  logging.set_verbosity(logging.INFO)
+  logger, handler = logging.get_absl_logger(), logging.get_absl_handler()
   if console.is_terminal:
-    logger = logging.get_absl_logger()
-    logger.handlers = [RichHandler(console=console, show_path=False, show_level=False)]
-    logger.propagate = False
+    handler = RichHandler(console=console, show_path=False, show_level=False)
+    logger.handlers, logger.propagate = [handler], False
   else:
-    logging.get_absl_handler().setFormatter(_PlainFormatter())
+    handler.setFormatter(_PlainFormatter())
+  handler.addFilter(_ours_or_serious)
 
 
 def open_writer(workdir: pathlib.Path) -> metric_writers.MetricWriter:
-  """clu's writer to TensorBoard files in the workdir and to the log, from the first process only."""
+  """clu's writer to the workdir's TensorBoard files and the log, from the first process only."""
   if jax.process_index():
     return metric_writers.MultiWriter([])
+  data.hide_accelerators_from_tensorflow()  # the summary writer is TensorFlow's
   return metric_writers.create_default_writer(workdir / 'tensorboard')
 
 
@@ -102,7 +113,10 @@ class Meter:
     self._pending, self._window, self._bins = None, [], []
     self._begin = self._clock = None  # set after the first step, which compiles
     columns = (
-      TextColumn('{task.description}'), BarColumn(), TaskProgressColumn(), TextColumn('{task.fields[status]}')
+      TextColumn('{task.description}'),
+      BarColumn(),
+      TaskProgressColumn(),
+      TextColumn('{task.fields[status]}'),
     )
     self._line = Progress(*columns, console=console, disable=not _shown(), transient=True)
     self._task = self._line.add_task('compiling', total=total, completed=start, status='')

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -58,10 +57,15 @@ def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
   """Image number -> class: config.sample.label, or each class in turn where that is -1."""
   label, classes = config.sample.label, max(1, config.data.num_classes)
   build.check(
-    -1 <= label < classes, 'sample.label', label, f'a class, 0 .. {classes - 1}, or -1',
+    -1 <= label < classes,
+    'sample.label',
+    label,
+    f'a class, 0 .. {classes - 1}, or -1',
     'use -1 for each class in turn',
   )
-  return lambda index: (index % classes if label < 0 else np.full_like(index, label)).astype(np.int32)
+  return lambda index: (index % classes if label < 0 else np.full_like(index, label)).astype(
+    np.int32
+  )
 
 
 def grid(images: np.ndarray, num_values: int, columns: int = 0) -> np.ndarray:

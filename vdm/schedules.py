@@ -81,7 +81,9 @@ def learned_endpoints(log_snr_min: float, log_snr_max: float) -> Learned:
       'slope': jnp.asarray(log_snr_max - log_snr_min, jnp.float32),
     }
 
-  return Learned(init, lambda params: lambda t: params['log_snr_max'] - jnp.abs(params['slope']) * t)
+  return Learned(
+    init, lambda params: lambda t: params['log_snr_max'] - jnp.abs(params['slope']) * t
+  )
 
 
 SCHEDULES = {

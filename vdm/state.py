@@ -33,6 +33,7 @@ def decay_mask(params: Any) -> Any:
 
   Not the schedule (decay would narrow the learned log-SNR range), biases, norms or embeddings.
   """
+
   def decays(path, _):
     return path[0].key == 'network' and path[-1].key == 'kernel'
 
@@ -53,9 +54,7 @@ def make_optimizer(
   """AdamW with linear warm-up, then constant or cosine to zero; optional clipping to a norm."""
   rate = {
     'constant': lambda: optax.constant_schedule(learning_rate),
-    'cosine': lambda: optax.cosine_decay_schedule(
-      learning_rate, max(1, num_steps - warmup_steps)
-    ),
+    'cosine': lambda: optax.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps)),
   }[decay]()
   if warmup_steps:
     warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)

@@ -50,14 +50,18 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
     )
     loss = (bound.recon + bound.prior + bound.diffusion.loss).mean() / num_dims
     terms = {
-      'recon_bpd': bound.recon, 'prior_bpd': bound.prior, 'diffusion_bpd': bound.diffusion.elbo
+      'recon_bpd': bound.recon,
+      'prior_bpd': bound.prior,
+      'diffusion_bpd': bound.diffusion.elbo,
     }
     metrics = {k: bits_per_dim(v.mean(), num_dims) for k, v in terms.items()}
     metrics['bits_per_dim'] = sum(metrics.values())
     metrics['loss'] = loss
     metrics['bins'] = evaluate.log_snr_bins(
-      bound.diffusion.log_snr, bits_per_dim(bound.diffusion.elbo, num_dims),
-      model.schedule(params), jnp.ones(len(u)),
+      bound.diffusion.log_snr,
+      bits_per_dim(bound.diffusion.elbo, num_dims),
+      model.schedule(params),
+      jnp.ones(len(u)),
     )
     return loss, metrics
 
@@ -107,7 +111,7 @@ def make_train_step(
       grads, metrics = jax.tree.map(lambda a: a / microbatches, total)
     if axis_name:
       grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-    metrics['grad_norm'] = optax.global_norm(grads)
+    metrics['grad_norm'] = optax.tree.norm(grads)
     decay = state.ema_decay(train_state.step, config.train.batch_size, **config.ema)
     return state.apply_gradients(train_state, grads, optimizer, decay), metrics
 
@@ -144,10 +148,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   """
   model, optimizer = build.model(config), build.optimizer(config)
   build.check_devices(config, jax.device_count())
-  checkpoint.open_workdir(workdir, config)
   train_source = data.load(config.data, 'train')
   mesh = parallel.make_mesh(config.parallel.fsdp)
   look = make_look(config, model, mesh, workdir)
+  checkpoint.open_workdir(workdir, config)  # the first thing that is written
   init = build.init_state(config, model)
   abstract = parallel.abstract_state(mesh, init)
   manager = checkpoint.manager(workdir, config.checkpoint.keep)
@@ -157,8 +161,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     logging.info('%s is done, at step %d. %s', workdir, start, cards.last_result(workdir))
     return 0
   logging.info(
-    '%s: step %d of %d, %s parameters, %d device(s)', workdir, start, num_steps,
-    f'{sum(leaf.size for leaf in jax.tree.leaves(abstract.params)):,}', jax.device_count(),
+    '%s: step %d of %d, %s parameters, %d device(s)',
+    workdir,
+    start,
+    num_steps,
+    f'{sum(leaf.size for leaf in jax.tree.leaves(abstract.params)):,}',
+    jax.device_count(),
   )
   step_fn = make_train_step(config, model, optimizer)
   runner = parallel.runner(config.parallel.mode, step_fn, mesh, abstract)
@@ -184,7 +192,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
             checkpoint.save(manager, step, current, result)
       if stopped:
         manager.wait_until_finished()
-        logging.warning('%s: stopped and saved at step %d; the same command goes on.', stop.name, step)
+        logging.warning(
+          '%s: stopped and saved at step %d; the same command goes on.', stop.name, step
+        )
         return EXIT_PREEMPTED
   except FloatingPointError as error:
     manager.wait_until_finished()
@@ -200,13 +210,19 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   return 0
 
 
-def _batches(config: ConfigDict, source: data.Source, start: int) -> Iterator[dict[str, np.ndarray]]:
+def _batches(
+  config: ConfigDict, source: data.Source, start: int
+) -> Iterator[dict[str, np.ndarray]]:
   """This host's rows of each global batch, with their position in it."""
   size, host = config.train.batch_size // jax.process_count(), jax.process_index()
   index = np.arange(host * size, (host + 1) * size, dtype=np.int32)
   batches = data.train_batches(
-    source, batch_size=config.train.batch_size, seed=config.seed, start_step=start,
-    process_index=host, process_count=jax.process_count(),
+    source,
+    batch_size=config.train.batch_size,
+    seed=config.seed,
+    start_step=start,
+    process_index=host,
+    process_count=jax.process_count(),
   )
   return (batch | {'index': index} for batch in batches)
 
@@ -228,8 +244,11 @@ def make_look(
     scalars = {
       f'eval/{name}_{k}': v
       for name, result in results.items()
-      for k, v in (('bits_per_dim', result.value), ('stderr', result.stderr),
-                   *((f'{term}_bpd', t['value']) for term, t in result.terms.items()))
+      for k, v in (
+        ('bits_per_dim', result.value),
+        ('stderr', result.stderr),
+        *((f'{term}_bpd', t['value']) for term, t in result.terms.items()),
+      )
     }
     writer.write_scalars(step, scalars)
     images = np.concatenate(list(sampler(sample.chosen_params(config, train_state))))
@@ -239,11 +258,16 @@ def make_look(
       curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
       ends = model.schedule(train_state.params)(jnp.array([0.0, 1.0]))
       plots = workdir / 'plots'
-      writer.write_images(step, {
-        'samples': picture[None],
-        'diffusion_loss': report.plot_bins(curves, jax.device_get(ends), plots / 'diffusion_loss.png')[None],
-        'history': report.plot_history(workdir, plots / 'bits_per_dim.png')[None],
-      })
+      writer.write_images(
+        step,
+        {
+          'samples': picture[None],
+          'diffusion_loss': report.plot_bins(
+            curves, jax.device_get(ends), plots / 'diffusion_loss.png'
+          )[None],
+          'history': report.plot_history(workdir, plots / 'bits_per_dim.png')[None],
+        },
+      )
     return {'bits_per_dim': results['ema'].value}
 
   return look

@@ -118,7 +118,7 @@ def attention(query, key, value):
 
   `jax.nn.dot_product_attention`, but the S x S weights are recomputed in the gradient (reverse mode
   only) instead of kept. On CPU it runs example by example, whose weights stay in the cache, and no
-  S x S matrix is transposed, which is what XLA:CPU is slowest at: a third of the time.
+  S x S matrix is transposed, which is what XLA:CPU is slowest at: about half the time.
   """
   return lax.platform_dependent(
     query, key, value, cpu=_attention_by_example, default=jax.nn.dot_product_attention
@@ -217,9 +217,9 @@ def sinusoidal_embedding(t, size):
 def fourier_features(z, exponents):
   """z [..., C] -> [..., C (1 + 2 len(exponents))]: z, sin(2 pi 2^n z), cos(2 pi 2^n z).
 
-  VDM (arXiv 2107.00630), section 5.4. In each third the exponents vary fastest, as in the published
-  checkpoints. For K-valued data, z = 2(u + 1/2)/K - 1 without noise, n = log2(K) - 1 reads the
-  noise off directly: neighbouring values have the same features there. Everything in float32.
+  VDM's Fourier features (arXiv 2107.00630). Among the sines, and among the cosines, the exponents
+  vary fastest, as in the published checkpoints. The K values 2(u + 1/2)/K - 1 of the data have all
+  the same features for n = log2(K) - 1, which so show the noise alone. Everything in float32.
   """
   z = jnp.asarray(z, jnp.float32)
   if not exponents:
@@ -262,8 +262,8 @@ class Conditioning(nn.Module):
     h = nn.swish(nn.Dense(4 * self.width, name='dense_0')(h))
     h = nn.Dense(4 * self.width, name='dense_1')(h)
     if self.num_classes:
-      null = self.num_classes
-      label = jnp.full(t.shape, null) if label is None else jnp.where(label < 0, null, label)
+      # The null label's row is the last, which is also where the index -1 leads.
+      label = jnp.full(t.shape, -1) if label is None else label
       h += nn.Embed(
         self.num_classes + 1,
         4 * self.width,

@@ -1,0 +1,122 @@
+"""The command line: every mistake is one line that names the field, the value and the remedy."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+DIGITS = '--config=configs/digits.py:debug'
+
+
+def run(*args, cwd=ROOT):
+  """Runs the command on one CPU device; returns its exit status and what it printed."""
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  command = [sys.executable, '-m', 'vdm.main', *args]
+  done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+  return done.returncode, done.stdout + done.stderr
+
+
+BAD_INPUT = {
+  'unknown config file': (
+    ['--config=configs/digts.py'],
+    '--config=configs/digts.py does not exist',
+    'digits',
+  ),
+  'no config': ([], '--config', 'configs/'),
+  'misspelt override': (
+    [DIGITS, '--config.train.bach_size=8'],
+    '--config.train.bach_size',
+    'batch_size',
+  ),
+  'ill-typed override': (
+    [DIGITS, '--config.train.batch_size=many'],
+    '--config.train.batch_size=many',
+    'int',
+  ),
+  'batch and microbatches': (
+    [DIGITS, '--config.train.microbatches=3'],
+    'config.train.batch_size=8 must be divisible',
+    'try 6 or 9',
+  ),
+  'unknown schedule': (
+    [DIGITS, '--config.schedule.name=cosin'],
+    "config.schedule.name='cosin' must be one of",
+    'cosine',
+  ),
+  'schedule that needs more': (
+    [DIGITS, '--config.schedule.name=shifted_cosine'],
+    "config.schedule.name='shifted_cosine' needs image_size",
+    'in a config file',
+  ),
+  'learned end points without the bound': (
+    [DIGITS, '--config.weighting.name=iddpm'],
+    "config.weighting.name='iddpm' must be 'elbo'",
+    'linear',
+  ),
+  'missing data directory': (
+    ['--config=configs/fashion_mnist.py:debug', '--config.data.dir=/nowhere'],
+    'config.data.dir=/nowhere',
+    'does not exist',
+  ),
+  'wrong image shape': (
+    [DIGITS, '--config.data.image_shape=28,28,1'],
+    'config.data.image_shape=(28, 28, 1)',
+    '8,8,1',
+  ),
+  'unwritable workdir': (
+    [DIGITS, '--workdir=/proc/nothing'],
+    '--workdir=/proc/nothing cannot be written',
+    'choose another',
+  ),
+  'nothing to evaluate': (
+    [DIGITS, '--mode=eval', '--workdir=/tmp/vdm_no_such_run'],
+    '--workdir=/tmp/vdm_no_such_run holds no',
+    'train first',
+  ),
+  'unknown mode': ([DIGITS, '--mode=trian'], '--mode=trian', 'train'),
+  'unknown flag': ([DIGITS, '--wrkdir=/tmp/x'], 'wrkdir', 'workdir'),
+  'dtype': ([DIGITS, '--config.model.dtype=float8'], "config.model.dtype='float8'", 'bfloat16'),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', BAD_INPUT)
+def test_bad_input_is_refused_in_one_line(case, tmp_path):
+  args, *expected = BAD_INPUT[case]
+  if not any(arg.startswith('--workdir') for arg in args):
+    args = [*args, f'--workdir={tmp_path}/w']
+  status, text = run(*args)
+  assert status != 0
+  assert 'Traceback' not in text
+  (line,) = [line for line in text.splitlines() if line.strip()]
+  for part in expected:
+    assert part in line, line
+  assert not (tmp_path / 'w' / 'checkpoints').exists()
+
+
+@pytest.mark.slow
+def test_batch_that_the_devices_do_not_divide(tmp_path):
+  env = os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=8'}
+  args = [DIGITS, '--config.train.batch_size=12', f'--workdir={tmp_path}']
+  done = subprocess.run(
+    [sys.executable, '-m', 'vdm.main', *args], cwd=ROOT, env=env, capture_output=True, text=True
+  )
+  assert done.returncode != 0
+  assert 'config.train.batch_size=12 must be divisible by the 8 devices; try 8 or 16' in done.stderr
+
+
+@pytest.mark.slow
+def test_help_explains_the_modes_and_the_overrides():
+  status, text = run('--help')
+  assert status in (0, 1)
+  for word in ('--mode=eval', '--config.train.batch_size=64', 'configs/default.py', '--workdir'):
+    assert word in text
+
+
+@pytest.mark.slow
+def test_packaged_configs_are_found_from_any_directory(tmp_path):
+  status, text = run(DIGITS, '--config.schedule.name=nothing', cwd=tmp_path)
+  assert status != 0 and "config.schedule.name='nothing'" in text

@@ -1,0 +1,160 @@
+"""One step, run every way there is: the parameters must come out the same."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from vdm.configs import digits
+
+from vdm import build, parallel, train
+
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def _libraries(rank_promotion_allowed):
+  pass
+
+
+def config_of(**settings):
+  config = digits.get_config('debug')
+  with config.unlocked():
+    config.train.batch_size = 32
+    config.model.dropout = 0.0
+    config.data.flip = True
+    config.optimizer.update(warmup_steps=1, clip_norm=1.0)
+    for name, value in settings.items():
+      block, leaf = name.split('__')
+      config[block][leaf] = value
+  return config
+
+
+def batches(count, size):
+  rng = np.random.default_rng(0)
+  for _ in range(count):
+    yield {
+      'image': rng.integers(0, 17, (size, 8, 8, 1)).astype(np.uint8),
+      'label': rng.integers(0, 10, size).astype(np.int32),
+      'index': np.arange(size, dtype=np.int32),
+    }
+
+
+def run(num_devices=8, **settings):
+  """Initial and final parameters after STEPS steps, as one vector each, and the metrics."""
+  config = config_of(**settings)
+  model, optimizer = build.model(config), build.optimizer(config)
+  devices = np.asarray(jax.devices()[:num_devices]).reshape(-1, config.parallel.fsdp)
+  mesh = jax.sharding.Mesh(devices, parallel.BATCH_AXES)
+  init = build.init_state(config, model)
+  abstract = parallel.abstract_state(mesh, init)
+  state = parallel.initial_state(mesh, init)
+  before = flat(state.params)
+  step = train.make_train_step(config, model, optimizer)
+  runner = parallel.runner(config.parallel.mode, step, mesh, abstract)
+  state = runner.put_state(state)
+  for batch in batches(STEPS, config.train.batch_size):
+    state, metrics = runner.step(state, runner.put_batch(batch))
+  state = runner.get_state(state)
+  assert int(state.step) == STEPS
+  return before, flat(state.params), runner.get_metrics(metrics)
+
+
+def flat(params):
+  return np.concatenate([np.ravel(np.float64(leaf)) for leaf in jax.tree.leaves(params)])
+
+
+@pytest.fixture(scope='module')
+def one_device():
+  jax.config.update('jax_numpy_rank_promotion', 'allow')
+  return run(num_devices=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  'settings',
+  [
+    dict(),
+    dict(parallel__fsdp=4),
+    dict(parallel__mode='pmap'),
+    dict(train__microbatches=4),
+    dict(parallel__mode='pmap', train__microbatches=4),
+  ],
+  ids=str,
+)
+def test_eight_devices_move_the_parameters_as_one_does(settings, one_device):
+  """To 1e-3 of the distance moved: times, noise and flips are those of the whole batch."""
+  before, after, metrics = one_device
+  before_8, after_8, metrics_8 = run(num_devices=8, **settings)
+  np.testing.assert_allclose(before_8, before, rtol=1e-5, atol=1e-6)
+  moved = np.linalg.norm(after - before)
+  assert moved > 0.01
+  assert np.linalg.norm(after_8 - after) < 1e-3 * moved
+  for name in ('loss', 'bits_per_dim', 'recon_bpd', 'grad_norm'):
+    np.testing.assert_allclose(metrics_8[name], metrics[name], rtol=1e-3, err_msg=name)
+
+
+def test_dropout_differs_between_microbatches_and_devices():
+  """What a carried key forgets: all parts would drop the same elements."""
+  config = config_of(train__microbatches=4, model__dropout=0.5, optimizer__warmup_steps=0)
+  model, optimizer = build.model(config), build.optimizer(config)
+  state = build.init_state(config, model)()
+  batch = next(batches(1, 32))
+  same = {k: np.repeat(v[:4], 8, axis=0) for k, v in batch.items()}
+  keys = []
+  original = model.denoiser
+
+  def spy(params, label=None, key_dropout=None):
+    jax.debug.callback(lambda k: keys.append(tuple(np.ravel(k))), jax.random.key_data(key_dropout))
+    return original(params, label, key_dropout)
+
+  step = train.make_train_step(config, model._replace(denoiser=spy), optimizer)
+  jax.block_until_ready(jax.jit(step)(state, same))
+  jax.effects_barrier()
+  assert len(set(keys)) == 4
+
+
+def test_step_is_traced_once():
+  config = config_of()
+  model, optimizer = build.model(config), build.optimizer(config)
+  mesh = parallel.make_mesh()
+  init = build.init_state(config, model)
+  traces = []
+  step = train.make_train_step(config, model, optimizer)
+
+  def counted(*args):
+    traces.append(1)
+    return step(*args)
+
+  runner = parallel.jit_runner(counted, mesh, parallel.abstract_state(mesh, init))
+  state = parallel.initial_state(mesh, init)
+  for batch in batches(3, 32):
+    state, _ = runner.step(state, runner.put_batch(batch))
+  assert len(traces) == 1
+
+
+def test_fsdp_splits_large_arrays_and_replicates_small_ones():
+  mesh = parallel.make_mesh(fsdp=4)
+  tree = {'kernel': jnp.zeros((3, 3, 8, 16)), 'odd': jnp.zeros((3, 7)), 'bias': jnp.zeros(16)}
+  shardings = parallel.state_sharding(mesh, tree)
+  assert shardings['kernel'].shard_shape((3, 3, 8, 16)) == (3, 3, 8, 4)
+  assert shardings['odd'].is_fully_replicated and shardings['bias'].is_fully_replicated
+
+
+def test_state_survives_the_way_to_replicas_and_back():
+  mesh = parallel.make_mesh()
+  runner = parallel.pmap_runner(lambda state, batch, axis_name: (state, {}), mesh)
+  state = jax.device_put(
+    {'a': jnp.arange(6.0).reshape(2, 3), 'b': jnp.int32(3)}, parallel.replicated(mesh)
+  )
+  back = runner.get_state(runner.put_state(state))
+  for one, other in zip(jax.tree.leaves(state), jax.tree.leaves(back), strict=True):
+    np.testing.assert_array_equal(one, other)
+    assert other.sharding.is_fully_replicated
+
+
+def test_flips_mirror_about_half_of_the_images(key):
+  images = jnp.arange(2 * 3).reshape(1, 2, 3, 1) * jnp.ones((400, 1, 1, 1), jnp.int32)
+  flipped = np.asarray(train.flip_horizontally(jax.random.split(key, 400), images))
+  mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
+  kept = (flipped == images).all(axis=(1, 2, 3))
+  assert np.all(mirrored ^ kept) and 150 < mirrored.sum() < 250

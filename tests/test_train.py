@@ -1,0 +1,208 @@
+"""The loop, end to end: what a run leaves behind, how it goes on, and how it stops."""
+
+import json
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+from vdm.configs import digits
+
+from vdm import build, checkpoint, data, evaluate, parallel, sample, train
+
+
+@pytest.fixture(autouse=True)
+def _libraries(rank_promotion_allowed):
+  pass
+
+
+def config_of(**settings):
+  config = digits.get_config('debug')
+  with config.unlocked():
+    config.model.dropout = 0.2
+    config.eval.max_images = 8
+    for name, value in settings.items():
+      block, leaf = name.split('__')
+      config[block][leaf] = value
+  return config
+
+
+def final_state(config, workdir):
+  model = build.model(config)
+  mesh = parallel.make_mesh()
+  abstract = parallel.abstract_state(mesh, build.init_state(config, model))
+  return checkpoint.read(workdir, config, abstract)
+
+
+def assert_equal_bit_for_bit(one, other):
+  for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture(scope='module')
+def straight(tmp_path_factory):
+  """A run of four steps without a break."""
+  jax.config.update('jax_numpy_rank_promotion', 'allow')
+  workdir = tmp_path_factory.mktemp('straight')
+  assert train.train(config_of(), workdir) == 0
+  return workdir
+
+
+def test_a_run_leaves_checkpoints_cards_samples_plots_and_tensorboard(straight):
+  names = {str(path.relative_to(straight)) for path in straight.rglob('*') if path.is_file()}
+  for expected in (
+    'config.json',
+    'samples/step_00000004.png',
+    'plots/bits_per_dim.png',
+    'plots/diffusion_loss.png',
+    'cards/bits_per_dim_ema_continuous_step00000004.json',
+    'cards/bits_per_dim_raw_continuous_step00000002.json',
+  ):
+    assert expected in names
+  assert any(name.startswith('tensorboard/events') for name in names)
+  card = json.loads((straight / 'cards/bits_per_dim_ema_continuous_step00000004.json').read_text())
+  assert card['metric'] == 'bits_per_dim' and card['step'] == 4 and card['num_images'] == 8
+  assert not card['whole_split'] and card['data']['name'] == 'digits'
+  assert card['value'] == pytest.approx(sum(term['value'] for term in card['terms'].values()))
+  assert card['environment']['versions']['jax'] == jax.__version__
+  assert card['config']['model']['width'] == config_of().model.width
+
+
+def test_two_and_two_resumed_steps_are_four_straight_ones(tmp_path):
+  resumed = tmp_path / 'resumed'
+  config = config_of(optimizer__decay='constant')
+  straight_constant = tmp_path / 'constant'
+  assert train.train(config, straight_constant) == 0
+  config.train.num_steps = 2
+  assert train.train(config, resumed) == 0
+  config.train.num_steps = 4
+  assert train.train(config, resumed) == 0
+  assert_equal_bit_for_bit(final_state(config, straight_constant), final_state(config, resumed))
+
+
+def test_a_finished_run_says_so_and_does_nothing(straight, caplog):
+  before = {path: path.stat().st_mtime for path in straight.rglob('*.json')}
+  with caplog.at_level('INFO'):
+    assert train.train(config_of(), straight) == 0
+  assert 'is done' in caplog.text and 'bits/dim' in caplog.text
+  cards = {path: t for path, t in before.items() if path.parent.name == 'cards'}
+  assert all(path.stat().st_mtime == t for path, t in cards.items())
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(number, straight, tmp_path):
+  """Sent from a thread once the first step has been made."""
+  config = config_of(train__num_steps=4, checkpoint__every_steps=100)
+  original, sent = train.make_train_step, []
+
+  def step_then_signal(*args):
+    step = original(*args)
+
+    def wrapped(state, batch):
+      jax.debug.callback(lambda n: n == 1 and sent.append(os.kill(os.getpid(), number)), state.step)
+      return step(state, batch)
+
+    return wrapped
+
+  train.make_train_step = step_then_signal
+  try:
+    assert train.train(config, tmp_path) == train.EXIT_PREEMPTED
+  finally:
+    train.make_train_step = original
+  assert len(sent) == 1
+  assert 1 <= int(final_state(config, tmp_path).step) < 4
+  assert train.train(config, tmp_path) == 0
+  assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config_of(), straight))
+
+
+def test_handlers_are_the_old_ones_after_a_run(straight):
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+@pytest.mark.parametrize(
+  'term, poison',
+  [
+    (
+      'diffusion_bpd',
+      lambda params: params | {'network': jax.tree.map(lambda a: a * np.nan, params['network'])},
+    ),
+    (
+      'recon_bpd',
+      lambda params: (
+        params
+        | {
+          'schedule': params['schedule']
+          | {'log_snr_max': params['schedule']['log_snr_max'] * np.nan}
+        }
+      ),
+    ),
+  ],
+)
+def test_a_value_that_is_not_finite_stops_the_run_and_names_the_term(term, poison, tmp_path):
+  config = config_of(checkpoint__every_steps=2)
+  original = build.init_state
+
+  def poisoned(config, model):
+    init = original(config, model)
+    return lambda: init().replace(params=poison(init().params))
+
+  build.init_state = poisoned
+  try:
+    with pytest.raises(FloatingPointError, match=rf'step 1: {term} is nan; stopped. .*checkpoint'):
+      train.train(config, tmp_path)
+  finally:
+    build.init_state = original
+  assert not (tmp_path / 'checkpoints' / '2').exists()
+
+
+def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_path, caplog):
+  config = config_of()
+  assert train.train(config, tmp_path) == 0
+  newest = tmp_path / 'checkpoints' / '4'
+  largest = max((p for p in newest.rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+  largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
+  with caplog.at_level('WARNING'):
+    assert train.train(config, tmp_path) == 0
+  assert 'checkpoints/4' in caplog.text and 'broken' in caplog.text
+  assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config, straight))
+
+
+def test_eval_and_sample_read_the_newest_checkpoint(straight):
+  config = config_of(eval__num_timesteps=10)
+  assert evaluate.run(config, straight) == 0
+  card = json.loads((straight / 'cards/bits_per_dim_ema_T10_step00000004.json').read_text())
+  assert card['bound'] == 'discrete-time ELBO, T = 10'
+  assert sample.run(config, straight) == 0
+  (path,) = (straight / 'samples').glob('*.npz')
+  stored = np.load(path)
+  assert stored['images'].shape == (config.sample.num_images, 8, 8, 1)
+  assert stored['images'].dtype == np.uint8 and stored['images'].max() < 17
+
+
+def test_a_workdir_of_another_config_is_refused(straight):
+  with pytest.raises(ValueError, match=r'config.model.width=16.*not 24'):
+    train.train(config_of(model__width=24), straight)
+
+
+def test_training_lowers_the_loss_on_digits(tmp_path):
+  """A minute of the real thing, in miniature: well below a uniform guess, log2(17) = 4.09 bits."""
+  config = config_of(train__batch_size=32, train__num_steps=150, model__dropout=0.0)
+  config.optimizer.learning_rate = 3e-3
+  model, optimizer = build.model(config), build.optimizer(config)
+  mesh = parallel.make_mesh()
+  init = build.init_state(config, model)
+  runner = parallel.runner(
+    'jit',
+    train.make_train_step(config, model, optimizer),
+    mesh,
+    parallel.abstract_state(mesh, init),
+  )
+  state = parallel.initial_state(mesh, init)
+  source = data.load(config.data, 'train')
+  losses = []
+  for batch, _ in zip(train._batches(config, source, 0), range(150), strict=False):
+    state, metrics = runner.step(state, runner.put_batch(batch))
+    losses.append(float(metrics['bits_per_dim']))
+  assert np.mean(losses[-20:]) < 3.5 < np.mean(losses[:5])
