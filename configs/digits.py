@@ -11,11 +11,13 @@ def get_config(arg=''):
   config = default.get_config()
   with config.unlocked():
     config.name = 'digits'
-    config.model.update(width=32, num_blocks=2, dropout=0.2)
+    config.model.update(width=32, num_blocks=2, dropout=0.0)
     config.optimizer.update(learning_rate=2e-3, decay='cosine', clip_norm=1.0)
-    config.ema.halflife_images = 20_000
-    config.train.update(batch_size=128, num_steps=2000, log_every_steps=100, eval_every_steps=500)
-    config.eval.draws = 8
+    config.ema.halflife_images = 5_000
+    config.train.update(batch_size=64, num_steps=1200, log_every_steps=100, eval_every_steps=400)
+    config.eval.update(batch_size=360, draws=32)
+    config.sample.num_steps = 200
+    config.checkpoint.every_steps = 400
     if arg == 'debug':
       default.debug(config)
   return config.lock()

@@ -141,6 +141,7 @@ class Meter:
     if self._begin is None:
       self._begin = self._clock = now
       self._start = step
+    self._bins.append(metrics.pop('bins'))
     self._window.append(metrics)
     left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
     bits = metrics['bits_per_dim']
@@ -167,7 +168,6 @@ class Meter:
 
   def _write(self, step: int, now: float, left: float):
     means = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *self._window)
-    self._bins.append(means.pop('bins'))
     scalars = {f'train/{k}': float(v) for k, v in means.items()}
     scalars |= {'train/images_per_second': self._rate(now), 'train/minutes_left': left / 60}
     self._writer.write_scalars(step, scalars)

@@ -119,14 +119,19 @@ def make_train_step(
 
 
 class _StopSignal:
-  """Notes SIGTERM and Ctrl-C, for the loop to save and stop; a second one acts at once."""
+  """Notes SIGTERM and Ctrl-C, for the loop to save and stop; a second one acts at once.
+
+  In a job of several processes JAX has a SIGTERM handler of its own, which tells all hosts.
+  """
 
   def __init__(self):
-    self.name = ''
-    self._old = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+    self.name = 'preemption notice'
+    self.noted = False
+    signals = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+    self._old = {s: signal.signal(s, self._note) for s in signals}
 
   def _note(self, number, _):
-    self.name = signal.Signals(number).name
+    self.name, self.noted = signal.Signals(number).name, True
     self.restore()
 
   def restore(self):
@@ -135,9 +140,9 @@ class _StopSignal:
 
   def agreed(self, step: int) -> bool:
     """Whether to stop after `step`: the same answer on every host."""
-    if jax.process_count() > 1:  # JAX's own notifier passes the signal on to all hosts
+    if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return bool(self.name)
+    return self.noted
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> int:
@@ -181,7 +186,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     for step in range(start + 1, num_steps + 1):
       train_state, metrics = runner.step(train_state, next(batches))
       meter.push(step, metrics, runner.get_metrics)
-      stopped, last = stop.agreed(step), step == num_steps
+      last = step == num_steps
+      stopped = stop.agreed(step) and not last
       evaluates = (step % config.train.eval_every_steps == 0 or last) and not stopped
       saves = step % config.checkpoint.every_steps == 0 or last or stopped
       if evaluates or saves:
