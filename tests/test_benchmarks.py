@@ -29,6 +29,7 @@ def config():
   config = importlib.import_module('vdm.configs.digits').get_config('debug')
   with config.unlocked():
     config.sample.batch_size = NUM_DEVICES
+    config.model.dropout = 0.2
   return config
 
 

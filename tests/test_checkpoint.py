@@ -1,6 +1,5 @@
 import gc
 import json
-import logging as stdlib_logging
 import os
 import re
 import socket
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from absl import logging
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -229,23 +227,6 @@ def test_a_step_is_saved_once(tmp_path):
 def test_keep_must_be_positive(tmp_path):
   with pytest.raises(ValueError, match=r'config\.checkpoint\.keep=0 must be at least 1'):
     checkpoint.manager(tmp_path, 0)
-
-
-def test_orbax_is_quiet(tmp_path):
-  lines = []
-  handler = stdlib_logging.Handler()
-  handler.emit = lambda record: lines.append(record.getMessage())
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.INFO)
-  logging.get_absl_logger().addHandler(handler)
-  try:
-    save_all(tmp_path, {1: ({'x': jnp.zeros(())}, None)})
-    checkpoint.restore(checkpoint.manager(tmp_path), abstract({'x': jnp.zeros(())}))
-    logging.info('ours')
-  finally:
-    logging.set_verbosity(verbosity)
-    logging.get_absl_logger().removeHandler(handler)
-  assert lines == ['ours']
 
 
 # What is broken.

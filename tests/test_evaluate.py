@@ -8,7 +8,9 @@ from vdm.schedules import SCHEDULES
 from vdm.weightings import WEIGHTINGS
 
 SHAPE, VALUES = (2, 3, 1), 256
-LOG_SNR_MIN, LOG_SNR_MAX = -12.0, 13.3
+# To sigma_0 = 1.1 cells of the grid: with less noise a denoiser that does not know that the data is
+# discrete is no longer exact; with more, the decoder's flat prior is not (0.002 bits/dim here).
+LOG_SNR_MIN, LOG_SNR_MAX = -12.0, 9.5
 
 
 def gaussian_data(seed=0):
@@ -94,8 +96,7 @@ def test_bound_of_the_exact_denoiser_is_the_exact_likelihood():
   result = score(exact_model(mean, covariance), config_of(draws=64), images)
   assert result.num_images == 3000
   assert result.stderr < 0.03
-  # 1e-3 for the midpoint rule, and for the prior and decoder, which are not exact to the end
-  assert abs(result.value - exact) < 3 * result.stderr + 2e-3, (result.value, exact)
+  assert abs(result.value - exact) < 3 * result.stderr, (result.value, exact)
 
 
 def test_bound_of_a_wrong_denoiser_is_worse():

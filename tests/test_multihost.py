@@ -33,7 +33,8 @@ def start(workdir, num_processes, devices, *more):
     probe.bind(('localhost', 0))
     port = probe.getsockname()[1]
   flags = f'--xla_force_host_platform_device_count={devices}'
-  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
+  cache = {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
+  env = os.environ | cache | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
   command = [
     sys.executable,
     '-m',
@@ -75,13 +76,21 @@ def params_of(workdir):
   return np.concatenate([np.ravel(np.float64(leaf)) for leaf in leaves])
 
 
+@pytest.fixture(scope='module')
+def one(tmp_path_factory):
+  """The workdir of a run on one process with one device."""
+  workdir = tmp_path_factory.mktemp('one')
+  finish(start(workdir, 1, 1))
+  return workdir
+
+
 @pytest.mark.slow
+@pytest.mark.xdist_group('multihost')
 @pytest.mark.parametrize('mode', ['jit', 'pmap'])
 def test_two_processes_of_two_devices_are_one_process_of_one(
-  mode, tmp_path, rank_promotion_allowed
+  mode, one, tmp_path, rank_promotion_allowed
 ):
-  one, two = tmp_path / 'one', tmp_path / 'two'
-  finish(start(one, 1, 1))
+  two = tmp_path / 'two'
   outputs = finish(start(two, 2, 2, f'--config.parallel.mode={mode}'))
   config = digits.get_config('debug')
   config.model.dropout = 0.0

@@ -6,10 +6,9 @@ from vdm import times
 
 
 def test_one_time_in_each_stratum_for_every_batch_size():
-  draw = jax.jit(times.stratified, static_argnums=2)
+  draw = jax.jit(times.stratified)
   for size in range(1, 129):
-    t = np.sort(draw(jax.random.key(size), jnp.arange(size), size))
-    assert t.shape == (size,)
+    t = np.sort(draw(jax.random.key(size), jnp.arange(128), size)[:size])
     low = np.arange(size) / size
     assert np.all(t >= low - 1e-6) and np.all(t <= low + 1 / size + 1e-6), size
 

@@ -21,7 +21,10 @@ import tensorstore as ts
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
+
+from vdm import build, parallel
 
 # Leaves that may differ between two starts of one run: they do not change what is trained.
 _FREE_BLOCKS = ('eval.', 'sample.', 'checkpoint.', 'parallel.', 'log.', 'profile.', 'data.eval_')
@@ -221,12 +224,15 @@ def restore(
   )
 
 
-def read(workdir: str, config: ConfigDict, abstract_state: Any) -> Any:
-  """The state of the newest checkpoint, to evaluate it or to sample from it.
+def read_run(config: ConfigDict, workdir: str) -> tuple[build.Model, Mesh, Any]:
+  """The model, the mesh and the newest state of a run, to evaluate it or to sample from it.
 
   Raises:
-    ValueError: there is none, it cannot be restored, or the workdir holds another run.
+    ValueError: there is no checkpoint, it cannot be restored, or the workdir holds another run.
   """
+  model = build.model(config)
+  build.check_devices(config, jax.device_count())
+  mesh = parallel.make_mesh(config.parallel.fsdp)
   if not (epath.Path(workdir) / 'checkpoints').exists():
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
   open_workdir(workdir, config)
@@ -234,7 +240,8 @@ def read(workdir: str, config: ConfigDict, abstract_state: Any) -> Any:
     step = latest_step(reader)
     if step is None:
       raise ValueError(f'--workdir={workdir} holds no finished checkpoint yet; wait for the first.')
-    return restore(reader, abstract_state, step)[0]
+    abstract = parallel.abstract_state(mesh, build.init_state(config, model))
+    return model, mesh, restore(reader, abstract, step)[0]
 
 
 def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:

@@ -210,11 +210,7 @@ def evaluate_and_write(
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   """--mode=eval: scores the newest checkpoint of the workdir, raw and averaged parameters."""
-  model = build.model(config)
-  build.check_devices(config, jax.device_count())
-  mesh = parallel.make_mesh(config.parallel.fsdp)
-  abstract = parallel.abstract_state(mesh, build.init_state(config, model))
-  train_state = checkpoint.read(workdir, config, abstract)
+  model, mesh, train_state = checkpoint.read_run(config, workdir)
   source = data.load(config.data, 'eval')
   evaluator = make_evaluator(config, model, mesh)
   results = evaluate_and_write(config, model, evaluator, source, train_state, workdir)

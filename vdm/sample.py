@@ -91,11 +91,7 @@ def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   """--mode=sample: images from the newest checkpoint, as a PNG grid and as an NPZ file."""
-  model = build.model(config)
-  build.check_devices(config, jax.device_count())
-  mesh = parallel.make_mesh(config.parallel.fsdp)
-  abstract = parallel.abstract_state(mesh, build.init_state(config, model))
-  train_state = checkpoint.read(workdir, config, abstract)
+  model, mesh, train_state = checkpoint.read_run(config, workdir)
   step, settings = int(train_state.step), config.sample
   batches = []
   for batch in make_sampler(config, model, mesh)(chosen_params(config, train_state)):

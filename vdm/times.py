@@ -5,7 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-def stratified(key: Array, index: Int[Array, ' b'], batch_size: int) -> Float[Array, ' b']:
+def stratified(
+  key: Array, index: Int[Array, ' b'], batch_size: int | Int[Array, '']
+) -> Float[Array, ' b']:
   """t = (u + i / B) mod 1 with one u ~ U(0, 1) for the whole batch (VDM appendix I.1).
 
   Each t is uniform, and one falls into each of the B strata, whatever part of the batch a device

@@ -1,0 +1,81 @@
+import logging
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vdm import report
+
+
+class Writer:
+  """Keeps what a clu writer would write."""
+
+  def __init__(self):
+    self.scalars = {}
+
+  def write_scalars(self, step, scalars):
+    self.scalars[step] = scalars
+
+
+def metrics(value, **changes):
+  names = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm', 'bits_per_dim')
+  bins = {'sum': np.array([value, 0.0]), 'count': np.array([1.0, 0.0])}
+  return dict.fromkeys(names, value) | {'bins': bins} | changes
+
+
+def test_meter_writes_means_over_its_interval():
+  writer = Writer()
+  meter = report.Meter(writer, every=2, batch_size=8, start=0, total=4)
+  for step in range(1, 5):
+    meter.push(step, metrics(float(step)), fetch=lambda m: m)
+  with meter.pause():
+    pass
+  meter.close()
+  assert sorted(writer.scalars) == [2, 4]
+  assert writer.scalars[2]['train/loss'] == 1.5 and writer.scalars[4]['train/loss'] == 3.5
+  assert writer.scalars[4]['train/images_per_second'] > 0
+  bins = meter.take_bins()
+  assert bins[0] == 2.5 and np.isnan(bins[1])
+
+
+def test_meter_reads_a_step_only_after_the_next_one_was_dispatched():
+  fetched = []
+  meter = report.Meter(Writer(), every=100, batch_size=8, start=0, total=4)
+  for step in (1, 2, 3):
+    meter.push(step, metrics(float(step)), fetch=lambda m: fetched.append(m['loss']) or m)
+    assert fetched == [float(s) for s in range(1, step)]
+  meter.close()
+
+
+@pytest.mark.parametrize('name', ['recon_bpd', 'diffusion_bpd', 'grad_norm'])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_meter_stops_at_the_first_value_that_is_not_finite(name, value):
+  meter = report.Meter(Writer(), every=100, batch_size=8, start=0, total=4)
+  meter.push(7, metrics(1.0, **{name: value}), fetch=lambda m: m)
+  with pytest.raises(FloatingPointError, match=f'step 7: {name} is {value}'):
+    meter.drain()
+  meter.close()
+
+
+def test_only_warnings_of_other_packages_are_shown():
+  def record(level, path):
+    return logging.LogRecord('absl', level, path, 1, 'text', (), None)
+
+  orbax, ours = '/lib/site-packages/orbax/checkpoint/x.py', report.__file__
+  assert not report._ours_or_serious(record(logging.INFO, orbax))
+  assert report._ours_or_serious(record(logging.WARNING, orbax))
+  assert report._ours_or_serious(record(logging.INFO, ours))
+
+
+def test_plots_are_pictures(tmp_path):
+  bins = {'ema': np.array([0.1, np.nan, 0.4])}
+  picture = report.plot_bins(bins, (8.0, -5.0), tmp_path / 'plots' / 'bins.png')
+  assert picture.dtype == np.uint8 and picture.std() > 5
+  with Image.open(tmp_path / 'plots' / 'bins.png') as image:
+    assert image.size == picture.shape[1::-1]
+
+
+@pytest.mark.parametrize('seconds, text', [(5, '0:05'), (65.4, '1:05'), (3723, '1:02:03')])
+def test_durations(seconds, text):
+  assert re.fullmatch(text, report._duration(seconds))
