@@ -1,0 +1,52 @@
+"""What the README says can be typed, and what it maps exists."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+import vdm
+from vdm import build, schedules, train, weightings
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / 'README.md'
+pytestmark = pytest.mark.skipif(not README.exists(), reason='not in a checkout')
+
+
+def blocks(language):
+  return re.findall(rf'```{language}\n(.*?)```', README.read_text(), re.DOTALL)
+
+
+def test_the_five_line_weighting_builds_and_traces(rank_promotion_allowed):
+  (code,) = blocks('python')
+  scope = {}
+  try:
+    exec(code, scope)
+    config = scope['get_config']('debug')
+    model, optimizer = build.model(config), build.optimizer(config)
+    state = jax.eval_shape(build.init_state(config, model))
+    batch = {
+      'image': jax.ShapeDtypeStruct((8, 8, 8, 1), 'uint8'),
+      'label': jax.ShapeDtypeStruct((8,), 'int32'),
+      'index': jax.ShapeDtypeStruct((8,), 'int32'),
+    }
+    _, metrics = jax.eval_shape(train.make_train_step(config, model, optimizer), state, batch)
+    assert metrics['loss'].shape == ()
+  finally:
+    weightings.WEIGHTINGS.pop('power', None)
+  assert 'mine' not in schedules.SCHEDULES
+
+
+def test_there_is_one_command_to_run_and_one_to_test():
+  for name, part in (('main', '--config=configs/digits.py'), ('test', 'pytest')):
+    (command,) = blocks(f'bash {name}')
+    assert part in command and len(command.strip().splitlines()) == 1
+
+
+def test_map_names_every_file_and_pictures_exist():
+  text = README.read_text()
+  for path in pathlib.Path(vdm.__file__).parent.glob('[a-z]*.py'):
+    assert f'{path.name}`' in text, path.name
+  for picture in re.findall(r'!\[.*?\]\((.*?)\)', text):
+    assert (ROOT / picture).exists(), picture
