@@ -14,6 +14,7 @@ import numpy as np
 from absl import logging
 from clu import metric_writers
 from rich.console import Console
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
@@ -43,7 +44,13 @@ def set_up_logging():
   logging.set_verbosity(logging.INFO)
   logger, handler = logging.get_absl_logger(), logging.get_absl_handler()
   if console.is_terminal:
-    handler = RichHandler(console=console, show_path=False, show_level=False)
+    handler = RichHandler(
+      console=console,
+      show_path=False,
+      show_level=False,
+      log_time_format='%H:%M:%S',
+      highlighter=NullHighlighter(),
+    )
     logger.handlers, logger.propagate = [handler], False
   else:
     handler.setFormatter(_PlainFormatter())
@@ -155,6 +162,7 @@ class Meter:
     """Reads what is pending; what happens inside does not count as time of the steps."""
     self.drain()
     start = time.monotonic()
+    self._line.update(self._task, status='evaluating or saving')
     yield
     self._clock += time.monotonic() - start
 
