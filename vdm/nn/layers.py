@@ -94,8 +94,6 @@ class Dropout(nn.Module):
       return x
     *batch, channels = x.shape
     words = jax.random.bits(self.make_rng('dropout'), (*batch, -(-channels // 4)), jnp.uint32)
-    # The barrier keeps XLA from drawing them again wherever they are used, backward included.
-    words = lax.optimization_barrier(words)
     random_bytes = lax.bitcast_convert_type(words, jnp.uint8).reshape(*batch, -1)[..., :channels]
     keep = random_bytes < jnp.uint8(threshold)
     return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros_like(x))
