@@ -273,21 +273,23 @@ class Conditioning(nn.Module):
     return nn.swish(h)
 
 
-def check_fields(module):
-  """Raises ValueError if a field of a network, given by `config.model`, is out of its range."""
+def _require(valid, name, value, constraint, remedy):
+  if not valid:
+    raise ValueError(f'config.model.{name}={value} must {constraint}; try {remedy}.')
 
-  def require(valid, name, constraint, remedy):
-    if not valid:
-      value = getattr(module, name)
-      raise ValueError(f'config.model.{name}={value} must {constraint}; try {remedy}.')
 
-  width = module.width
-  require(width >= 4 and width % 2 == 0, 'width', 'be even and at least 4', max(4, width + 1))
-  require(module.num_blocks >= 1, 'num_blocks', 'be at least 1', 1)
-  require(0 <= module.dropout < 1, 'dropout', 'be in [0, 1)', 0.1)
-  require(module.num_classes >= 0, 'num_classes', 'not be negative', 0)
-  if hasattr(module, 'num_heads'):
-    divisors = [n for n in range(1, min(width, 17)) if width % n == 0]
-    remedy = ' or '.join(map(str, divisors[1:3] or divisors))
-    valid = module.num_heads >= 1 and width % module.num_heads == 0
-    require(valid, 'num_heads', f'divide the width {width}', remedy)
+def check_fields(width, num_blocks, dropout, num_classes):
+  """Raises ValueError if a field that all networks have is out of its range."""
+  valid = width >= 4 and width % 2 == 0
+  _require(valid, 'width', width, 'be even and at least 4', max(4, width + 1))
+  _require(num_blocks >= 1, 'num_blocks', num_blocks, 'be at least 1', 1)
+  _require(0 <= dropout < 1, 'dropout', dropout, 'be in [0, 1)', 0.1)
+  _require(num_classes >= 0, 'num_classes', num_classes, 'not be negative', 0)
+
+
+def check_heads(num_heads, width):
+  """Raises ValueError if attention cannot split the width into that many heads."""
+  divisors = [n for n in range(1, min(width, 17)) if width % n == 0]
+  remedy = ' or '.join(map(str, divisors[1:3] or divisors))
+  valid = num_heads >= 1 and width % num_heads == 0
+  _require(valid, 'num_heads', num_heads, f'divide the width {width}', remedy)

@@ -32,7 +32,7 @@ class MLP(nn.Module):
   @nn.compact
   def __call__(self, z, t, label=None, *, train):
     """The raw output of the network; shapes as in `VDMUNet`, but z and the output are [B, D]."""
-    layers.check_fields(self)
+    layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     if z.ndim != 2:
       raise ValueError(f'mlp takes vectors [B, D], but z has shape {z.shape}.')
 

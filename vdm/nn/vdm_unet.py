@@ -83,7 +83,8 @@ class VDMUNet(nn.Module):
     Returns:
       [B, H, W, C] float32.
     """
-    layers.check_fields(self)
+    layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
+    layers.check_heads(self.num_heads, self.width)
     if z.ndim != 4:
       raise ValueError(f'vdm_unet takes images [B, H, W, C], but z has shape {z.shape}.')
 
