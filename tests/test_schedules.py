@@ -61,3 +61,44 @@ def test_learned_end_points_fall_whatever_the_optimizer_does():
   params = learned.init() | {'slope': jnp.float32(-4.0)}
   ends = learned.as_schedule(params)(jnp.array([0.0, 1.0]))
   np.testing.assert_allclose(ends, [11, 7])
+
+
+def random_net(seed, **ends):
+  """A learned network far from linear: positive weights of many sizes, units anywhere."""
+  learned = SCHEDULES['learned_net'](**(ENDS | ends), num_hidden=64)
+  params = learned.init()
+  keys = jax.random.split(jax.random.key(seed), 3)
+  interior = {
+    k: v + 4 * jax.random.normal(key, v.shape)
+    for key, (k, v) in zip(keys, params['interior'].items())
+  }
+  return learned.as_schedule(params | {'interior': interior}), interior
+
+
+@pytest.mark.parametrize('seed', range(5))
+def test_a_learned_net_falls_strictly_between_pinned_ends(seed):
+  schedule, _ = random_net(seed)
+  log_snr, slope = log_snr_and_slope(schedule, jnp.linspace(0.0, 1.0, 257))
+  assert np.all(np.diff(log_snr) < 0) and np.all(slope < 0)
+  np.testing.assert_allclose([log_snr[0], log_snr[-1]], [11, -7], atol=1e-5)
+  assert log_snr.max() <= 11 + 1e-5 and log_snr.min() >= -7 - 1e-5
+  assert np.abs(log_snr - np.linspace(11, -7, 257)).max() > 0.1  # and it is not the line
+
+
+def test_a_learned_net_is_the_papers_network():
+  """gamma = gamma_0 + (gamma_1 - gamma_0) (g(t) - g(0)) / (g(1) - g(0)), g = l1 + l3 sig l2 l1."""
+  schedule, interior = random_net(7)
+  a, b = (np.log1p(np.exp(np.float64(interior[k]))) for k in 'ab')
+  weight_1, bias_1 = 18.3, -13.3  # any l1: its scale and offset are taken out by the pinning
+  l1 = lambda t: weight_1 * t + bias_1
+  weight_2 = 2 * b / weight_1
+  bias_2 = np.float64(interior['c']) - b - weight_2 * bias_1
+  g = lambda t: l1(t) + (weight_1 * a / (1 + np.exp(-(weight_2 * l1(t) + bias_2)))).sum()
+  for t in (0.0, 0.1, 0.5, 0.83, 1.0):
+    want = 11 - 18 * (g(t) - g(0)) / (g(1) - g(0))
+    np.testing.assert_allclose(schedule(jnp.float32(t)), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_learned_net_starts_almost_linear():
+  t = jnp.linspace(0.0, 1.0, 65)
+  assert np.abs(make('learned_net')(t) - (11 - 18 * t)).max() < 0.5

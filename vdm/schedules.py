@@ -13,13 +13,18 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from vdm.gaussian import Schedule
 
 
 class Learned(NamedTuple):
-  """A schedule with parameters of its own."""
+  """A schedule with parameters of its own.
+
+  `init()` is a dict. What it holds under 'interior' moves no end point and so, in continuous time,
+  no expected loss: it is trained to minimise the variance of the loss, all else by the bound.
+  """
 
   init: Callable[[], Any]
   as_schedule: Callable[[Any], Schedule]
@@ -75,15 +80,65 @@ def learned_endpoints(log_snr_min: float, log_snr_max: float) -> Learned:
   """
   _check_range(log_snr_min, log_snr_max)
 
-  def init():
-    return {
-      'log_snr_max': jnp.asarray(log_snr_max, jnp.float32),
-      'slope': jnp.asarray(log_snr_max - log_snr_min, jnp.float32),
-    }
-
   return Learned(
-    init, lambda params: lambda t: params['log_snr_max'] - jnp.abs(params['slope']) * t
+    lambda: _ends(log_snr_min, log_snr_max),
+    lambda params: lambda t: params['log_snr_max'] - jnp.abs(params['slope']) * t,
   )
+
+
+def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) -> Learned:
+  """A monotone network between learned end points (VDM section 4.2, appendix H).
+
+  With h(t) = t + sum_k a_k sigmoid(b_k (2t - 1) + c_k), a_k and b_k positive,
+
+    log_snr(t) = log_snr_max - |slope| (h(t) - h(0)) / (h(1) - h(0)),
+
+  which is the paper's l1 + l3(sigmoid(l2(l1(t)))) after its pinning, which takes out the scale and
+  offset of l1 and the offset of l3. The linear part keeps log_snr strictly decreasing whatever the
+  optimizer does. It starts almost linear, its hidden units spread evenly over [0, 1].
+  """
+  _check_range(log_snr_min, log_snr_max)
+  if num_hidden < 1:
+    raise ValueError(f'config.schedule.num_hidden={num_hidden} must be 1 or more; try 1024.')
+
+  def init():
+    steepness = 10.0  # of each unit: its rise takes about a third of [0, 1]
+    centre = (jnp.arange(num_hidden) + 0.5) / num_hidden
+    interior = {
+      'a': jnp.full(num_hidden, inverse_softplus(1 / num_hidden)),
+      'b': jnp.full(num_hidden, inverse_softplus(steepness)),
+      'c': steepness * (1 - 2 * centre),
+    }
+    interior = {k: jnp.asarray(v, jnp.float32) for k, v in interior.items()}
+    return _ends(log_snr_min, log_snr_max) | {'interior': interior}
+
+  def as_schedule(params):
+    a, b = (jax.nn.softplus(params['interior'][k]) for k in 'ab')
+    c = params['interior']['c']
+
+    @jnp.vectorize
+    def h(t):
+      return t + (a * jax.nn.sigmoid(b * (2 * t - 1) + c)).sum()
+
+    def schedule(t):
+      start, end = h(jnp.zeros(())), h(jnp.ones(()))
+      return params['log_snr_max'] - jnp.abs(params['slope']) * (h(t) - start) / (end - start)
+
+    return schedule
+
+  return Learned(init, as_schedule)
+
+
+def inverse_softplus(y: float) -> float:
+  """The x with log(1 + e^x) = y, for y > 0."""
+  return y + math.log(-math.expm1(-y))
+
+
+def _ends(log_snr_min: float, log_snr_max: float) -> dict[str, Any]:
+  return {
+    'log_snr_max': jnp.asarray(log_snr_max, jnp.float32),
+    'slope': jnp.asarray(log_snr_max - log_snr_min, jnp.float32),
+  }
 
 
 SCHEDULES = {
@@ -91,4 +146,5 @@ SCHEDULES = {
   'cosine': cosine,
   'shifted_cosine': shifted_cosine,
   'learned_endpoints': learned_endpoints,
+  'learned_net': learned_net,
 }
