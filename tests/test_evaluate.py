@@ -4,6 +4,7 @@ from vdm.configs import default
 
 from vdm import build, data, evaluate, parallel, sample
 from vdm.gaussian import Prediction, alpha, sigma
+from vdm.losses import DiffusionTerm
 from vdm.schedules import SCHEDULES
 from vdm.weightings import WEIGHTINGS
 
@@ -158,15 +159,34 @@ def test_a_single_draw_has_no_standard_error():
   assert np.isnan(result.stderr) and np.isfinite(result.stderr_images)
 
 
-def test_bins_hold_the_diffusion_loss_by_log_snr():
+def test_bins_hold_the_bits_per_unit_of_log_snr():
   log_snr = jnp.array([-5.0, -4.9, 0.01, 4.99, 5.0])
-  schedule = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=5.0)
+  nats = jnp.arange(1.0, 6.0) * 3 * np.log(2)
+  term = DiffusionTerm(nats, nats, log_snr, jnp.full(5, -2.0))
   mask = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
-  bins = evaluate.log_snr_bins(log_snr, jnp.arange(1.0, 6.0), schedule, mask)
+  bins = evaluate.log_snr_bins(term, jnp.array([5.0, -5.0]), 3, mask)
   middle = evaluate.NUM_BINS // 2
-  np.testing.assert_allclose(bins['sum'][jnp.array([0, middle, -1])], [3, 3, 4])
+  np.testing.assert_allclose(bins['sum'][jnp.array([0, middle, -1])], [1.5, 1.5, 2], rtol=1e-6)
   np.testing.assert_allclose(bins['count'][jnp.array([0, middle, -1])], [2, 1, 1])
   assert bins['count'].sum() == 4
+
+
+def test_bits_per_unit_of_log_snr_and_their_spread_do_not_depend_on_the_schedule():
+  """Bins, and the coefficient of variation under a uniform log_snr, are properties of the model."""
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 1000)
+  config = config_of(draws=16)
+  linear, cosine = (
+    score(exact_model(mean, covariance, name), config, images) for name in ('linear', 'cosine')
+  )
+  width = (LOG_SNR_MAX - LOG_SNR_MIN) / evaluate.NUM_BINS
+  spent = linear.bins.sum() * width
+  assert abs(spent - linear.terms['diffusion']['value']) < 4 * linear.stderr
+  seen = np.isfinite(cosine.bins)
+  np.testing.assert_allclose(cosine.bins[seen], linear.bins[seen], rtol=0.2, atol=0.01)
+  np.testing.assert_allclose(linear.cv[0], linear.cv[1], rtol=1e-5)
+  np.testing.assert_allclose(cosine.cv[1], linear.cv[1], rtol=0.1)
+  assert cosine.cv[0] > 1.2 * linear.cv[0] or cosine.cv[0] < linear.cv[0] / 1.2
 
 
 def test_samples_of_the_exact_denoiser_have_the_mean_and_covariance_of_the_data():

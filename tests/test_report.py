@@ -18,10 +18,14 @@ class Writer:
     self.scalars[step] = scalars
 
 
+def moments(value):
+  return np.array([value, 2 * value**2, 5 * value**2])
+
+
 def metrics(value, **changes):
   names = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm', 'bits_per_dim')
   bins = {'sum': np.array([value, 0.0]), 'count': np.array([1.0, 0.0])}
-  return dict.fromkeys(names, value) | {'bins': bins} | changes
+  return dict.fromkeys(names, value) | {'bins': bins, 'moments': moments(value)} | changes
 
 
 def test_meter_writes_means_over_its_interval():
@@ -35,6 +39,9 @@ def test_meter_writes_means_over_its_interval():
   assert sorted(writer.scalars) == [2, 4]
   assert writer.scalars[2]['train/loss'] == 1.5 and writer.scalars[4]['train/loss'] == 3.5
   assert writer.scalars[4]['train/images_per_second'] > 0
+  means = np.mean([moments(3.0), moments(4.0)], axis=0)
+  cv = (writer.scalars[4]['train/diffusion_cv'], writer.scalars[4]['train/diffusion_cv_linear'])
+  np.testing.assert_allclose(cv, (means[1:] / means[0] ** 2 - 1) ** 0.5)
   bins = meter.take_bins()
   assert bins[0] == 2.5 and np.isnan(bins[1])
 

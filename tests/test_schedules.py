@@ -70,7 +70,7 @@ def random_net(seed, **ends):
   keys = jax.random.split(jax.random.key(seed), 3)
   interior = {
     k: v + 4 * jax.random.normal(key, v.shape)
-    for key, (k, v) in zip(keys, params['interior'].items())
+    for key, (k, v) in zip(keys, params['interior'].items(), strict=True)
   }
   return learned.as_schedule(params | {'interior': interior}), interior
 

@@ -22,6 +22,7 @@ def config_of(**settings):
   with config.unlocked():
     config.model.dropout = 0.2
     config.eval.max_images = 8
+    config.schedule.name = 'learned_net'
     for name, value in settings.items():
       block, leaf = name.split('__')
       config[block][leaf] = value
@@ -53,6 +54,7 @@ def test_a_run_leaves_checkpoints_cards_samples_plots_and_tensorboard(straight):
     'samples/step_00000004.png',
     'plots/bits_per_dim.png',
     'plots/diffusion_loss.png',
+    'plots/schedule.png',
     'cards/bits_per_dim_ema_continuous_step00000004.json',
     'cards/bits_per_dim_raw_continuous_step00000002.json',
   ):

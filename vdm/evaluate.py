@@ -13,9 +13,9 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, cards, checkpoint, data, parallel
-from vdm.gaussian import Schedule, fold_in, standard_normal
+from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
-from vdm.losses import variational_bound
+from vdm.losses import DiffusionTerm, coefficients_of_variation, moments, variational_bound
 from vdm.times import stratified
 from vdm.weightings import elbo
 
@@ -24,13 +24,16 @@ TERMS = ('recon', 'prior', 'diffusion')
 
 
 def log_snr_bins(
-  log_snr: jax.Array, value: jax.Array, schedule: Schedule, mask: jax.Array
+  term: DiffusionTerm, ends: jax.Array, num_dims: int, mask: jax.Array
 ) -> dict[str, jax.Array]:
-  """Sum of `value` [B] and number of examples in NUM_BINS equal bins between the end points."""
-  ends = schedule(jnp.array([1.0, 0.0]))
-  position = (log_snr - ends[0]) / (ends[1] - ends[0])
+  """Bits/dim spent per unit of log-SNR, 1/2 |eps_hat - eps|^2 / (D ln 2), under any schedule.
+
+  Sum over examples and number of them in NUM_BINS equal bins from ends[1] to ends[0]; the means
+  times the bin width add up to the diffusion term.
+  """
+  position = (term.log_snr - ends[1]) / (ends[0] - ends[1])
   number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
-  zeros = jnp.zeros(NUM_BINS)
+  zeros, value = jnp.zeros(NUM_BINS), bits_per_dim(term.elbo / -term.slope, num_dims)
   return {'sum': zeros.at[number].add(value * mask), 'count': zeros.at[number].add(mask)}
 
 
@@ -38,7 +41,7 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
   """step(params, batch, batch_number, seed) -> sums over the batch's real images, in bits per dim.
 
   'terms' [draws, 3] over images; 'image' the sum, and 'image_squared' the sum of squares, of
-  each image's mean over draws; 'bins' of the diffusion term.
+  each image's mean over draws; 'bins' and 'moments' [3] of the diffusion term.
   """
   num_dims = math.prod(model.image_shape)
   settings = config.eval
@@ -47,6 +50,7 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
     u, index, mask = batch['image'].astype(jnp.int32), batch['index'], batch['mask']
     position = index % settings.batch_size  # eval batches are consecutive parts of the split
     denoiser, schedule = model.denoiser(params, batch['label']), model.schedule(params)
+    ends = schedule(jnp.array([0.0, 1.0]))
 
     def draw(number):
       key = jax.random.fold_in(jax.random.key(seed), number)
@@ -64,16 +68,19 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
       )
       terms = jnp.stack([bound.recon, bound.prior, bound.diffusion.elbo], axis=1)
       terms = bits_per_dim(terms, num_dims)  # [B, 3]
-      bins = log_snr_bins(bound.diffusion.log_snr, terms[:, 2], schedule, mask)
-      return mask @ terms, terms.sum(axis=1), bins
+      diffusion = bound.diffusion._replace(loss=terms[:, 2])
+      spread = mask @ moments(diffusion, ends[0] - ends[1])
+      bins = log_snr_bins(diffusion, ends, num_dims, mask)
+      return mask @ terms, terms.sum(axis=1), bins, spread
 
-    terms, image, bins = jax.lax.map(draw, jnp.arange(settings.draws))
+    terms, image, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
     image = image.mean(axis=0)
     return {
       'terms': terms,
       'image': mask @ image,
       'image_squared': mask @ image**2,
       'bins': jax.tree.map(lambda a: a.sum(axis=0), bins),
+      'moments': spread.mean(axis=0),
     }
 
   return step
@@ -81,14 +88,16 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
 
 class BitsPerDim(NamedTuple):
   """An evaluation. `stderr` is the Monte Carlo error of the value for these very images (nan for a
-  single draw); `stderr_images` the error as an estimate for the population they come from."""
+  single draw); `stderr_images` the error as an estimate for the population they come from. `cv` are
+  the coefficients of variation of the diffusion term (`losses.coefficients_of_variation`)."""
 
   value: float
   stderr: float
   stderr_images: float
   terms: dict[str, dict[str, float]]
   num_images: int
-  bins: np.ndarray  # [NUM_BINS] mean diffusion loss per log-SNR bin, nan where none fell
+  bins: np.ndarray  # [NUM_BINS] bits/dim per unit of log-SNR, nan where none fell
+  cv: tuple[float, float]
 
 
 def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
@@ -121,6 +130,7 @@ def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
     terms={k: {'value': float(v), 'stderr': float(e)} for k, (v, e) in per_term.items()},
     num_images=num_images,
     bins=bins,
+    cv=coefficients_of_variation(sum(s['moments'].astype(np.float64) for s in sums) / num_images),
   )
 
 
@@ -176,6 +186,9 @@ def write_card(
       'images_seen': step * config.train.batch_size,
       'log_snr_max': ends[0],
       'log_snr_min': ends[1],
+      'diffusion_cv': result.cv[0],
+      'diffusion_cv_linear': result.cv[1],
+      'bits_per_dim_per_log_snr': [None if math.isnan(b) else float(b) for b in result.bins],
       'dtype': str(build.dtype(config)),
       'config': config.to_dict(),
     },

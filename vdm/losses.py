@@ -1,7 +1,9 @@
 """The one loss, in continuous and in discrete time; every term is [B] nats, unreduced."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +19,7 @@ class DiffusionTerm(NamedTuple):
   loss: Array  # weighted, nats
   elbo: Array  # the same with weight 1: a term of the variational bound
   log_snr: Array
+  slope: Array  # dlog_snr/dt; in discrete time the mean of it over the step
 
 
 def diffusion_loss(
@@ -27,6 +30,7 @@ def diffusion_loss(
   t: Float[Array, ' b'],
   eps: Float[Array, 'b ...'],
   num_timesteps: int = 0,
+  probe: tuple[Array, Array] | None = None,
 ) -> DiffusionTerm:
   """The weighted diffusion loss at times t.
 
@@ -42,17 +46,68 @@ def diffusion_loss(
     t: times in [0, 1], [B].
     eps: standard normal noise of x's shape.
     num_timesteps: T; 0 for continuous time.
+    probe: zeros [B] and [B], added to log_snr and dlog_snr/dt in continuous time: the gradient of
+      the mean loss with respect to them is 1/B that of each example's loss (`interior_gradient`).
   """
   if num_timesteps:
     t = discretize(t, num_timesteps)
-    log_snr = schedule(t)
-    step = num_timesteps * jnp.expm1(schedule(t - 1 / num_timesteps) - log_snr)
+    log_snr, log_snr_s = schedule(t), schedule(t - 1 / num_timesteps)
+    slope = num_timesteps * (log_snr - log_snr_s)
+    step = num_timesteps * jnp.expm1(log_snr_s - log_snr)
   else:
     log_snr, slope = log_snr_and_slope(schedule, t)
+    if probe:
+      log_snr, slope = log_snr + probe[0], slope + probe[1]
     step = -slope
   eps_hat = denoiser(q_sample(x, eps, log_snr), log_snr).eps
   elbo = 0.5 * step * sum_over_dims((eps_hat - eps) ** 2)
-  return DiffusionTerm(weighting(log_snr) * elbo, elbo, log_snr)
+  return DiffusionTerm(weighting(log_snr) * elbo, elbo, log_snr, slope)
+
+
+def interior_gradient(
+  as_schedule: Callable[[Any], Schedule],
+  params: dict[str, Any],
+  t: Float[Array, ' b'],
+  loss: Float[Array, ' b'],
+  probe_gradients: tuple[Array, Array],
+) -> Any:
+  """Gradient of mean(loss^2) for params['interior'], without a second backward pass.
+
+  In continuous time the interior of a schedule does not change the expected loss, so that the mean
+  square is the variance up to a constant (VDM appendix I.2). Through its own time alone,
+
+    d mean(loss^2) = sum_i 2 loss_i / B (dloss_i/dlog_snr_i dlog_snr_i + dloss_i/dslope_i dslope_i).
+
+  Args:
+    as_schedule: params -> Schedule.
+    params: of the schedule.
+    t: [B].
+    loss: the diffusion loss of each example, [B].
+    probe_gradients: of the mean of `loss`, by the probe of `diffusion_loss`.
+  """
+
+  def values(interior):
+    return log_snr_and_slope(as_schedule(params | {'interior': interior}), t)
+
+  _, pull_back = jax.vjp(values, params['interior'])
+  return pull_back(tuple(2 * loss * gradient for gradient in probe_gradients))[0]
+
+
+def moments(term: DiffusionTerm, log_snr_range: Array) -> Float[Array, 'b 3']:
+  """The loss, its square, and its square times range / |slope|.
+
+  The mean of the last is the mean square had log_snr been drawn uniformly: a loss is then range /
+  |slope| times what it is here, and |slope| / range times as likely. Means over examples go into
+  `coefficients_of_variation`.
+  """
+  square = term.loss**2
+  return jnp.stack([term.loss, square, square * log_snr_range / -term.slope], axis=1)
+
+
+def coefficients_of_variation(means):
+  """Standard deviation over mean of the loss of one example at one time: as it is drawn, and were
+  log_snr drawn uniformly, from the means of `moments`."""
+  return tuple((square / means[0] ** 2 - 1) ** 0.5 for square in means[1:])
 
 
 class Bound(NamedTuple):
@@ -73,6 +128,7 @@ def variational_bound(
   eps: Float[Array, 'b ...'],
   num_values: int,
   num_timesteps: int = 0,
+  probe: tuple[Array, Array] | None = None,
 ) -> Bound:
   """All three terms for discrete data u, integers in [0, num_values), [B ...].
 
@@ -84,5 +140,5 @@ def variational_bound(
   return Bound(
     recon=reconstruction_loss(u, eps_recon, ends[0], num_values),
     prior=prior_loss(x, ends[1]),
-    diffusion=diffusion_loss(denoiser, schedule, weighting, x, t, eps, num_timesteps),
+    diffusion=diffusion_loss(denoiser, schedule, weighting, x, t, eps, num_timesteps, probe),
   )

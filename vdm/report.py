@@ -19,6 +19,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from vdm import data
+from vdm.losses import coefficients_of_variation
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -66,12 +67,12 @@ def open_writer(workdir: pathlib.Path) -> metric_writers.MetricWriter:
 
 
 def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path):
-  """Diffusion loss per bin of log-SNR, one curve a set of parameters; returns the picture."""
+  """Bits/dim spent per unit of log-SNR, one curve a set of parameters; returns the picture."""
   figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
   for name, bins in curves.items():
     edges = np.linspace(ends[1], ends[0], len(bins) + 1)
     axes.stairs(bins, edges, label=name)
-  axes.set(xlabel='log-SNR', ylabel='diffusion loss (bits/dim)', ylim=(0, None))
+  axes.set(xlabel='log-SNR', ylabel='bits/dim per unit of log-SNR', ylim=(0, None))
   axes.legend()
   return save_figure(figure, path)
 
@@ -79,17 +80,43 @@ def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pa
 def plot_history(workdir: pathlib.Path, path: pathlib.Path):
   """Bits per dimension against steps, from the workdir's number cards; returns the picture."""
   figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
-  curves = {}
-  for card in map(load_json, sorted((workdir / 'cards').glob('bits_per_dim_*.json'))):
-    curves.setdefault((card['params'], card['bound']), []).append(
-      (card['step'], card['value'], card['stderr'])
-    )
-  for (params, bound), points in sorted(curves.items()):
-    steps, values, errors = np.array(sorted(points), float).T
+  for (params, bound), cards in _bound_cards(workdir).items():
+    steps, values, errors = ([card[k] for card in cards] for k in ('step', 'value', 'stderr'))
     axes.errorbar(steps, values, errors, marker='.', label=f'{params}, {bound}')
   axes.set(xlabel='steps', ylabel='bits/dim')
   axes.legend(fontsize='small')
   return save_figure(figure, path)
+
+
+def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path):
+  """The schedule at equally spaced times, its density, and what it does to the loss's variance.
+
+  The history is that of the averaged parameters, from the workdir's number cards.
+  """
+  figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5), layout='constrained')
+  t = np.linspace(0, 1, len(log_snr))
+  left.plot(t, log_snr, label='now')
+  left.plot(t[[0, -1]], log_snr[[0, -1]], 'k:', label='linear')
+  left.set(xlabel='t', ylabel='log-SNR')
+  left.legend()
+  middle.stairs(-np.diff(t) / np.diff(log_snr), log_snr[::-1])
+  middle.axhline(1 / (log_snr[0] - log_snr[-1]), color='k', linestyle=':')
+  middle.set(xlabel='log-SNR', ylabel='density of training times', ylim=(0, None))
+  cards = next((c for (params, _), c in _bound_cards(workdir).items() if params == 'ema'), [])
+  steps = [card['step'] for card in cards]
+  right.plot(steps, [card['diffusion_cv'] for card in cards], '.-', label='this schedule')
+  right.plot(steps, [card['diffusion_cv_linear'] for card in cards], 'k.:', label='linear')
+  right.set(xlabel='steps', ylabel='std / mean of the diffusion loss', ylim=(0, None))
+  right.legend()
+  return save_figure(figure, path)
+
+
+def _bound_cards(workdir: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
+  """The number cards of the bound by (parameters, bound), each in the order of steps."""
+  cards = {}
+  for card in map(load_json, sorted((workdir / 'cards').glob('bits_per_dim_*.json'))):
+    cards.setdefault((card['params'], card['bound']), []).append(card)
+  return {k: sorted(v, key=lambda card: card['step']) for k, v in sorted(cards.items())}
 
 
 def load_json(path: pathlib.Path) -> Any:
@@ -176,13 +203,15 @@ class Meter:
 
   def _write(self, step: int, now: float, left: float):
     means = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *self._window)
+    cv = coefficients_of_variation(means.pop('moments'))
+    means |= dict(zip(('diffusion_cv', 'diffusion_cv_linear'), cv, strict=True))
     scalars = {f'train/{k}': float(v) for k, v in means.items()}
     scalars |= {'train/images_per_second': self._rate(now), 'train/minutes_left': left / 60}
     self._writer.write_scalars(step, scalars)
     self._window, self._clock = [], now
 
   def take_bins(self) -> np.ndarray:
-    """Mean diffusion loss per log-SNR bin since the last call; nan where no example fell."""
+    """Bits/dim per unit of log-SNR in each bin since the last call; nan where no example fell."""
     sums, counts = (sum(bins[k] for bins in self._bins) for k in ('sum', 'count'))
     self._bins = []
     with np.errstate(invalid='ignore'):

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vdm import build, cards, checkpoint, data, evaluate, parallel, report, sample, state
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
-from vdm.losses import variational_bound
+from vdm.losses import interior_gradient, moments, variational_bound
 from vdm.times import stratified
 
 EXIT_PREEMPTED = 75  # saved after SIGTERM, not done: run the same command again
@@ -29,26 +29,37 @@ def flip_horizontally(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def make_loss(config: ConfigDict, model: build.Model) -> Callable:
-  """(params, batch, key, key_dropout) -> (mean loss in nats per dimension, metrics)."""
+  """(params, probe, batch, key, key_dropout) -> (mean loss, (metrics, (t, diffusion loss) [B])).
+
+  Losses are in nats per dimension. The interior of a learned schedule gets no gradient in
+  continuous time, where `probe` collects what `interior_gradient` needs instead.
+  """
   num_dims = int(np.prod(model.image_shape))
 
-  def loss_fn(params, batch, key, key_dropout):
+  def loss_fn(params, probe, batch, key, key_dropout):
+    if learns_interior(config, params):
+      interior = jax.lax.stop_gradient(params['schedule']['interior'])
+      params = params | {'schedule': params['schedule'] | {'interior': interior}}
+    schedule = model.schedule(params)
     key_t, key_eps, key_recon, key_flip = jax.random.split(key, 4)
     u, index = batch['image'].astype(jnp.int32), batch['index']
     if config.data.flip:
       u = flip_horizontally(fold_in(key_flip, index), u)
+    t = stratified(key_t, index, config.train.batch_size)
     bound = variational_bound(
       model.denoiser(params, batch['label'], key_dropout),
-      model.schedule(params),
+      schedule,
       model.weighting,
       u,
-      stratified(key_t, index, config.train.batch_size),
+      t,
       standard_normal(fold_in(key_recon, index), model.image_shape),
       standard_normal(fold_in(key_eps, index), model.image_shape),
       model.num_values,
       config.train.num_timesteps,
+      probe,
     )
-    loss = (bound.recon + bound.prior + bound.diffusion.loss).mean() / num_dims
+    diffusion = bound.diffusion._replace(loss=bound.diffusion.loss / num_dims)
+    loss = ((bound.recon + bound.prior) / num_dims + diffusion.loss).mean()
     terms = {
       'recon_bpd': bound.recon,
       'prior_bpd': bound.prior,
@@ -57,15 +68,20 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
     metrics = {k: bits_per_dim(v.mean(), num_dims) for k, v in terms.items()}
     metrics['bits_per_dim'] = sum(metrics.values())
     metrics['loss'] = loss
-    metrics['bins'] = evaluate.log_snr_bins(
-      bound.diffusion.log_snr,
-      bits_per_dim(bound.diffusion.elbo, num_dims),
-      model.schedule(params),
-      jnp.ones(len(u)),
-    )
-    return loss, metrics
+    metrics['log_snr_max'], metrics['log_snr_min'] = ends = schedule(jnp.array([0.0, 1.0]))
+    metrics['moments'] = moments(diffusion, ends[0] - ends[1]).mean(axis=0)
+    metrics['bins'] = evaluate.log_snr_bins(diffusion, ends, num_dims, jnp.ones(len(u)))
+    return loss, (metrics, (t, diffusion.loss))
 
   return loss_fn
+
+
+def learns_interior(config: ConfigDict, params: dict) -> bool:
+  """Whether the schedule has an interior that the variance of the loss trains, not the bound.
+
+  In discrete time the bound itself depends on the interior, and trains it.
+  """
+  return 'interior' in params['schedule'] and not config.train.num_timesteps
 
 
 def make_train_step(
@@ -78,7 +94,7 @@ def make_train_step(
   (config.seed, step, purpose, index), so that any split over devices and microbatches draws the
   same ones; dropout alone is drawn per call.
   """
-  grad_fn = jax.grad(make_loss(config, model), has_aux=True)
+  grad_fn = jax.grad(make_loss(config, model), argnums=(0, 1), has_aux=True)
   microbatches = config.train.microbatches
 
   def step(train_state, batch, axis_name=None):
@@ -89,7 +105,15 @@ def make_train_step(
 
     def part_grads(number, part):
       dropout = jax.random.fold_in(key_dropout, number) if config.model.dropout else None
-      return grad_fn(train_state.params, part, key, dropout)
+      params, zeros = train_state.params, jnp.zeros(len(part['index']))
+      probe = (zeros, zeros)
+      (grads, probe_grads), (metrics, (t, loss)) = grad_fn(params, probe, part, key, dropout)
+      if learns_interior(config, params):
+        as_schedule = lambda schedule: model.schedule({'schedule': schedule})
+        grads['schedule']['interior'] = interior_gradient(
+          as_schedule, params['schedule'], t, loss, probe_grads
+        )
+      return grads, metrics
 
     if microbatches == 1:
       grads, metrics = part_grads(0, batch)
@@ -262,15 +286,16 @@ def make_look(
       picture = sample.grid(images, model.num_values)
       sample.save_png(workdir / 'samples' / f'step_{step:08d}.png', picture)
       curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
-      ends = model.schedule(train_state.params)(jnp.array([0.0, 1.0]))
+      log_snr = jax.device_get(model.schedule(train_state.params)(jnp.linspace(0.0, 1.0, 101)))
       plots = workdir / 'plots'
       writer.write_images(
         step,
         {
           'samples': picture[None],
           'diffusion_loss': report.plot_bins(
-            curves, jax.device_get(ends), plots / 'diffusion_loss.png'
+            curves, (log_snr[0], log_snr[-1]), plots / 'diffusion_loss.png'
           )[None],
+          'schedule': report.plot_schedule(workdir, log_snr, plots / 'schedule.png')[None],
           'history': report.plot_history(workdir, plots / 'bits_per_dim.png')[None],
         },
       )
