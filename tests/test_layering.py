@@ -11,7 +11,8 @@ LEVELS = [
   {'losses', 'state'},
   {'parallel', 'build', 'cards'},
   {'checkpoint'},
-  {'evaluate', 'sample', 'report'},
+  {'evaluate', 'sample', 'report', 'progressive'},
+  {'look'},
   {'train'},
   {'main'},
 ]

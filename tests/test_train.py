@@ -55,6 +55,8 @@ def test_a_run_leaves_checkpoints_cards_samples_plots_and_tensorboard(straight):
     'plots/bits_per_dim.png',
     'plots/diffusion_loss.png',
     'plots/schedule.png',
+    'plots/spectrum.png',
+    'samples/progressive_00000004.png',
     'cards/bits_per_dim_ema_continuous_step00000004.json',
     'cards/bits_per_dim_raw_continuous_step00000002.json',
   ):

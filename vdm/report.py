@@ -67,12 +67,36 @@ def open_writer(workdir: pathlib.Path) -> metric_writers.MetricWriter:
 
 
 def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path):
-  """Bits/dim spent per unit of log-SNR, one curve a set of parameters; returns the picture."""
-  figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
+  """Bits/dim per unit of log-SNR, and all of them spent from noise up to a log-SNR.
+
+  One curve a set of parameters; returns the picture.
+  """
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
   for name, bins in curves.items():
     edges = np.linspace(ends[1], ends[0], len(bins) + 1)
-    axes.stairs(bins, edges, label=name)
-  axes.set(xlabel='log-SNR', ylabel='bits/dim per unit of log-SNR', ylim=(0, None))
+    left.stairs(bins, edges, label=name)
+    centres, seen = (edges[1:] + edges[:-1]) / 2, np.isfinite(bins)
+    spent = np.cumsum(np.interp(centres, centres[seen], bins[seen]) * np.diff(edges))
+    right.plot(edges, [0, *spent], label=f'{name}, {spent[-1]:.3f} in all')
+  left.set(xlabel='log-SNR', ylabel='bits/dim per unit of log-SNR', ylim=(0, None))
+  right.set(xlabel='log-SNR', ylabel='bits/dim spent, from noise', ylim=(0, None))
+  right.legend()
+  return save_figure(figure, path)
+
+
+def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, path: pathlib.Path):
+  """The data's radial power spectrum, and the noise of z / alpha at some log-SNR levels.
+
+  What lies above a level's line is visible in z there.
+  """
+  figure, axes = plt.subplots(figsize=(6, 4.5), layout='constrained')
+  colours = plt.colormaps['viridis'](np.linspace(0, 0.9, len(levels)))
+  for level, colour in zip(levels, colours, strict=True):
+    axes.axhline(np.exp(-level), color=colour, linestyle=':')
+    right = axes.get_yaxis_transform()
+    axes.text(1, np.exp(-level), f' {level:.1f}', color=colour, va='center', transform=right)
+  axes.loglog(frequency, power, 'k', label='data')
+  axes.set(xlabel='cycles per pixel', ylabel='power (of noise: at the right, by log-SNR)')
   axes.legend()
   return save_figure(figure, path)
 
@@ -106,7 +130,9 @@ def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path
   steps = [card['step'] for card in cards]
   right.plot(steps, [card['diffusion_cv'] for card in cards], '.-', label='this schedule')
   right.plot(steps, [card['diffusion_cv_linear'] for card in cards], 'k.:', label='linear')
-  right.set(xlabel='steps', ylabel='std / mean of the diffusion loss', ylim=(0, None))
+  right.set(xlabel='steps', ylabel='std / mean of the diffusion loss')
+  right.margins(y=0.2)
+  right.set_ylim(0)
   right.legend()
   return save_figure(figure, path)
 

@@ -10,12 +10,12 @@ import numpy as np
 import optax
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, cards, checkpoint, data, evaluate, parallel, report, sample, state
+from vdm import build, cards, checkpoint, data, evaluate, parallel, report, state
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
+from vdm.look import make_look
 from vdm.losses import interior_gradient, moments, variational_bound
 from vdm.times import stratified
 
@@ -255,50 +255,3 @@ def _batches(
     process_count=jax.process_count(),
   )
   return (batch | {'index': index} for batch in batches)
-
-
-def make_look(
-  config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path
-) -> Callable[..., dict[str, float]]:
-  """look(state, writer, train_bins) scores the state, draws samples and plots, and writes them all.
-
-  It returns the metrics by which checkpoints are ranked.
-  """
-  source = data.load(config.data, 'eval')
-  evaluator = evaluate.make_evaluator(config, model, mesh)
-  sampler = sample.make_sampler(config, model, mesh)
-
-  def look(train_state, writer, train_bins):
-    step = int(train_state.step)
-    results = evaluate.evaluate_and_write(config, model, evaluator, source, train_state, workdir)
-    scalars = {
-      f'eval/{name}_{k}': v
-      for name, result in results.items()
-      for k, v in (
-        ('bits_per_dim', result.value),
-        ('stderr', result.stderr),
-        *((f'{term}_bpd', t['value']) for term, t in result.terms.items()),
-      )
-    }
-    writer.write_scalars(step, scalars)
-    images = np.concatenate(list(sampler(sample.chosen_params(config, train_state))))
-    if jax.process_index() == 0:
-      picture = sample.grid(images, model.num_values)
-      sample.save_png(workdir / 'samples' / f'step_{step:08d}.png', picture)
-      curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
-      log_snr = jax.device_get(model.schedule(train_state.params)(jnp.linspace(0.0, 1.0, 101)))
-      plots = workdir / 'plots'
-      writer.write_images(
-        step,
-        {
-          'samples': picture[None],
-          'diffusion_loss': report.plot_bins(
-            curves, (log_snr[0], log_snr[-1]), plots / 'diffusion_loss.png'
-          )[None],
-          'schedule': report.plot_schedule(workdir, log_snr, plots / 'schedule.png')[None],
-          'history': report.plot_history(workdir, plots / 'bits_per_dim.png')[None],
-        },
-      )
-    return {'bits_per_dim': results['ema'].value}
-
-  return look

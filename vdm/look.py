@@ -1,0 +1,93 @@
+"""What one looks at after an evaluation: samples, plots, the progressive picture."""
+
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build, data, evaluate, progressive, report, sample
+from vdm.likelihood import to_grid
+
+NUM_PROGRESSIVE = 4  # images of the progressive picture
+NUM_SPECTRUM = 1000  # images of the power spectrum
+
+
+def make_look(
+  config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path
+) -> Callable[..., dict[str, float]]:
+  """look(state, writer, train_bins) scores the state, draws samples and plots, and writes them all.
+
+  It returns the metrics by which checkpoints are ranked.
+  """
+  source = data.load(config.data, 'eval')
+  evaluator = evaluate.make_evaluator(config, model, mesh)
+  sampler = sample.make_sampler(config, model, mesh)
+  pictures = make_pictures(config, model, mesh, source, workdir)
+
+  def look(train_state, writer, train_bins):
+    step = int(train_state.step)
+    results = evaluate.evaluate_and_write(config, model, evaluator, source, train_state, workdir)
+    scalars = {
+      f'eval/{name}_{k}': v
+      for name, result in results.items()
+      for k, v in (
+        ('bits_per_dim', result.value),
+        ('stderr', result.stderr),
+        ('diffusion_cv', result.cv[0]),
+        ('diffusion_cv_linear', result.cv[1]),
+        *((f'{term}_bpd', t['value']) for term, t in result.terms.items()),
+      )
+    }
+    writer.write_scalars(step, scalars)
+    images = np.concatenate(list(sampler(sample.chosen_params(config, train_state))))
+    curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
+    shown = pictures(train_state, curves)
+    if jax.process_index() == 0:
+      shown['samples'] = sample.grid(images, model.num_values)
+      sample.save_png(workdir / 'samples' / f'step_{step:08d}.png', shown['samples'])
+      writer.write_images(step, {name: picture[None] for name, picture in shown.items()})
+    return {'bits_per_dim': results['ema'].value}
+
+  return look
+
+
+def make_pictures(
+  config: ConfigDict, model: build.Model, mesh: Mesh, source: data.Source, workdir: pathlib.Path
+) -> Callable[[Any, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+  """pictures(state, curves) -> name -> uint8 [H W C], all but the samples, written to the workdir.
+
+  `curves` are bits/dim per unit of log-SNR by bin, for each set of parameters. To be called on
+  every host; the first one writes.
+  """
+  denoise = progressive.make_denoise(model, mesh)
+  count = min(NUM_SPECTRUM, source.identity['num_images'])
+  batch = source.fetch(np.arange(count))
+  spectrum = progressive.radial_power(np.asarray(to_grid(batch['image'], model.num_values)))
+  few = [batch[k][:NUM_PROGRESSIVE] for k in ('image', 'label')]
+
+  def pictures(train_state, curves):
+    params = sample.chosen_params(config, train_state)
+    levels, z, x_hat = jax.device_get(denoise(params, *few))
+    log_snr = jax.device_get(model.schedule(train_state.params)(jnp.linspace(0.0, 1.0, 101)))
+    if jax.process_index():
+      return {}
+    columns = progressive.NUM_LEVELS
+    picture = progressive.picture_of(z, x_hat, model.num_values)
+    picture = sample.grid(picture, model.num_values, columns)
+    step, plots = int(train_state.step), workdir / 'plots'
+    sample.save_png(workdir / 'samples' / f'progressive_{step:08d}.png', picture)
+    ends = log_snr[0], log_snr[-1]
+    return {
+      'progressive': picture,
+      'diffusion_loss': report.plot_bins(curves, ends, plots / 'diffusion_loss.png'),
+      'schedule': report.plot_schedule(workdir, log_snr, plots / 'schedule.png'),
+      'spectrum': report.plot_spectrum(*spectrum, levels, plots / 'spectrum.png'),
+      'history': report.plot_history(workdir, plots / 'bits_per_dim.png'),
+    }
+
+  return pictures
