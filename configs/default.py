@@ -62,6 +62,9 @@ def get_config(arg=''):
     dict(
       halflife_images=500_000,  # decay per step is 0.5 ** (batch_size / halflife_images)
       rampup_ratio=0.05,  # half-life at most this fraction of the images seen; 0: no ramp
+      extra_halflives_images=(),  # further averages, called halflife_<images>
+      power_stds=(),  # power-function averages of these lengths (EDM2), called std_<length>
+      snapshot_every_steps=0,  # stores those for --mode=reconstruct; 0: never
     )
   )
   config.train = ConfigDict(

@@ -22,6 +22,7 @@ def config_of(**settings):
     config.train.batch_size = 32
     config.model.dropout = 0.0
     config.data.flip = True
+    config.schedule.name = 'learned_net'
     config.optimizer.update(warmup_steps=1, clip_norm=1.0)
     for name, value in settings.items():
       block, leaf = name.split('__')
@@ -41,6 +42,11 @@ def batches(count, size):
 
 def run(num_devices=8, **settings):
   """Initial and final parameters after STEPS steps, as one vector each, and the metrics."""
+  state, before, metrics = final_state(num_devices, **settings)
+  return before, flat(state.params), metrics
+
+
+def final_state(num_devices, **settings):
   config = config_of(**settings)
   model, optimizer = build.model(config), build.optimizer(config)
   devices = np.asarray(jax.devices()[:num_devices]).reshape(-1, config.parallel.fsdp)
@@ -56,7 +62,7 @@ def run(num_devices=8, **settings):
     state, metrics = runner.step(state, runner.put_batch(batch))
   state = runner.get_state(state)
   assert int(state.step) == STEPS
-  return before, flat(state.params), runner.get_metrics(metrics)
+  return state, before, runner.get_metrics(metrics)
 
 
 def flat(params):
@@ -158,3 +164,13 @@ def test_flips_mirror_about_half_of_the_images(key):
   mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
   kept = (flipped == images).all(axis=(1, 2, 3))
   assert np.all(mirrored ^ kept) and 150 < mirrored.sum() < 250
+
+
+@pytest.mark.slow
+def test_the_adaptive_schedule_pools_devices_and_microbatches():
+  adaptive = dict(schedule__name='adaptive')
+  one, _, _ = final_state(1, **adaptive)
+  many, _, metrics = final_state(8, parallel__mode='pmap', train__microbatches=2, **adaptive)
+  assert np.abs(one.adaptive - 1).max() > 0.1
+  np.testing.assert_allclose(many.adaptive, one.adaptive, rtol=1e-3)
+  assert 0 < metrics['square_reduction_predicted'] < 1

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from vdm import state
+from vdm import ema, state
 
 PARAMS = {
   'network': {
@@ -32,7 +32,7 @@ def test_weight_decay_reaches_kernels_alone():
   optimizer = state.make_optimizer(**SETTINGS)
   before = state.create(PARAMS, optimizer)
   zero = jax.tree.map(jnp.zeros_like, PARAMS)
-  after = state.apply_gradients(before, zero, optimizer, 0.9).params
+  after = state.apply_gradients(before, zero, optimizer, {'ema': 0.9}).params
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before.params, after)
   assert moved['network'].pop('conv_in') == {'kernel': True, 'bias': False}
   assert not any(jax.tree.leaves(moved))
@@ -69,17 +69,21 @@ def test_average_halves_the_past_after_one_half_life():
   current = state.create({'network': jnp.float32(0.0)}, optimizer)
   current = current.replace(ema_params={'network': jnp.float32(1.0)})
   for _ in range(50):
-    decay = state.ema_decay(current.step, 32, halflife_images=800, rampup_ratio=0.0)
-    current = state.apply_gradients(current, current.params, optimizer, decay)
+    decay = ema.exponential_decay(current.step, 32, halflife_images=800, rampup_ratio=0.0)
+    current = state.apply_gradients(current, current.params, optimizer, {'ema': decay})
   np.testing.assert_allclose(current.ema_params['network'], 0.25, rtol=1e-4)
   assert current.step == 50
 
 
-def test_average_forgets_the_start_early_on():
-  decay = state.ema_decay(jnp.int32(0), 32, halflife_images=1e9, rampup_ratio=0.05)
-  assert decay < 1e-5
-  late = state.ema_decay(jnp.int32(10**6), 32, halflife_images=800, rampup_ratio=0.05)
-  np.testing.assert_allclose(late, 0.5 ** (32 / 800), rtol=1e-6)
+def test_averages_are_kept_side_by_side():
+  optimizer = optax.set_to_zero()
+  current = state.create({'network': jnp.float32(1.0)}, optimizer, averages=('slow', 'fast'))
+  current = current.replace(params={'network': jnp.float32(0.0)})
+  decays = {'ema': 0.5, 'slow': 0.9, 'fast': 0.0}
+  for _ in range(2):
+    current = state.apply_gradients(current, current.params, optimizer, decays)
+  values = {n: float(state.named_params(current, n)['network']) for n in ('raw', *decays)}
+  assert values == pytest.approx({'raw': 0.0, 'ema': 0.25, 'slow': 0.81, 'fast': 0.0})
 
 
 def test_parameters_and_average_do_not_share_buffers():

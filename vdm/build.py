@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
+from vdm import ema
 from vdm import state as state_lib
+from vdm.adaptive import Adaptive, adaptive
 from vdm.gaussian import HEADS, Denoiser, Schedule, to_prediction
 from vdm.nn import NETWORKS
 from vdm.schedules import SCHEDULES, Learned
@@ -25,6 +27,13 @@ class Model(NamedTuple):
   weighting: Weighting
   image_shape: tuple[int, ...]
   num_values: int
+  adaptive: Adaptive | None = None
+
+  def training_schedule(self, params: Any, adaptive_state: Any) -> Schedule:
+    """What training draws its times from: the adaptive schedule where there is one."""
+    if self.adaptive:
+      return self.adaptive.as_schedule(adaptive_state)
+    return self.schedule(params)
 
 
 def check(condition: bool, field: str, value: Any, constraint: str, remedy: str):
@@ -56,10 +65,20 @@ def _factory(table: dict, field: str, block: dict, **extra):
   return table[name](**kwargs)
 
 
-def schedule(config: ConfigDict) -> Learned:
-  """config.schedule as a Learned pair; a fixed schedule has no parameters."""
-  built = _factory(SCHEDULES, 'schedule', config.schedule.to_dict())
-  return built if isinstance(built, Learned) else Learned(dict, lambda params: built)
+def schedule(config: ConfigDict) -> tuple[Learned, Adaptive | None]:
+  """config.schedule as a Learned pair, and as an adaptive schedule where it is one.
+
+  A fixed schedule has no parameters. An adaptive one is for training; all else sees the linear
+  schedule between its end points.
+  """
+  table = SCHEDULES | {'adaptive': adaptive}
+  built = _factory(table, 'schedule', config.schedule.to_dict())
+  if isinstance(built, Learned):
+    return built, None
+  if isinstance(built, Adaptive):
+    fixed = SCHEDULES['linear'](config.schedule.log_snr_min, config.schedule.log_snr_max)
+    return Learned(dict, lambda params: fixed), built
+  return Learned(dict, lambda params: built), None
 
 
 def dtype(config: ConfigDict) -> jnp.dtype:
@@ -94,7 +113,7 @@ def model(config: ConfigDict) -> Model:
     dtype=dtype(config),
     residual=output == 'eps',  # z is nearly eps where noise dominates, and nothing like x or v
   )
-  learned = schedule(config)
+  learned, adapts = schedule(config)
   weighting = _factory(WEIGHTINGS, 'weighting', config.weighting.to_dict())
   check(
     not (jax.tree.leaves(learned.init()) and config.weighting.name != 'elbo'),
@@ -128,7 +147,8 @@ def model(config: ConfigDict) -> Model:
 
     return denoise
 
-  return Model(init, as_schedule, denoiser, weighting, image_shape, config.data.num_values)
+  num_values = config.data.num_values
+  return Model(init, as_schedule, denoiser, weighting, image_shape, num_values, adapts)
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
@@ -147,7 +167,25 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
 def init_state(config: ConfigDict, model: Model) -> Callable[[], state_lib.TrainState]:
   """A function without arguments, to be traced: the state before the first step."""
   tx = optimizer(config)
-  return lambda: state_lib.create(model.init(jax.random.key(config.seed)), tx)
+
+  def init():
+    adapts = model.adaptive.init() if model.adaptive else None
+    averages = tuple(ema_decays(config, 0))
+    return state_lib.create(model.init(jax.random.key(config.seed)), tx, adapts, averages[1:])
+
+  return init
+
+
+def ema_decays(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array]:
+  """The decay at `step` of each average config.ema asks for, by name; 'ema' is the first."""
+  settings, batch_size = config.ema, config.train.batch_size
+  halflives = {'ema': settings.halflife_images}
+  halflives |= {f'halflife_{images:g}': images for images in settings.extra_halflives_images}
+  decays = {
+    name: ema.exponential_decay(step, batch_size, images, settings.rampup_ratio)
+    for name, images in halflives.items()
+  }
+  return decays | {f'std_{std:g}': ema.power_decay(step, std) for std in settings.power_stds}
 
 
 def check_config(config: ConfigDict):

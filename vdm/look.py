@@ -73,7 +73,8 @@ def make_pictures(
   def pictures(train_state, curves):
     params = sample.chosen_params(config, train_state)
     levels, z, x_hat = jax.device_get(denoise(params, *few))
-    log_snr = jax.device_get(model.schedule(train_state.params)(jnp.linspace(0.0, 1.0, 101)))
+    schedule = model.training_schedule(train_state.params, train_state.adaptive)
+    log_snr = jax.device_get(schedule(jnp.linspace(0.0, 1.0, 101)))
     if jax.process_index():
       return {}
     columns = progressive.NUM_LEVELS

@@ -229,8 +229,10 @@ class Meter:
 
   def _write(self, step: int, now: float, left: float):
     means = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *self._window)
-    cv = coefficients_of_variation(means.pop('moments'))
+    _, square, square_linear = moments = means.pop('moments')
+    cv = coefficients_of_variation(moments)
     means |= dict(zip(('diffusion_cv', 'diffusion_cv_linear'), cv, strict=True))
+    means['square_reduction'] = square / square_linear
     scalars = {f'train/{k}': float(v) for k, v in means.items()}
     scalars |= {'train/images_per_second': self._rate(now), 'train/minutes_left': left / 60}
     self._writer.write_scalars(step, scalars)

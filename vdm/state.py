@@ -15,16 +15,25 @@ class TrainState:
   step: jax.Array  # int32 scalar, updates done
   params: Any  # {'network': ..., 'schedule': ...}
   ema_params: Any
+  averages: dict[str, Any]  # further ones, by name
   opt_state: Any
+  adaptive: Any  # of the adaptive schedule (vdm.adaptive); {} for any other
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
-  """The state before the first step; the average starts at the parameters."""
+def create(
+  params: Any,
+  optimizer: optax.GradientTransformation,
+  adaptive: Any = None,
+  averages: tuple[str, ...] = (),
+) -> TrainState:
+  """The state before the first step; the averages, of these names, start at the parameters."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
     ema_params=jax.tree.map(jnp.copy, params),  # a buffer of its own: the state is donated
+    averages={name: jax.tree.map(jnp.copy, params) for name in averages},
     opt_state=optimizer.init(params),
+    adaptive={} if adaptive is None else adaptive,
   )
 
 
@@ -64,22 +73,26 @@ def make_optimizer(
   return optax.chain(*clip, adamw)
 
 
-def ema_decay(
-  step: jax.Array, batch_size: int, halflife_images: float, rampup_ratio: float
-) -> jax.Array:
-  """Decay per step, 0.5 ** (batch_size / halflife); early on the half-life is at most a share
-  `rampup_ratio` of the images seen, so that the average forgets the initial parameters (EDM)."""
-  halflife = jnp.float32(halflife_images)
-  if rampup_ratio:
-    halflife = jnp.minimum(halflife, (step + 1) * batch_size * rampup_ratio)
-  return 0.5 ** (batch_size / halflife)
-
-
 def apply_gradients(
-  state: TrainState, grads: Any, optimizer: optax.GradientTransformation, decay: jax.Array
+  state: TrainState, grads: Any, optimizer: optax.GradientTransformation, decays: dict[str, Any]
 ) -> TrainState:
-  """One optimizer update and one update of the average."""
+  """One optimizer update and one of each average: `decays` has theirs by name, the main one's
+  under 'ema'."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  ema = jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), state.ema_params, params)
-  return TrainState(state.step + 1, params, ema, opt_state)
+
+  def average(old, decay):
+    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), old, params)
+
+  return state.replace(
+    step=state.step + 1,
+    params=params,
+    ema_params=average(state.ema_params, decays['ema']),
+    averages={name: average(old, decays[name]) for name, old in state.averages.items()},
+    opt_state=opt_state,
+  )
+
+
+def named_params(state: TrainState, name: str) -> Any:
+  """The parameters called 'raw', 'ema' or by the name of a further average."""
+  return {'raw': state.params, 'ema': state.ema_params, **state.averages}[name]

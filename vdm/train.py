@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from vdm import build, cards, checkpoint, data, evaluate, parallel, report, state
+from vdm.adaptive import predicted_reduction
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
 from vdm.look import make_look
@@ -29,18 +30,19 @@ def flip_horizontally(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def make_loss(config: ConfigDict, model: build.Model) -> Callable:
-  """(params, probe, batch, key, key_dropout) -> (mean loss, (metrics, (t, diffusion loss) [B])).
+  """loss(params, probe, adaptive, batch, key, key_dropout) -> (mean, (metrics, (t, diffusion))).
 
-  Losses are in nats per dimension. The interior of a learned schedule gets no gradient in
-  continuous time, where `probe` collects what `interior_gradient` needs instead.
+  Losses are in nats per dimension, t and the diffusion loss [B]. The interior of a learned schedule
+  gets no gradient in continuous time, where `probe` collects what `interior_gradient` needs. The
+  metrics are means over examples, so that they average over parts of a batch.
   """
   num_dims = int(np.prod(model.image_shape))
 
-  def loss_fn(params, probe, batch, key, key_dropout):
+  def loss_fn(params, probe, adaptive, batch, key, key_dropout):
     if learns_interior(config, params):
       interior = jax.lax.stop_gradient(params['schedule']['interior'])
       params = params | {'schedule': params['schedule'] | {'interior': interior}}
-    schedule = model.schedule(params)
+    schedule = model.training_schedule(params, adaptive)
     key_t, key_eps, key_recon, key_flip = jax.random.split(key, 4)
     u, index = batch['image'].astype(jnp.int32), batch['index']
     if config.data.flip:
@@ -71,6 +73,10 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
     metrics['log_snr_max'], metrics['log_snr_min'] = ends = schedule(jnp.array([0.0, 1.0]))
     metrics['moments'] = moments(diffusion, ends[0] - ends[1]).mean(axis=0)
     metrics['bins'] = evaluate.log_snr_bins(diffusion, ends, num_dims, jnp.ones(len(u)))
+    if model.adaptive:
+      error = 2 * bound.diffusion.loss / -bound.diffusion.slope  # w |eps_hat - eps|^2
+      hits = model.adaptive.hits(bound.diffusion.log_snr, error)
+      metrics['hits'] = jax.tree.map(lambda a: a / len(u), hits)
     return loss, (metrics, (t, diffusion.loss))
 
   return loss_fn
@@ -107,7 +113,9 @@ def make_train_step(
       dropout = jax.random.fold_in(key_dropout, number) if config.model.dropout else None
       params, zeros = train_state.params, jnp.zeros(len(part['index']))
       probe = (zeros, zeros)
-      (grads, probe_grads), (metrics, (t, loss)) = grad_fn(params, probe, part, key, dropout)
+      (grads, probe_grads), (metrics, (t, loss)) = grad_fn(
+        params, probe, train_state.adaptive, part, key, dropout
+      )
       if learns_interior(config, params):
         as_schedule = lambda schedule: model.schedule({'schedule': schedule})
         grads['schedule']['interior'] = interior_gradient(
@@ -136,8 +144,12 @@ def make_train_step(
     if axis_name:
       grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
     metrics['grad_norm'] = optax.tree.norm(grads)
-    decay = state.ema_decay(train_state.step, config.train.batch_size, **config.ema)
-    return state.apply_gradients(train_state, grads, optimizer, decay), metrics
+    if model.adaptive:
+      hits = jax.tree.map(lambda a: a * config.train.batch_size, metrics.pop('hits'))
+      metrics['square_reduction_predicted'] = predicted_reduction(train_state.adaptive)
+      train_state = train_state.replace(adaptive=model.adaptive.update(train_state.adaptive, hits))
+    decays = build.ema_decays(config, train_state.step)
+    return state.apply_gradients(train_state, grads, optimizer, decays), metrics
 
   return step
 

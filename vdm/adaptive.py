@@ -1,0 +1,96 @@
+"""The adaptive schedule of VDM++ (arXiv 2303.00848, appendix F): times where the loss is.
+
+Pure functions in the manner of optax: `init()` gives the state, `as_schedule(state)` the Schedule
+that training draws from, `update(state, hits)` the next state. The expected loss does not depend on
+the schedule; its variance is small where the density of log_snr follows the loss.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from vdm.gaussian import Schedule
+
+FLOOR = 1e-4  # least density of a bin, as a share of the mean: every bin is visited at last
+
+
+class Hits(NamedTuple):
+  """Losses of a batch by bin, [num_bins] each; they add up over devices and microbatches."""
+
+  total: Array
+  count: Array
+
+
+class Adaptive(NamedTuple):
+  """The adaptive schedule: frozen settings, a separate state."""
+
+  init: Callable[[], Float[Array, ' n']]
+  hits: Callable[[Array, Array], Hits]
+  update: Callable[[Array, Hits], Float[Array, ' n']]
+  as_schedule: Callable[[Array], Schedule]
+
+
+def adaptive(
+  log_snr_min: float, log_snr_max: float, num_bins: int = 100, decay: float = 0.999
+) -> Adaptive:
+  """p(log_snr) proportional to E[w(log_snr) |eps_hat - eps|^2 | log_snr], in equal bins.
+
+  The state is an exponential moving average of that, [num_bins] from log_snr_min up, which starts
+  at ones and decays by `decay` per example: n examples in a bin move it by 1 - decay^n towards
+  their mean; a bin that is not visited keeps its value. |.|^2 is a sum over dimensions.
+
+  Args:
+    log_snr_min: the least log_snr.
+    log_snr_max: the greatest; it belongs to the last bin.
+    num_bins: of equal width.
+    decay: per example.
+
+  Returns:
+    `init()`; `hits(log_snr [B], value [B])`, value = w |eps_hat - eps|^2; `update(state, hits)`;
+    `as_schedule(state)`, the inverse of the piecewise linear distribution function.
+  """
+  if not log_snr_min < log_snr_max:
+    raise ValueError(
+      f'config.schedule.log_snr_min={log_snr_min} must be below '
+      f'config.schedule.log_snr_max={log_snr_max}; swap them.'
+    )
+  if num_bins < 1:
+    raise ValueError(f'config.schedule.num_bins={num_bins} must be 1 or more; try 100.')
+  if not 0 <= decay < 1:
+    raise ValueError(f'config.schedule.decay={decay} must be in [0, 1); try 0.999.')
+
+  def hits(log_snr, value):
+    position = (log_snr - log_snr_min) / (log_snr_max - log_snr_min) * num_bins
+    number = jnp.clip(position.astype(jnp.int32), 0, num_bins - 1)
+    zeros = jnp.zeros(num_bins)
+    return Hits(zeros.at[number].add(value), zeros.at[number].add(1.0))
+
+  def update(state, hits):
+    kept = decay**hits.count
+    mean = hits.total / jnp.maximum(hits.count, 1)
+    return kept * state + (1 - kept) * mean
+
+  def as_schedule(state):
+    mass = jnp.maximum(state, FLOOR * state.mean())[::-1]  # t runs from log_snr_max down
+    distribution = jnp.concatenate([jnp.zeros(1), jnp.cumsum(mass) / mass.sum()])
+    edges = jnp.linspace(log_snr_max, log_snr_min, num_bins + 1)
+
+    def schedule(t):
+      number = jnp.clip(jnp.searchsorted(distribution, t, side='right') - 1, 0, num_bins - 1)
+      start, end = distribution[number], distribution[number + 1]
+      share = (t - start) / (end - start)
+      return edges[number] + share * (edges[number + 1] - edges[number])
+
+    return schedule
+
+  return Adaptive(lambda: jnp.ones(num_bins), hits, update, as_schedule)
+
+
+def predicted_reduction(state: Float[Array, ' n']) -> Float[Array, '']:
+  """Mean square of the loss under the adaptive schedule over that under a uniform log_snr.
+
+  E[v]^2 / E[v^2] over the bins v: as if the loss were a function of log_snr alone.
+  """
+  return state.mean() ** 2 / (state**2).mean()
