@@ -44,6 +44,7 @@ def get_config(arg=''):
     )
   )
   config.schedule = ConfigDict(dict(name='learned_endpoints', log_snr_min=-5.0, log_snr_max=8.0))
+  # image_size=128, beside the name, moves any weighting from 64 x 64: vdm.weightings.shifted
   config.weighting = ConfigDict(dict(name='elbo'))
 
   config.optimizer = ConfigDict(

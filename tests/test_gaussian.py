@@ -2,9 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from vdm.configs import digits
 
-from vdm import gaussian
+from vdm import build, gaussian
 from vdm.gaussian import HEADS
+from vdm.nn import MLP
 
 LOG_SNRS = np.linspace(-13, 13, 53)
 
@@ -18,7 +20,12 @@ def test_alpha_and_sigma_are_exact_in_float32_far_from_zero():
 
 
 def target(head, x, eps, a, s):
-  return {'eps': eps, 'x': x, 'v': a * eps - s * x}[head]
+  """What the head is to predict, each as its authors define it."""
+  if head == 'F':  # EDM: (x - c_skip y) / c_out at y = x + sigma eps, sigma = s / a, sigma_data 1/2
+    sigma = s / a
+    c_skip, c_out = 0.25 / (sigma**2 + 0.25), sigma * 0.5 / (sigma**2 + 0.25) ** 0.5
+    return (x - c_skip * (x + sigma * eps)) / c_out
+  return {'eps': eps, 'x': x, 'v': a * eps - s * x, 'o': eps - x, 'score': -eps / s}[head]
 
 
 @pytest.mark.parametrize('head', HEADS)
@@ -39,6 +46,88 @@ def test_any_output_of_a_head_is_consistent_with_z(head, key):
   output, z = jax.random.normal(key, (2, 16, 5))
   x, eps = gaussian.to_prediction(head, output, z, log_snr)
   np.testing.assert_allclose(gaussian.q_sample(x, eps, log_snr), z, atol=1e-4)
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_heads_are_exact_where_they_can_be_for_log_snr_of_20(head):
+  """In float32 eps_hat is to be had to 2e-4 at log_snr = -20, x_hat at 20, from the right output.
+
+  The data at -20 and the noise at 20 are the worse for it by e^10: less than is left of a float32.
+  """
+  x, eps = np.random.default_rng(0).normal(size=(2, 2, 64))
+  log_snr = np.array([-20.0, 20.0])
+  a, s = (1 / np.sqrt(1 + np.exp(-sign * log_snr))[:, None] for sign in (1, -1))
+  output, z = target(head, x, eps, a, s), a * x + s * eps
+  got = gaussian.to_prediction(head, *map(jnp.float32, (output, z, log_snr)))
+  assert np.all(np.isfinite(got.x)) and np.all(np.isfinite(got.eps))
+  np.testing.assert_allclose(got.eps[0], eps[0], atol=2e-4)
+  np.testing.assert_allclose(got.x[1], x[1], atol=2e-4)
+
+
+RATIO = {
+  'eps': lambda log_snr: np.ones_like(log_snr),
+  'x': lambda log_snr: np.exp(-log_snr),
+  'v': lambda log_snr: 1 + np.exp(-log_snr),
+  'o': lambda log_snr: (1 + np.exp(-log_snr / 2)) ** 2,
+  'score': lambda log_snr: 1 + np.exp(log_snr),
+  'F': lambda log_snr: np.exp(-log_snr) / 0.5**2 + 1,
+}
+
+
+@pytest.mark.parametrize('head', HEADS)
+def test_loss_ratio_is_the_heads_own_loss_by_that_of_eps(head):
+  """|out_hat - out|^2 / |eps_hat - eps|^2 of two outputs, and the formula of VDM++."""
+  log_snr = np.linspace(-8, 8, 17)
+  a, s = 1 / np.sqrt(1 + np.exp(-log_snr)), 1 / np.sqrt(1 + np.exp(log_snr))
+  x, eps, error = 0.3, -0.8, 0.45
+  wrong_x = x - s / a * error  # alpha x_hat + sigma eps_hat = z
+  own = (target(head, wrong_x, eps + error, a, s) - target(head, x, eps, a, s)) ** 2
+  np.testing.assert_allclose(own / error**2, RATIO[head](log_snr), rtol=1e-6)
+  got = gaussian.loss_ratio(head, jnp.float32(log_snr))
+  np.testing.assert_allclose(got, RATIO[head](log_snr), rtol=1e-5)
+
+
+def test_the_network_of_f_reads_what_edms_does(key):
+  """c_in y at y = z / alpha, and unit variance for data of deviation 1/2 at every log_snr."""
+  log_snr = jnp.linspace(-13.0, 13.0, 7)
+  x, eps = jax.random.normal(key, (2, 7, 5))
+  z = gaussian.q_sample(x, eps, log_snr)
+  sigma = np.exp(-np.float64(log_snr) / 2)[:, None]
+  c_in = 1 / np.sqrt(sigma**2 + 0.25)
+  np.testing.assert_allclose(
+    gaussian.network_input('F', z, log_snr), c_in * (x + sigma * eps), rtol=1e-4, atol=1e-5
+  )
+  for head in set(HEADS) - {'F'}:
+    assert gaussian.network_input(head, z, log_snr) is z
+  z = gaussian.q_sample(0.5 * x, eps, log_snr)
+  scale = gaussian.network_input('F', jnp.ones_like(z), log_snr)[:, 0]
+  variance = (gaussian.alpha(log_snr) / 2) ** 2 + gaussian.sigma(log_snr) ** 2  # of z
+  np.testing.assert_allclose(scale**2 * variance, 1, rtol=1e-5)
+
+
+def test_a_built_denoiser_with_head_f_is_edms_preconditioned_network(key):
+  """D(y; sigma) = c_skip y + c_out F(c_in y), F the network itself, at y = z / alpha."""
+  config = digits.get_config('debug').unlock()
+  config.data.image_shape = (2,)
+  config.model = dict(name='mlp', output='F', class_conditional=False, dtype='float32', width=8)
+  config.schedule = dict(name='linear', log_snr_min=-6.0, log_snr_max=6.0)
+  model = build.model(config.lock())
+  params = jax.jit(model.init)(key)
+  # zero no more; biases that differ, lest LayerNorm hide the scale of the input
+  wave = lambda p: p + jnp.sin(jnp.arange(1.0, p.size + 1)).reshape(p.shape)
+  params['network'] = jax.tree.map(wave, params['network'])
+  z, log_snr = jax.random.normal(key, (3, 2)), jnp.array([-5.0, 0.0, 5.0])
+  network = MLP(width=8, residual=False)
+  sigma = np.exp(-log_snr / 2)[:, None]
+  y = z * np.sqrt(1 + sigma**2)
+  c_in = 1 / np.sqrt(sigma**2 + 0.25)
+  c_skip, c_out = 0.25 * c_in**2, sigma * 0.5 * c_in
+  t = (6 - log_snr) / 12
+  apply = jax.jit(lambda params, *args: network.apply({'params': params}, *args, train=False))
+  out = apply(params['network'], c_in * y, t)
+  got = jax.jit(model.denoiser(params))(z, log_snr)
+  assert np.abs(out).max() > 0.1
+  np.testing.assert_allclose(got.x, c_skip * y + c_out * out, rtol=1e-4, atol=1e-5)
 
 
 def test_posterior_is_bayes_rule():
@@ -72,6 +161,14 @@ def test_slope_is_the_derivative(key):
   log_snr, slope = gaussian.log_snr_and_slope(schedule, t)
   np.testing.assert_allclose(log_snr, schedule(t))
   np.testing.assert_allclose(slope, -3 - 12 * t**2, rtol=1e-6)
+
+
+def test_density_is_that_of_log_snr_at_uniform_times():
+  """log_snr = 5 - 3 t^2 has p = 1 / (6 t) = 1 / (2 sqrt(3 (5 - log_snr)))."""
+  t = jnp.linspace(0.1, 1.0, 9)
+  schedule = lambda t: 5 - 3 * t**2
+  want = 1 / (2 * np.sqrt(3 * (5 - np.float64(schedule(t)))))
+  np.testing.assert_allclose(gaussian.density(schedule, t), want, rtol=1e-5)
 
 
 def test_kl_to_standard_normal_against_quadrature():

@@ -33,9 +33,10 @@ def test_the_loss_is_the_same_for_every_schedule_between_equal_end_points(weight
   exact = 0.5 * np.sum(6 * weights * np.float64(w(grid) * (jax.nn.sigmoid(1 - grid) + 0.1)))
   t = jnp.float32((nodes + 1) / 2)
   zeros = jnp.zeros((200, 1))
+  rtol = 1e-4 if weighting == 'min_snr' else 1e-5  # w has a kink: the quadrature is not as good
   for name in SCHEDULES:
     term = losses.diffusion_loss(known_error, make(name), w, zeros, t, zeros)
-    np.testing.assert_allclose(np.sum(np.float64(term.loss) * weights / 2), exact, rtol=1e-5)
+    np.testing.assert_allclose(np.sum(np.float64(term.loss) * weights / 2), exact, rtol=rtol)
 
 
 def test_weight_multiplies_the_bound(key):

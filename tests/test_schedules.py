@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 
-from vdm.gaussian import log_snr_and_slope
+from vdm.gaussian import density, log_snr_and_slope
 from vdm.schedules import SCHEDULES, Learned
 
 ENDS = dict(log_snr_min=-7.0, log_snr_max=11.0)
@@ -37,6 +38,99 @@ def test_works_for_a_scalar_and_under_jit_and_grad(name):
 def test_swapped_end_points_are_refused(name):
   with pytest.raises(ValueError, match=r'config.schedule.log_snr_min=3.0 must be below'):
     SCHEDULES[name](log_snr_min=3.0, log_snr_max=-3.0, **EXTRA.get(name, {}))
+
+
+FIXED = [name for name in SCHEDULES if not name.startswith('learned')]
+
+
+@pytest.mark.parametrize('name', FIXED)
+@pytest.mark.parametrize('ends', [(-20.0, 20.0), (-5.0, 8.0), (9.0, 14.0), (-20.0, -15.0)])
+def test_as_exact_as_float32_allows_anywhere(name, ends):
+  """log_snr to 5e-6 and its slope to 5e-6 of itself: neither end loses its digits."""
+  schedule = SCHEDULES[name](*ends, **EXTRA.get(name, {}))
+  t = jnp.linspace(0.0, 1.0, 257)
+  log_snr, slope = log_snr_and_slope(schedule, t)
+  with jax.enable_x64(True):
+    exact, exact_slope = log_snr_and_slope(schedule, jnp.float64(np.float64(t)))
+  np.testing.assert_allclose(exact[np.array([0, -1])], ends[::-1], rtol=1e-12)
+  np.testing.assert_allclose(log_snr, exact, atol=5e-6)
+  np.testing.assert_allclose(slope, exact_slope, rtol=5e-6)
+
+
+normal_cdf = norm(2.4, 2.4).cdf
+# t(log_snr) of the base schedules, and p(log_snr) up to the factor that truncation brings
+INVERSE = {
+  'linear': lambda a: -a,
+  'cosine': lambda a: 2 / np.pi * np.arctan(np.exp(-a / 2)),
+  'shifted_cosine': lambda a: 2 / np.pi * np.arctan(np.exp(-a / 2 + np.log(64 / 128))),
+  'ddpm': lambda a: (-0.1 + np.sqrt(0.1**2 + 2 * 19.9 * np.log1p(np.exp(-a)))) / 19.9,
+  'edm_train': lambda a: 1 - normal_cdf(a),
+  'edm_sample': lambda a: np.exp(-a / 14),
+  'flow_matching': lambda a: 1 / (1 + np.exp(a / 2)),
+}
+DENSITY = {
+  'linear': lambda a: np.ones_like(a),
+  'cosine': lambda a: 1 / np.cosh(a / 2) / (2 * np.pi),
+  'shifted_cosine': lambda a: 1 / np.cosh(a / 2 - np.log(64 / 128)) / (2 * np.pi),
+  'ddpm': lambda a: 1 / (1 + np.exp(a)) / np.sqrt(0.1**2 + 2 * 19.9 * np.log1p(np.exp(-a))),
+  'edm_train': norm(2.4, 2.4).pdf,
+  'edm_sample': lambda a: np.exp(-a / 14) / 14,
+  'flow_matching': lambda a: 1 / np.cosh(a / 4) ** 2 / 8,
+}
+
+
+@pytest.mark.parametrize('name', FIXED)
+def test_truncated_inverse_and_density_are_the_published_ones(name):
+  """u = (t(log_snr) - t0) / (t1 - t0) and p~ = p / (t1 - t0), with t0, t1 at the end points."""
+  with jax.enable_x64(True):
+    u = jnp.linspace(0.0, 1.0, 257, dtype=jnp.float64)
+    log_snr, p = np.array(make(name)(u)), np.array(density(make(name), u))
+  t, (t0, t1) = INVERSE[name](log_snr), INVERSE[name](np.array([11.0, -7.0]))
+  np.testing.assert_allclose((t - t0) / (t1 - t0), u, atol=1e-9)
+  np.testing.assert_allclose(p, DENSITY[name](log_snr) / (t1 - t0), rtol=1e-6)
+
+
+def test_edm_sample_is_the_published_grid():
+  """EDM eq. 5 for N = 18 steps of sigma from 80 to 0.002, rho = 7."""
+  sigma_min, sigma_max, rho, i, n = 0.002, 80, 7, np.arange(18), 18
+  grid = sigma_max ** (1 / rho) + i / (n - 1) * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))
+  schedule = SCHEDULES['edm_sample'](-2 * np.log(sigma_max), -2 * np.log(sigma_min))
+  np.testing.assert_allclose(
+    np.exp(-schedule(jnp.float32(1 - i / (n - 1))) / 2), grid**rho, rtol=1e-5
+  )
+
+
+def test_edm_train_draws_edms_sigma():
+  """ln sigma of mean -1.2 and deviation 1.2: little is cut off between -20 and 20."""
+  log_snr = SCHEDULES['edm_train'](-20.0, 20.0)((jnp.arange(4096) + 0.5) / 4096)
+  log_sigma = -np.float64(log_snr) / 2
+  np.testing.assert_allclose([log_sigma.mean(), log_sigma.std()], [-1.2, 1.2], atol=2e-3)
+
+
+def test_ddpm_is_its_own_forward_process():
+  """100,000 small steps z <- sqrt(1 - beta dt) z + sqrt(beta dt) eps, beta from 0.1 to 20."""
+  beta = 0.1 + 19.9 * (np.arange(100_000) + 0.5) / 100_000
+  alpha_squared = np.cumprod(1 - beta / 100_000)
+  log_snr = np.log(alpha_squared / (1 - alpha_squared))
+  schedule = SCHEDULES['ddpm'](log_snr[-1], log_snr[999])
+  t = (np.array([20_000, 50_000, 90_000]) - 1000) / 99_000
+  got = schedule(jnp.float32(t))
+  np.testing.assert_allclose(got, log_snr[[19_999, 49_999, 89_999]], atol=5e-3)
+
+
+@pytest.mark.parametrize(
+  ('name', 'bad'),
+  [
+    ('shifted_cosine', {'image_size': 0}),
+    ('ddpm', {'beta_min': 0.0}),
+    ('edm_train', {'std': -1.0}),
+    ('edm_sample', {'rho': 0.0}),
+  ],
+)
+def test_bad_arguments_are_refused_by_name(name, bad):
+  ((field, value),) = bad.items()
+  with pytest.raises(ValueError, match=rf'config.schedule.{field}={value} must be positive'):
+    SCHEDULES[name](**ENDS, **bad)
 
 
 def test_cosine_is_alpha_equals_cos():

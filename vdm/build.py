@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from vdm import ema
 from vdm import state as state_lib
 from vdm.adaptive import Adaptive, adaptive
-from vdm.gaussian import HEADS, Denoiser, Schedule, to_prediction
+from vdm.gaussian import HEADS, Denoiser, Schedule, network_input, to_prediction
 from vdm.nn import NETWORKS
 from vdm.schedules import SCHEDULES, Learned
-from vdm.weightings import WEIGHTINGS, Weighting
+from vdm.weightings import WEIGHTINGS, Weighting, shifted
 
 
 class Model(NamedTuple):
@@ -81,6 +81,15 @@ def schedule(config: ConfigDict) -> tuple[Learned, Adaptive | None]:
   return Learned(dict, lambda params: built), None
 
 
+def _weighting(config: ConfigDict) -> Weighting:
+  """config.weighting as a function; beside any name, the leaf image_size applies `shifted`."""
+  block = config.weighting.to_dict()
+  if 'image_size' not in block:
+    return _factory(WEIGHTINGS, 'weighting', block)
+  image_size = block.pop('image_size')
+  return shifted(_factory(WEIGHTINGS, 'weighting', block), image_size)
+
+
 def dtype(config: ConfigDict) -> jnp.dtype:
   """Of activations inside the network."""
   name = config.model.dtype
@@ -111,10 +120,12 @@ def model(config: ConfigDict) -> Model:
     block,
     num_classes=num_classes,
     dtype=dtype(config),
-    residual=output == 'eps',  # z is nearly eps where noise dominates, and nothing like x or v
+    # z is nearly eps where noise dominates; x, v and F are nothing like it, the score is -z there,
+    # and o = eps - x has the wrong sign of x
+    residual=output == 'eps',
   )
   learned, adapts = schedule(config)
-  weighting = _factory(WEIGHTINGS, 'weighting', config.weighting.to_dict())
+  weighting = _weighting(config)
   check(
     not (jax.tree.leaves(learned.init()) and config.weighting.name != 'elbo'),
     'weighting.name',
@@ -140,8 +151,9 @@ def model(config: ConfigDict) -> Model:
 
     def denoise(z, log_snr):
       t = (ends[0] - log_snr) / (ends[0] - ends[1])  # by the live end points: always in [0, 1]
+      z_in = network_input(output, z, log_snr)
       out = network.apply(
-        {'params': params['network']}, z, t, label, train=key_dropout is not None, rngs=rngs
+        {'params': params['network']}, z_in, t, label, train=key_dropout is not None, rngs=rngs
       )
       return to_prediction(output, out, z, log_snr)
 

@@ -38,11 +38,30 @@ def _check_range(log_snr_min: float, log_snr_max: float):
     )
 
 
+def _check_positive(**arguments):
+  for name, value in arguments.items():
+    if not value > 0:
+      raise ValueError(f'config.schedule.{name}={value} must be positive; see vdm.schedules.')
+
+
 def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Schedule:
-  """The part of a base schedule between two end points, stretched back to t in [0, 1]."""
+  """The part of a base schedule between two end points, stretched back to t in [0, 1].
+
+  With t0 = t(log_snr_max) and t1 = t(log_snr_min) it is log_snr(t0 + (t1 - t0) t), and its
+  p(log_snr) the base schedule's over t1 - t0.
+
+  Args:
+    inverse: log_snr -> (t, 1 - t) of the base schedule, in Python's float64.
+    log_snr: (t, 1 - t) -> log_snr, the base schedule. It is given both, each to float32's
+      relative precision: near t = 1, where many schedules end in log(1 - t), t alone has lost it.
+    log_snr_min: where the truncated schedule ends, at t = 1.
+    log_snr_max: where it begins.
+  """
   _check_range(log_snr_min, log_snr_max)
-  t0, t1 = inverse(log_snr_max), inverse(log_snr_min)
-  return lambda t: log_snr(t0 + (t1 - t0) * t)
+  (t0, c0), (t1, c1) = inverse(log_snr_max), inverse(log_snr_min)
+  # one of these two differences has cancelled where the other one is small
+  length = t1 - t0 if t1 < 0.5 else c0 - c1
+  return lambda t: log_snr(t0 + length * t, c1 + length * (1 - t))
 
 
 def linear(log_snr_min: float, log_snr_max: float) -> Schedule:
@@ -52,7 +71,10 @@ def linear(log_snr_min: float, log_snr_max: float) -> Schedule:
 
 
 def cosine(log_snr_min: float, log_snr_max: float) -> Schedule:
-  """log_snr = -2 log tan(pi t / 2) (VDM++ table 1), truncated to the end points."""
+  """log_snr = -2 log tan(pi t / 2) (VDM++ table 1), truncated to the end points.
+
+  p(log_snr) = sech(log_snr / 2) / (2 pi).
+  """
   return shifted_cosine(log_snr_min, log_snr_max, image_size=1, noise_size=1)
 
 
@@ -61,13 +83,85 @@ def shifted_cosine(
 ) -> Schedule:
   """The cosine schedule for noise defined at another resolution (simple diffusion, section 2.1).
 
-  log_snr = -2 log tan(pi t / 2) + 2 log(noise_size / image_size), shifted first and then
-  truncated, so that the end points are the ones given.
+  log_snr = -2 log tan(pi t / 2) + 2 s, s = log(noise_size / image_size), shifted first and then
+  truncated, so that the end points are the ones given. p(log_snr) = sech(log_snr / 2 - s) / (2 pi).
   """
+  _check_positive(image_size=image_size, noise_size=noise_size)
   shift = math.log(noise_size / image_size)
+  inverse_tan = lambda log_tan: 2 / math.pi * math.atan(math.exp(log_tan))
   return _truncated(
-    lambda log_snr: 2 / math.pi * math.atan(math.exp(-log_snr / 2 + shift)),
-    lambda t: -2 * jnp.log(jnp.tan(math.pi / 2 * t)) + 2 * shift,
+    lambda log_snr: (inverse_tan(-log_snr / 2 + shift), inverse_tan(log_snr / 2 - shift)),
+    lambda t, c: 2 * (_log_sin(c) - _log_sin(t) + shift),  # cos(pi t / 2) = sin(pi c / 2)
+    log_snr_min,
+    log_snr_max,
+  )
+
+
+def ddpm(
+  log_snr_min: float, log_snr_max: float, beta_min: float = 0.1, beta_max: float = 20.0
+) -> Schedule:
+  """beta linear in t, log_snr = -log expm1(b0 t + (b1 - b0) t^2 / 2) (VDM++ table 1; DDPM).
+
+  Below log_snr = -10.05, where DDPM ends, beta goes on growing. p(log_snr) is `weightings.ddpm`.
+  """
+  _check_positive(beta_min=beta_min, beta_max=beta_max)
+  growth = beta_max - beta_min
+
+  def inverse(log_snr):
+    total = math.log1p(math.exp(-log_snr))  # the integral of beta from 0 to t
+    t = 2 * total / (beta_min + math.sqrt(beta_min**2 + 2 * growth * total))
+    return t, 1 - t
+
+  return _truncated(
+    inverse,
+    lambda t, c: -jnp.log(jnp.expm1(beta_min * t + growth * t**2 / 2)),
+    log_snr_min,
+    log_snr_max,
+  )
+
+
+def edm_train(
+  log_snr_min: float, log_snr_max: float, mean: float = 2.4, std: float = 2.4
+) -> Schedule:
+  """log_snr = mean + std Phi^-1(1 - t): EDM's log-normal sigma (VDM++ table 1; EDM table 1).
+
+  p(log_snr) = N(mean, std^2) between the end points: log sigma = -log_snr / 2 has mean -1.2 and
+  deviation 1.2.
+  """
+  _check_positive(std=std)
+  cdf = lambda a: math.erfc(-a / math.sqrt(2)) / 2
+  quantile = jax.scipy.special.ndtri
+  return _truncated(
+    lambda log_snr: (cdf((mean - log_snr) / std), cdf((log_snr - mean) / std)),
+    lambda t, c: mean + std * jnp.where(t < c, -quantile(t), quantile(c)),
+    log_snr_min,
+    log_snr_max,
+  )
+
+
+def edm_sample(log_snr_min: float, log_snr_max: float, rho: float = 7.0) -> Schedule:
+  """sigma^(1 / rho) linear in t, sigma = e^(-log_snr / 2) (EDM eq. 5); the grid EDM samples on.
+
+  log_snr = -2 rho log((1 - t) sigma_min^(1 / rho) + t sigma_max^(1 / rho)). sigma_min and sigma_max
+  are not arguments of their own: they are the end points, log_snr_max = -2 log sigma_min and
+  log_snr_min = -2 log sigma_max, and a part of this schedule is this schedule between nearer
+  ends. EDM's 0.002 and 80 are log_snr 12.43 and -8.76. p(log_snr) ~ e^(-log_snr / (2 rho)).
+  """
+  _check_range(log_snr_min, log_snr_max)
+  _check_positive(rho=rho)
+  root = lambda log_snr: math.exp(-log_snr / (2 * rho))
+  return lambda t: -2 * rho * jnp.log((1 - t) * root(log_snr_max) + t * root(log_snr_min))
+
+
+def flow_matching(log_snr_min: float, log_snr_max: float) -> Schedule:
+  """log_snr = 2 log((1 - t) / t) (VDM++ table 1): z proportional to (1 - t) x + t eps.
+
+  p(log_snr) = sech^2(log_snr / 4) / 8.
+  """
+  logistic = lambda a: 1 / (1 + math.exp(-a))
+  return _truncated(
+    lambda log_snr: (logistic(-log_snr / 2), logistic(log_snr / 2)),
+    lambda t, c: 2 * (jnp.log(c) - jnp.log(t)),
     log_snr_min,
     log_snr_max,
   )
@@ -129,6 +223,11 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
   return Learned(init, as_schedule)
 
 
+def _log_sin(t):
+  """log sin(pi t / 2)."""
+  return jnp.log(jnp.sin(math.pi / 2 * t))
+
+
 def inverse_softplus(y: float) -> float:
   """The x with log(1 + e^x) = y, for y > 0."""
   return y + math.log(-math.expm1(-y))
@@ -145,6 +244,10 @@ SCHEDULES = {
   'linear': linear,
   'cosine': cosine,
   'shifted_cosine': shifted_cosine,
+  'ddpm': ddpm,
+  'edm_train': edm_train,
+  'edm_sample': edm_sample,
+  'flow_matching': flow_matching,
   'learned_endpoints': learned_endpoints,
   'learned_net': learned_net,
 }
