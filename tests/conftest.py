@@ -12,7 +12,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 from jaxtyping import install_import_hook
 
 MATHS = ('gaussian', 'schedules', 'weightings', 'times', 'likelihood', 'losses', 'samplers')
-install_import_hook([f'vdm.{name}' for name in MATHS], 'beartype.beartype')
+install_import_hook([f'vdm.{name}' for name in (*MATHS, 'guidance')], 'beartype.beartype')
 
 import jax
 import pytest

@@ -7,7 +7,7 @@ import vdm
 
 LEVELS = [
   {'gaussian', 'schedules', 'weightings', 'times', 'nn', 'data'},
-  {'likelihood', 'samplers'},
+  {'likelihood', 'samplers', 'guidance'},
   {'losses', 'state'},
   {'parallel', 'build', 'cards'},
   {'checkpoint'},
@@ -38,7 +38,8 @@ def test_every_file_imports_only_from_lower_levels():
 
 
 def test_maths_files_hold_no_jit_config_io_or_logging():
-  for name in ('gaussian', 'schedules', 'weightings', 'times', 'likelihood', 'samplers', 'losses'):
+  maths = ('gaussian', 'schedules', 'weightings', 'times', 'likelihood', 'samplers', 'losses')
+  for name in (*maths, 'guidance'):
     text = (ROOT / f'{name}.py').read_text()
     for word in ('jax.jit', 'ml_collections', 'open(', 'logging', 'print('):
       assert word not in text, f'{name}.py has {word}'

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from vdm import build, cards, checkpoint, data, evaluate, parallel, report, sample, state
 from vdm.gaussian import fold_in, standard_normal
+from vdm.guidance import drop_labels
 from vdm.likelihood import bits_per_dim
 from vdm.losses import variational_bound
 from vdm.times import stratified
@@ -33,12 +34,15 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
   num_dims = int(np.prod(model.image_shape))
 
   def loss_fn(params, batch, key, key_dropout):
-    key_t, key_eps, key_recon, key_flip = jax.random.split(key, 4)
+    key_t, key_eps, key_recon, key_flip, key_label = jax.random.split(key, 5)
     u, index = batch['image'].astype(jnp.int32), batch['index']
     if config.data.flip:
       u = flip_horizontally(fold_in(key_flip, index), u)
+    label = batch['label']
+    if config.train.label_dropout:
+      label = drop_labels(fold_in(key_label, index), label, config.train.label_dropout)
     bound = variational_bound(
-      model.denoiser(params, batch['label'], key_dropout),
+      model.denoiser(params, label, key_dropout),
       model.schedule(params),
       model.weighting,
       u,
