@@ -1,5 +1,7 @@
 """Samplers on Gaussian data, whose denoiser and probability flow have closed forms."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,7 +109,7 @@ def test_heun_is_the_textbook_algorithm(grid, churn, key):
   s = dict(s_churn=0.0, s_min=0.0, s_max=np.inf) | churn
   y, noises = start_and_noises(grid, keys)
   sigmas = [*levels(grid), 0.0]
-  for i, (t, t_next) in enumerate(zip(sigmas[:-1], sigmas[1:], strict=True)):
+  for i, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
     gamma = min(s['s_churn'] / len(grid), np.sqrt(2) - 1) if s['s_min'] <= t <= s['s_max'] else 0
     t_hat = t * (1 + gamma)
     if t_next == 0:
@@ -198,8 +200,10 @@ def test_a_perfect_prediction_returns_the_data_from_any_level(name, denoise_last
   np.testing.assert_allclose(drawn, x, atol=0 if denoise_last else 5 * sigma(grid[-2]))
 
 
-@pytest.mark.parametrize('name', SAMPLERS)
-@pytest.mark.parametrize('denoise_last', [False, True])
+@pytest.mark.parametrize(
+  ('name', 'denoise_last'),
+  [('ancestral', False), ('ddim', True), ('heun', False), ('heun', True), ('dpmpp_2m', False)],
+)
 def test_number_of_evaluations(name, denoise_last, key):
   calls = []
 
