@@ -2,7 +2,8 @@
 
 A block with a `name` is built by calling the factory of that name with the other leaves as keyword
 arguments (`schedule` from `vdm.schedules.SCHEDULES`, `weighting` from `vdm.weightings.WEIGHTINGS`,
-`model` from `vdm.nn.NETWORKS`), so a leaf that a factory does not know is refused.
+`model` from `vdm.nn.NETWORKS`; in `sample`, `sampler`, `grid` and `threshold`), so a leaf that a
+factory does not know is refused.
 """
 
 from ml_collections import ConfigDict
@@ -74,6 +75,7 @@ def get_config(arg=''):
       num_steps=1000,
       num_timesteps=0,  # T of the discrete-time loss; 0: continuous time
       microbatches=1,  # gradients are accumulated over this many parts of the batch
+      label_dropout=0.0,  # share of labels withheld, for classifier-free guidance; usual: 0.1
       log_every_steps=100,
       eval_every_steps=500,
     )
@@ -92,9 +94,42 @@ def get_config(arg=''):
       num_images=64,
       batch_size=64,
       num_steps=250,
+      denoise_last=False,  # the last of num_steps returns x_hat, EDM's step to noise level zero
       params='ema',  # 'ema' or 'raw'
       label=-1,  # class to draw, for a class-conditional model; -1: each in turn
       seed=0,
+    )
+  )
+  # 'ancestral', 'ddim', 'heun' (two network evaluations a step) or 'dpmpp_2m': vdm.samplers. Each
+  # takes its own arguments; another one's that is not at its default is refused.
+  config.sample.sampler = ConfigDict(
+    dict(
+      name='ancestral',
+      variance=0.0,  # ancestral: 0 that of q(z_s | z_t, x), 1 that of q(z_t | z_s); or between
+      eta=0.0,  # ddim: 0 deterministic, 1 ancestral
+      s_churn=0.0,  # heun: noise added in all, where the level, exp(-log_snr / 2), is in
+      s_min=0.0,  # [s_min, s_max]; 0: deterministic
+      s_max=1e9,
+      s_noise=1.0,
+    )
+  )
+  # Levels of the steps: 'schedule' is the model's own; else a fixed schedule by its name, between the
+  # model's end points. Other limits, as in dict(name='edm_sample', sigma_min=0.002, sigma_max=80.0,
+  # rho=7.0) or dict(name='cosine', log_snr_max=10.0), go into a config file.
+  config.sample.grid = ConfigDict(dict(name='schedule'))
+  config.sample.guidance = ConfigDict(
+    dict(
+      kind='none',  # 'classifier_free' (needs train.label_dropout), or 'auto' (another model)
+      weight=1.0,  # guide + weight (own - guide): 1 is no guidance
+      log_snr_min=-100.0,  # guided between these levels only
+      log_snr_max=100.0,
+      checkpoint='',  # auto: workdir of the guiding run, a smaller or shorter one
+    )
+  )
+  config.sample.threshold = ConfigDict(
+    dict(
+      name='none',  # of x_hat: 'static' clips to [-1, 1], 'dynamic' to a percentile of |x_hat|
+      percentile=0.995,
     )
   )
   config.checkpoint = ConfigDict(

@@ -7,7 +7,7 @@ import vdm
 
 LEVELS = [
   {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data'},
-  {'adaptive', 'augmented', 'likelihood', 'samplers'},
+  {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'state'},
   {'parallel', 'build', 'cards'},
   {'checkpoint'},
@@ -40,7 +40,7 @@ def test_every_file_imports_only_from_lower_levels():
 
 def test_maths_files_hold_no_jit_config_io_or_logging():
   level_1 = ('gaussian', 'schedules', 'weightings', 'times')
-  for name in (*level_1, 'adaptive', 'augmented', 'likelihood', 'samplers', 'losses'):
+  for name in (*level_1, 'adaptive', 'augmented', 'likelihood', 'samplers', 'guidance', 'losses'):
     text = (ROOT / f'{name}.py').read_text()
     for word in ('jax.jit', 'ml_collections', 'open(', 'logging', 'print('):
       assert word not in text, f'{name}.py has {word}'

@@ -13,7 +13,9 @@ from vdm import ema
 from vdm import state as state_lib
 from vdm.adaptive import Adaptive, adaptive
 from vdm.gaussian import HEADS, Denoiser, Schedule, network_input, to_prediction
+from vdm.guidance import THRESHOLDS
 from vdm.nn import NETWORKS
+from vdm.samplers import SAMPLERS, Sampler
 from vdm.schedules import SCHEDULES, Learned
 from vdm.weightings import WEIGHTINGS, Weighting, shifted
 
@@ -90,6 +92,112 @@ def _weighting(config: ConfigDict) -> Weighting:
   return shifted(_factory(WEIGHTINGS, 'weighting', block), image_size)
 
 
+def _of_chosen(table: dict, block: ConfigDict) -> dict:
+  """A block that lists the arguments of every factory, without those that are another's default.
+
+  So `--config.sample.sampler.name=ddim` is enough, and what has no effect is still refused.
+  """
+  block = block.to_dict()
+  if block['name'] not in table:
+    return block
+  taken = inspect.signature(table[block['name']]).parameters
+  defaults = [
+    (k, p.default)
+    for factory in table.values()
+    for k, p in inspect.signature(factory).parameters.items()
+  ]
+  return {k: v for k, v in block.items() if k == 'name' or k in taken or (k, v) not in defaults}
+
+
+def sampler(config: ConfigDict) -> Sampler:
+  """config.sample.sampler."""
+  block = _of_chosen(SAMPLERS, config.sample.sampler)
+  return _factory(SAMPLERS, 'sample.sampler', block)
+
+
+def threshold(config: ConfigDict) -> Callable[[Denoiser], Denoiser]:
+  """config.sample.threshold."""
+  block = _of_chosen(THRESHOLDS, config.sample.threshold)
+  return _factory(THRESHOLDS, 'sample.threshold', block)
+
+
+def grid(config: ConfigDict, own: Schedule) -> Schedule:
+  """config.sample.grid: the model's own schedule, or another between its end points.
+
+  `own` has to be concrete: the factories of schedules take floats.
+  """
+  block = config.sample.grid.to_dict()
+  if block['name'] == 'schedule':
+    return _factory({'schedule': lambda: own}, 'sample.grid', block)
+  log_snr_min, log_snr_max = map(float, own(jnp.array([1.0, 0.0])))
+  if 'sigma_min' not in block:
+    block = {'log_snr_max': log_snr_max} | block
+  if 'sigma_max' not in block:
+    block = {'log_snr_min': log_snr_min} | block
+  try:
+    built = _factory(SCHEDULES, 'sample.grid', block)
+  except ValueError as error:  # a schedule names the block it is usually in
+    raise ValueError(str(error).replace('config.schedule.', 'config.sample.grid.')) from error
+  check(
+    not isinstance(built, Learned),
+    'sample.grid.name',
+    block['name'],
+    'a schedule without parameters',
+    "'schedule' is the model's own",
+  )
+  return built
+
+
+def _check_sampling(config: ConfigDict, own: Schedule):
+  """Refuses samplers, thresholds, grids and guidance that the model cannot follow."""
+  sampler(config)
+  threshold(config)
+  (low, high), (least, most) = (
+    map(float, schedule(jnp.array([1.0, 0.0]))) for schedule in (grid(config, own), own)
+  )
+  check(
+    least - 0.01 <= low < high <= most + 0.01,
+    'sample.grid',
+    config.sample.grid.to_dict(),
+    f"within the model's log_snr, {least:.2f} to {most:.2f}, not {low:.2f} to {high:.2f}",
+    'leave its limits out, or train with a wider config.schedule',
+  )
+  last = config.sample.denoise_last
+  check(
+    not last or config.sample.num_steps > 1,
+    'sample.num_steps',
+    config.sample.num_steps,
+    '2 or more with config.sample.denoise_last=True',
+    'the last step only denoises',
+  )
+  guidance = config.sample.guidance
+  kinds = ('none', 'classifier_free', 'auto')
+  check(
+    guidance.kind in kinds, 'sample.guidance.kind', guidance.kind, f'one of {kinds}', 'choose one'
+  )
+  check(
+    guidance.log_snr_min < guidance.log_snr_max,
+    'sample.guidance.log_snr_min',
+    guidance.log_snr_min,
+    f'below config.sample.guidance.log_snr_max={guidance.log_snr_max}',
+    'swap them',
+  )
+  check(
+    guidance.kind != 'classifier_free' or config.train.label_dropout > 0,
+    'sample.guidance.kind',
+    guidance.kind,
+    "'none' or 'auto' for a model trained with all its labels",
+    'train with config.model.class_conditional=True and config.train.label_dropout=0.1',
+  )
+  check(
+    guidance.kind != 'auto' or guidance.checkpoint != '',
+    'sample.guidance.checkpoint',
+    guidance.checkpoint,
+    'the workdir of the guiding run',
+    'train a smaller or shorter run and name its --workdir',
+  )
+
+
 def dtype(config: ConfigDict) -> jnp.dtype:
   """Of activations inside the network."""
   name = config.model.dtype
@@ -133,6 +241,7 @@ def model(config: ConfigDict) -> Model:
     "'elbo' where the schedule is learned",
     'the end points are trained by the bound: choose a fixed config.schedule.name, such as linear',
   )
+  _check_sampling(config, learned.as_schedule(learned.init()))
   image_shape = tuple(config.data.image_shape)
 
   def init(key):
@@ -262,6 +371,14 @@ def check_config(config: ConfigDict):
     conditional,
     'False for data without labels',
     'state config.data.num_classes, or set it to False',
+  )
+  label_dropout = config.train.label_dropout
+  check(
+    0 <= label_dropout < 1 and (conditional or label_dropout == 0),
+    'train.label_dropout',
+    label_dropout,
+    'in [0, 1), and 0 without labels',
+    'give 0, or 0.1 with config.model.class_conditional=True',
   )
   microbatches, batch = config.train.microbatches, config.train.batch_size
   check(

@@ -236,12 +236,40 @@ def read_run(config: ConfigDict, workdir: str) -> tuple[build.Model, Mesh, Any]:
   if not (epath.Path(workdir) / 'checkpoints').exists():
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
   open_workdir(workdir, config)
+  return model, mesh, _newest(workdir, config, model, mesh)
+
+
+def read_guide(workdir: str, mesh: Mesh) -> tuple[build.Model, Any]:
+  """The model and the newest state of another run, by its own `config.json`.
+
+  Raises:
+    ValueError: there is no such run, or it cannot be restored.
+  """
+  file = epath.Path(workdir) / 'config.json'
+  if not (file.exists() and (epath.Path(workdir) / 'checkpoints').exists()):
+    raise ValueError(
+      f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
+      'with config.json and checkpoints; train it first, or name another.'
+    )
+  config = ConfigDict(_with_tuples(json.loads(file.read_text())))
+  model = build.model(config)
+  return model, _newest(workdir, config, model, mesh)
+
+
+def _newest(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh) -> Any:
   with manager(workdir) as reader:
     step = latest_step(reader)
     if step is None:
       raise ValueError(f'--workdir={workdir} holds no finished checkpoint yet; wait for the first.')
     abstract = parallel.abstract_state(mesh, build.init_state(config, model))
-    return model, mesh, restore(reader, abstract, step)[0]
+    return restore(reader, abstract, step)[0]
+
+
+def _with_tuples(value: Any) -> Any:
+  """JSON has no tuples; configs have no lists."""
+  if isinstance(value, dict):
+    return {k: _with_tuples(v) for k, v in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:

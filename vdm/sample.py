@@ -1,11 +1,13 @@
 """Draws images from a model; an image depends on its own number and the seed alone."""
 
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -13,9 +15,10 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vdm import build, checkpoint, parallel
-from vdm.gaussian import alpha, fold_in
+from vdm.gaussian import Denoiser, fold_in
+from vdm.guidance import guide, label_pair, pair
 from vdm.likelihood import from_grid
-from vdm.samplers import ancestral, sample, time_grid
+from vdm.samplers import num_evaluations, sample, time_grid
 
 
 def make_sampler(
@@ -23,29 +26,71 @@ def make_sampler(
 ) -> Callable[[Any], Iterator[np.ndarray]]:
   """params -> iterator over batches [B H W C] of integers, config.sample.num_images in all."""
   settings = config.sample
-  labels = labels_of(config)
+  labels, sampler, threshold = labels_of(config), build.sampler(config), build.threshold(config)
+  guided, guide_params = make_guidance(config, model, mesh)
 
-  def draw(params, index, label):
-    schedule = model.schedule(params)
-    denoiser = model.denoiser(params, label)
-    keys = fold_in(jax.random.key(settings.seed), index)
-    log_snrs = time_grid(schedule, settings.num_steps)
-    z_0 = sample(keys, ancestral, denoiser, log_snrs, model.image_shape)
-    return from_grid(z_0 / alpha(log_snrs[-1]), model.num_values)  # the decoder's mode
+  def draw(params, guide_params, log_snrs, index, label):
+    x = sample(
+      fold_in(jax.random.key(settings.seed), index),
+      sampler,
+      threshold(guided(params, guide_params, label)),
+      log_snrs,
+      model.image_shape,
+      settings.denoise_last,
+    )
+    return from_grid(x, model.num_values)  # the decoder's mode
 
   compiled = jax.jit(draw, out_shardings=parallel.replicated(mesh))
   sharding = parallel.batch_sharding(mesh)
 
   def run(params):
+    grid = build.grid(config, model.schedule(params))
+    log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
     for start in range(0, settings.num_images, settings.batch_size):
       index = start + np.arange(settings.batch_size)
       inputs = (index.astype(np.int32), labels(index))
       placed = [
         jax.make_array_from_callback(a.shape, sharding, lambda part, a=a: a[part]) for a in inputs
       ]
-      yield np.asarray(compiled(params, *placed))[: settings.num_images - start]
+      images = compiled(params, guide_params, log_snrs, *placed)
+      yield np.asarray(images)[: settings.num_images - start]
 
   return run
+
+
+def make_guidance(
+  config: ConfigDict, model: build.Model, mesh: Mesh
+) -> tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]:
+  """config.sample.guidance: (params, guide's params, label) -> Denoiser, and the guide's params."""
+  settings = config.sample.guidance
+  limits = (settings.log_snr_min, settings.log_snr_max)
+  if settings.kind == 'none':
+    return lambda params, _, label: model.denoiser(params, label), None
+  if settings.kind == 'classifier_free':
+
+    def classifier_free(params, _, label):
+      of = functools.partial(model.denoiser, params)
+      return guide(of(label), label_pair(of, label), settings.weight, *limits)
+
+    return classifier_free, None
+  other, guide_state = checkpoint.read_guide(settings.checkpoint, mesh)
+  build.check(
+    (other.image_shape, other.num_values) == (model.image_shape, model.num_values),
+    'sample.guidance.checkpoint',
+    settings.checkpoint,
+    f'a model of {model.num_values} values and images {model.image_shape}, '
+    f'not {other.num_values} and {other.image_shape}',
+    'name another run',
+  )
+
+  def auto(params, guide_params, label):
+    own, weak = model.denoiser(params, label), other.denoiser(guide_params, label)
+    # only where the guide, too, was trained
+    high, low = other.schedule(guide_params)(jnp.array([0.0, 1.0]))
+    low, high = jnp.maximum(low, limits[0]), jnp.minimum(high, limits[1])
+    return guide(own, pair(own, weak), settings.weight, low, high)
+
+  return auto, chosen_params(config, guide_state)
 
 
 def chosen_params(config: ConfigDict, train_state: Any) -> Any:
@@ -93,13 +138,24 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   """--mode=sample: images from the newest checkpoint, as a PNG grid and as an NPZ file."""
   model, mesh, train_state = checkpoint.read_run(config, workdir)
   step, settings = int(train_state.step), config.sample
+  evaluations = num_evaluations(build.sampler(config), settings.num_steps, settings.denoise_last)
+  logging.info(
+    '%s, %d steps, %d network evaluations an image%s',
+    settings.sampler.name,
+    settings.num_steps,
+    evaluations,
+    '' if settings.guidance.kind == 'none' else ', each twice where guidance acts',
+  )
   batches = []
   for batch in make_sampler(config, model, mesh)(chosen_params(config, train_state)):
     batches.append(batch)
     logging.info('%d of %d images', sum(map(len, batches)), settings.num_images)
   images = np.concatenate(batches)
   if jax.process_index() == 0:
-    name = f'step{step:08d}_{settings.params}_{settings.num_steps}steps_seed{settings.seed}'
+    way = settings.sampler.name
+    if settings.guidance.kind != 'none':
+      way += f'_{settings.guidance.kind}{settings.guidance.weight:g}'
+    name = f'step{step:08d}_{settings.params}_{way}_{settings.num_steps}steps_seed{settings.seed}'
     path = workdir / 'samples' / f'{name}.png'
     save_png(path, grid(images[:100], model.num_values))
     labels = labels_of(config)(np.arange(len(images)))

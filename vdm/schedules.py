@@ -139,18 +139,26 @@ def edm_train(
   )
 
 
-def edm_sample(log_snr_min: float, log_snr_max: float, rho: float = 7.0) -> Schedule:
+def edm_sample(
+  log_snr_min: float = math.nan,
+  log_snr_max: float = math.nan,
+  sigma_min: float = 0.002,
+  sigma_max: float = 80.0,
+  rho: float = 7.0,
+) -> Schedule:
   """sigma^(1 / rho) linear in t, sigma = e^(-log_snr / 2) (EDM eq. 5); the grid EDM samples on.
 
-  log_snr = -2 rho log((1 - t) sigma_min^(1 / rho) + t sigma_max^(1 / rho)). sigma_min and sigma_max
-  are not arguments of their own: they are the end points, log_snr_max = -2 log sigma_min and
-  log_snr_min = -2 log sigma_max, and a part of this schedule is this schedule between nearer
-  ends. EDM's 0.002 and 80 are log_snr 12.43 and -8.76. p(log_snr) ~ e^(-log_snr / (2 rho)).
+  log_snr = -2 rho log((1 - t) sigma_min^(1 / rho) + t sigma_max^(1 / rho)). A part of this schedule
+  is this schedule between nearer ends: where log_snr_max or log_snr_min is given it takes the place
+  of sigma_min or sigma_max, whose 0.002 and 80 are log_snr 12.43 and -8.76.
+  p(log_snr) ~ e^(-log_snr / (2 rho)).
   """
+  _check_positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
+  log_snr_max = -2 * math.log(sigma_min) if math.isnan(log_snr_max) else log_snr_max
+  log_snr_min = -2 * math.log(sigma_max) if math.isnan(log_snr_min) else log_snr_min
   _check_range(log_snr_min, log_snr_max)
-  _check_positive(rho=rho)
-  root = lambda log_snr: math.exp(-log_snr / (2 * rho))
-  return lambda t: -2 * rho * jnp.log((1 - t) * root(log_snr_max) + t * root(log_snr_min))
+  start, end = (math.exp(-log_snr / (2 * rho)) for log_snr in (log_snr_max, log_snr_min))
+  return lambda t: -2 * rho * jnp.log((1 - t) * start + t * end)
 
 
 def flow_matching(log_snr_min: float, log_snr_max: float) -> Schedule:

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vdm import build, cards, checkpoint, data, evaluate, parallel, report, state
 from vdm.adaptive import predicted_reduction
 from vdm.gaussian import fold_in, standard_normal
+from vdm.guidance import drop_labels
 from vdm.likelihood import bits_per_dim
 from vdm.look import make_look
 from vdm.losses import interior_gradient, moments, variational_bound
@@ -43,13 +44,16 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
       interior = jax.lax.stop_gradient(params['schedule']['interior'])
       params = params | {'schedule': params['schedule'] | {'interior': interior}}
     schedule = model.training_schedule(params, adaptive)
-    key_t, key_eps, key_recon, key_flip = jax.random.split(key, 4)
+    key_t, key_eps, key_recon, key_flip, key_label = jax.random.split(key, 5)
     u, index = batch['image'].astype(jnp.int32), batch['index']
     if config.data.flip:
       u = flip_horizontally(fold_in(key_flip, index), u)
+    label = batch['label']
+    if config.train.label_dropout:
+      label = drop_labels(fold_in(key_label, index), label, config.train.label_dropout)
     t = stratified(key_t, index, config.train.batch_size)
     bound = variational_bound(
-      model.denoiser(params, batch['label'], key_dropout),
+      model.denoiser(params, label, key_dropout),
       schedule,
       model.weighting,
       u,

@@ -1,0 +1,256 @@
+"""Guidance, dropped labels and thresholding."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from vdm.configs import default
+
+from vdm import build, checkpoint, guidance, parallel, sample, train
+from vdm.gaussian import Prediction, alpha, expand_to, fold_in, q_sample, sigma
+from vdm.samplers import heun, time_grid
+from vdm.samplers import sample as draw
+from vdm.schedules import SCHEDULES
+
+EVERYWHERE = (-100.0, 100.0)
+
+
+def gaussian(variance):
+  """The exact denoiser of x ~ N(0, variance)."""
+
+  def denoise(z, log_snr):
+    a, s = (expand_to(f(log_snr), z) for f in (alpha, sigma))
+    scaled = z / (a**2 * variance + s**2)
+    return Prediction(a * variance * scaled, s * scaled)
+
+  return denoise
+
+
+def reconstructed(prediction, log_snr):
+  return q_sample(prediction.x, prediction.eps, log_snr)
+
+
+def normal(*shape, seed=0):
+  return jax.random.normal(jax.random.key(seed), shape)
+
+
+@pytest.mark.parametrize('weight', [0.0, 1.0, 2.5])
+def test_guided_score_is_the_weighted_sum_of_scores(weight):
+  """-eps / sigma is the score; that of N(0, v) at z is -z / (alpha^2 v + sigma^2)."""
+  own, other = gaussian(0.5), gaussian(2.0)
+  guided = guidance.guide(own, guidance.pair(own, other), weight, *EVERYWHERE)
+  z, log_snr = normal(5, 3), jnp.linspace(-4, 4, 5)
+  prediction = guided(z, log_snr)
+  a2, s2 = (np.float64(f(log_snr) ** 2)[:, None] for f in (alpha, sigma))
+  score = -np.float64(z) * (weight / (a2 * 0.5 + s2) + (1 - weight) / (a2 * 2.0 + s2))
+  np.testing.assert_allclose(-prediction.eps / np.sqrt(s2), score, rtol=1e-4)
+  np.testing.assert_allclose(reconstructed(prediction, log_snr), z, atol=1e-5)
+
+
+def test_guided_flow_of_two_gaussians_is_the_closed_form(key):
+  """dy/dlevel = level y sum_i w_i / (v_i + level^2): y ~ prod_i (v_i + level^2)^(w_i/2)."""
+  own, other, weight = 0.3, 1.5, 2.0
+  guided = guidance.guide(
+    gaussian(own), guidance.pair(gaussian(own), gaussian(other)), weight, *EVERYWHERE
+  )
+  grid = time_grid(SCHEDULES['linear'](-6.0, 6.0), 100)
+  run = jax.jit(lambda grid, keys: draw(keys, heun(), guided, grid, (2,)))
+  keys = fold_in(key, jnp.arange(4))
+  start, end = run(grid[:1], keys), run(grid, keys)
+  first, last = np.exp(-np.float64(grid[np.array([0, -1])]))
+  growth = ((own + last) / (own + first)) ** (weight / 2)
+  growth *= ((other + last) / (other + first)) ** ((1 - weight) / 2)
+  np.testing.assert_allclose(end, start * growth, rtol=3e-3)
+
+
+def test_outside_the_limits_the_model_is_alone():
+  calls = []
+
+  def other(z, log_snr):
+    jax.debug.callback(lambda _: calls.append(1), log_snr)
+    return gaussian(2.0)(z, log_snr)
+
+  own = gaussian(0.5)
+  guided = jax.jit(guidance.guide(own, guidance.pair(own, other), 3.0, -1.0, 1.0))
+  z, mixed = normal(5, 3), jnp.array([-1.5, -1.0, 0.0, 1.0, 1.5])
+  free = guidance.guide(own, guidance.pair(own, gaussian(2.0)), 3.0, *EVERYWHERE)
+  inside = np.array([False, True, True, True, False])[:, None]
+  expected = np.where(inside, free(z, mixed).x, own(z, mixed).x)
+  np.testing.assert_allclose(guided(z, mixed).x, expected, rtol=1e-5)
+  jax.effects_barrier()
+  assert len(calls) == 1
+  np.testing.assert_allclose(guided(z, jnp.full(5, 1.1)).x, own(z, jnp.full(5, 1.1)).x, rtol=1e-6)
+  jax.effects_barrier()
+  assert len(calls) == 1  # not even computed
+
+
+def test_label_pair_is_one_call_of_twice_the_batch():
+  shapes = []
+
+  def denoiser_of(label):
+    def denoise(z, log_snr):
+      shapes.append(z.shape)
+      x = z * expand_to(label + 0.5, z) + expand_to(log_snr, z)
+      return Prediction(x, 2 * x)
+
+    return denoise
+
+  z, log_snr, label = normal(3, 2, 2, 1), jnp.arange(3.0), jnp.array([4, 0, 7])
+  own, null = guidance.label_pair(denoiser_of, label)(z, log_snr)
+  assert shapes == [(6, 2, 2, 1)]
+  for a, b in zip(own, denoiser_of(label)(z, log_snr), strict=True):
+    np.testing.assert_array_equal(a, b)
+  for a, b in zip(null, denoiser_of(jnp.full(3, -1))(z, log_snr), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_labels_are_dropped_one_by_one_at_the_rate(key):
+  label = jnp.arange(10_000) % 10
+  keys = fold_in(key, jnp.arange(10_000))
+  dropped = np.asarray(guidance.drop_labels(keys, label, 0.1))
+  lost = dropped == guidance.NULL_LABEL
+  assert abs(lost.mean() - 0.1) < 5 * 0.003
+  np.testing.assert_array_equal(dropped[~lost], label[~lost])
+  np.testing.assert_array_equal(guidance.drop_labels(keys[7:], label[7:], 0.1), dropped[7:])
+
+
+@pytest.mark.parametrize('rate', [0.0, 0.5])
+def test_training_withholds_labels(rate, key):
+  config = default.get_config()
+  config.model.class_conditional, config.train.label_dropout = True, rate
+
+  class Seen(Exception):
+    """Carries the labels that the network would have been given."""
+
+  def denoiser(params, label, key_dropout):
+    raise Seen(label)
+
+  model = build.Model(None, None, denoiser, None, (1, 2, 1), 17)
+  index = jnp.arange(128)
+  batch = {'image': jnp.zeros((128, 1, 2, 1), jnp.uint8), 'label': index % 10, 'index': index}
+  with pytest.raises(Seen) as seen:
+    train.make_loss(config, model)({}, batch, key, None)
+  label = np.asarray(seen.value.args[0])
+  lost = label == guidance.NULL_LABEL
+  assert abs(lost.mean() - rate) < 0.25 and lost.any() == (rate > 0)
+  np.testing.assert_array_equal(label[~lost], batch['label'][~lost])
+
+
+@pytest.mark.parametrize(
+  'threshold', [guidance.static_threshold(), guidance.dynamic_threshold(0.9)], ids=['static', 'dyn']
+)
+def test_thresholding_keeps_z_and_the_range(threshold):
+  z, log_snr = 3 * normal(6, 5, 4), jnp.array([-9.0, -3.0, 0.0, 3.0, 9.0, 13.0])
+  plain, changed = gaussian(2.0)(z, log_snr), threshold(gaussian(2.0))(z, log_snr)
+  assert np.abs(changed.x).max() <= 1 and np.abs(plain.x).max() > 1
+  np.testing.assert_allclose(reconstructed(changed, log_snr), z, rtol=1e-4, atol=1e-5)
+  # what is inside stays as it is, to the last bit
+  small = threshold(gaussian(2.0))(z / 100, log_snr)
+  for a, b in zip(small, gaussian(2.0)(z / 100, log_snr), strict=True):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_thresholds_are_those_of_the_paper():
+  x = 2 * normal(4, 10, 10)
+  fixed = lambda z, log_snr: Prediction(x, z)
+  z, log_snr = normal(4, 10, 10, seed=1), jnp.zeros(4)
+  np.testing.assert_array_equal(guidance.static_threshold()(fixed)(z, log_snr).x, np.clip(x, -1, 1))
+  s = np.percentile(np.abs(x).reshape(4, -1), 90, axis=1)[:, None, None]
+  assert s.min() > 1
+  dynamic = guidance.dynamic_threshold(0.9)(fixed)(z, log_snr)
+  np.testing.assert_allclose(dynamic.x, np.clip(x, -s, s) / s, rtol=1e-5)
+
+
+def config_of(**guidance_settings):
+  config = default.get_config('debug')
+  config.sample.num_steps = 2
+  config.sample.guidance.update(guidance_settings)
+  return config
+
+
+@pytest.mark.parametrize(
+  ('path', 'value', 'message'),
+  [
+    ('sample.guidance.kind', 'cfg', r"guidance.kind='cfg' must be one of"),
+    ('sample.guidance.kind', 'classifier_free', r'with config.model.class_conditional=True and'),
+    ('sample.guidance.kind', 'auto', r"guidance.checkpoint='' must be the workdir"),
+    ('sample.guidance.log_snr_min', 200.0, r'log_snr_min=200.0 must be below'),
+    ('sample.threshold.name', 'hard', r"threshold.name='hard' must be one of none, static"),
+    ('sample.threshold.percentile', 0.9, r"threshold.name='none' does not take percentile"),
+    ('train.label_dropout', 0.1, r'label_dropout=0.1 must be in \[0, 1\), and 0 without labels'),
+  ],
+)
+def test_bad_input_is_refused_when_the_model_is_built(path, value, message):
+  config = config_of()
+  config.update_from_flattened_dict({path: value})
+  with pytest.raises(ValueError, match=r'^config\..*' + message):
+    build.model(config)
+
+
+def test_a_percentile_out_of_range_is_refused():
+  config = config_of()
+  config.sample.threshold.update(name='dynamic', percentile=0.0)
+  with pytest.raises(ValueError, match=r'sample.threshold.percentile=0.0 must be in \(0, 1\]'):
+    build.threshold(config)
+
+
+@pytest.fixture(scope='module')
+def run_and_state(tmp_path_factory):
+  """A run of no steps, on disk, and its state."""
+  workdir, config = tmp_path_factory.mktemp('guide'), config_of()
+  checkpoint.open_workdir(workdir, config)
+  with jax.numpy_rank_promotion('allow'):
+    init = build.init_state(config, build.model(config))
+    state = parallel.initial_state(parallel.make_mesh(), init)
+  with checkpoint.manager(workdir, 1) as manager:
+    checkpoint.save(manager, 3, state)
+  return workdir, state
+
+
+def images(config, state):
+  sampler = sample.make_sampler(config, build.model(config), parallel.make_mesh())
+  return np.concatenate(list(sampler(state.ema_params)))
+
+
+def test_a_model_guided_by_itself_is_itself(run_and_state, rank_promotion_allowed):
+  workdir, state = run_and_state
+  alone = images(config_of(), state)
+  itself = config_of(kind='auto', weight=5.0, checkpoint=str(workdir))
+  np.testing.assert_array_equal(images(itself, state), alone)
+  other = state.replace(ema_params=jax.tree.map(lambda a: a + 0.05, state.ema_params))
+  assert (images(itself, other) != images(config_of(), other)).any()
+
+
+def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
+  workdir, _ = run_and_state
+  mesh = parallel.make_mesh()
+  config = config_of(kind='auto', checkpoint=str(tmp_path))
+  with pytest.raises(ValueError, match=r'guidance.checkpoint=.* must be the workdir of a run'):
+    sample.make_guidance(config, build.model(config), mesh)
+  config = config_of(kind='auto', checkpoint=str(workdir))
+  with config.unlocked():
+    config.data.update(num_values=256)
+  with pytest.raises(ValueError, match=r'guidance.checkpoint=.* a model of 256 values'):
+    sample.make_guidance(config, build.model(config), mesh)
+
+
+def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):
+  """A network that says x = label for a class and 0 for none: guided, weight x label."""
+  config = config_of(kind='classifier_free', weight=0.5)
+  config.model.class_conditional, config.train.label_dropout = True, 0.1
+  config.sample.update(denoise_last=True, num_images=8)
+  build.model(config)
+
+  def denoiser(params, label=None, key_dropout=None):
+    def denoise(z, log_snr):
+      level = jnp.where(label == guidance.NULL_LABEL, 0.0, 0.1 * label)
+      x = jnp.broadcast_to(expand_to(level, z), z.shape)
+      return Prediction(x, (z - expand_to(alpha(log_snr), z) * x) / expand_to(sigma(log_snr), z))
+
+    return denoise
+
+  own = SCHEDULES['linear'](-5.0, 8.0)
+  model = build.Model(None, lambda params: own, denoiser, None, (1, 2, 1), 256)
+  drawn = np.concatenate(list(sample.make_sampler(config, model, parallel.make_mesh())({})))
+  expected = np.round(((0.05 * np.arange(8) + 1) * 256 - 1) / 2)
+  np.testing.assert_allclose(drawn[:, 0, 0, 0], expected, atol=1)
