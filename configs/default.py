@@ -113,7 +113,7 @@ def get_config(arg=''):
       s_noise=1.0,
     )
   )
-  # Levels of the steps: 'schedule' is the model's own; else a fixed schedule by its name, between the
+  # Levels of the steps: the model's own schedule, or a fixed one by its name, between the
   # model's end points. Other limits, as in dict(name='edm_sample', sigma_min=0.002, sigma_max=80.0,
   # rho=7.0) or dict(name='cosine', log_snr_max=10.0), go into a config file.
   config.sample.grid = ConfigDict(dict(name='schedule'))
