@@ -11,7 +11,7 @@ LEVELS = [
   {'losses', 'state'},
   {'parallel', 'build', 'cards'},
   {'checkpoint'},
-  {'evaluate', 'sample', 'report'},
+  {'evaluate', 'sample', 'report', 'import_vdm'},
   {'train'},
   {'main'},
 ]

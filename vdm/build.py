@@ -82,6 +82,7 @@ def model(config: ConfigDict) -> Model:
   check_config(config)
   block = config.model.to_dict()
   output, class_conditional = block.pop('output'), block.pop('class_conditional')
+  condition_on = block.pop('condition_on')
   check(
     output in HEADS, 'model.output', output, f'one of {", ".join(HEADS)}', 'choose one of these'
   )
@@ -115,12 +116,15 @@ def model(config: ConfigDict) -> Model:
     return learned.as_schedule(params['schedule'])
 
   def denoiser(params, label=None, key_dropout=None):
-    ends = as_schedule(params)(jnp.array([0.0, 1.0]))
+    if condition_on == 'live':
+      ends = as_schedule(params)(jnp.array([0.0, 1.0]))  # which keep t in [0, 1]
+    else:
+      ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
     label = label if class_conditional else None
 
     def denoise(z, log_snr):
-      t = (ends[0] - log_snr) / (ends[0] - ends[1])  # by the live end points: always in [0, 1]
+      t = (ends[0] - log_snr) / (ends[0] - ends[1])
       out = network.apply(
         {'params': params['network']}, z, t, label, train=key_dropout is not None, rngs=rngs
       )
@@ -221,7 +225,11 @@ def check_config(config: ConfigDict):
     f'divisible by config.train.microbatches={microbatches}',
     f'try {_multiples(batch, microbatches)}',
   )
-  for field, names in (('parallel.mode', ('jit', 'pmap')), ('sample.params', ('ema', 'raw'))):
+  for field, names in (
+    ('parallel.mode', ('jit', 'pmap')),
+    ('sample.params', ('ema', 'raw')),
+    ('model.condition_on', ('live', 'configured')),
+  ):
     block, leaf = field.split('.')
     check(
       config[block][leaf] in names,
