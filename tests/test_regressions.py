@@ -25,9 +25,7 @@ def bound(schedule, num_timesteps):
   denoiser = lambda z, log_snr: gaussian.Prediction(jnp.zeros_like(z), z)
   elbo = WEIGHTINGS['elbo']()
   t = jnp.array([0.0, 0.4, 0.9])
-  return losses.variational_bound(
-    denoiser, schedule, elbo, u, t, eps_recon, eps, 5, num_timesteps
-  )
+  return losses.variational_bound(denoiser, schedule, elbo, u, t, eps_recon, eps, 5, num_timesteps)
 
 
 @pytest.mark.parametrize('num_timesteps', [0, 10])
