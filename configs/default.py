@@ -41,6 +41,10 @@ def get_config(arg=''):
       fourier_exponents=(3, 4),  # sin and cos of 2 pi 2^n z for each n; 6, 7 for 8-bit data
       dropout=0.1,
       class_conditional=False,
+      augmentation_flag=False,  # one more conditioning input: whether the image was augmented
+      # The network sees (log_snr_max - log_snr) / (log_snr_max - log_snr_min) by the end points as
+      # they are learned, 'live', or as they are written below, 'configured' (the public VDM code).
+      condition_on='live',
       dtype='auto',  # of activations: 'float32', 'bfloat16'; auto: bfloat16 on TPU and GPU
     )
   )

@@ -11,7 +11,7 @@ LEVELS = [
   {'losses', 'state'},
   {'parallel', 'build', 'cards'},
   {'checkpoint'},
-  {'evaluate', 'sample', 'report', 'progressive'},
+  {'evaluate', 'sample', 'report', 'progressive', 'import_vdm'},
   {'look'},
   {'train'},
   {'main'},

@@ -218,6 +218,7 @@ def model(config: ConfigDict) -> Model:
   check_config(config)
   block = config.model.to_dict()
   output, class_conditional = block.pop('output'), block.pop('class_conditional')
+  condition_on = block.pop('condition_on')
   check(
     output in HEADS, 'model.output', output, f'one of {", ".join(HEADS)}', 'choose one of these'
   )
@@ -254,12 +255,15 @@ def model(config: ConfigDict) -> Model:
     return learned.as_schedule(params['schedule'])
 
   def denoiser(params, label=None, key_dropout=None):
-    ends = as_schedule(params)(jnp.array([0.0, 1.0]))
+    if condition_on == 'live':
+      ends = as_schedule(params)(jnp.array([0.0, 1.0]))  # which keep t in [0, 1]
+    else:
+      ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
     label = label if class_conditional else None
 
     def denoise(z, log_snr):
-      t = (ends[0] - log_snr) / (ends[0] - ends[1])  # by the live end points: always in [0, 1]
+      t = (ends[0] - log_snr) / (ends[0] - ends[1])
       z_in = network_input(output, z, log_snr)
       out = network.apply(
         {'params': params['network']}, z_in, t, label, train=key_dropout is not None, rngs=rngs
@@ -285,16 +289,16 @@ def optimizer(config: ConfigDict) -> optax.GradientTransformation:
   return state_lib.make_optimizer(config.train.num_steps, **config.optimizer)
 
 
+def create_state(config: ConfigDict, model: Model, params: Any) -> state_lib.TrainState:
+  """The state before the first step from these parameters."""
+  adapts = model.adaptive.init() if model.adaptive else None
+  averages = tuple(ema_decays(config, 0))[1:]
+  return state_lib.create(params, optimizer(config), adapts, averages)
+
+
 def init_state(config: ConfigDict, model: Model) -> Callable[[], state_lib.TrainState]:
   """A function without arguments, to be traced: the state before the first step."""
-  tx = optimizer(config)
-
-  def init():
-    adapts = model.adaptive.init() if model.adaptive else None
-    averages = tuple(ema_decays(config, 0))
-    return state_lib.create(model.init(jax.random.key(config.seed)), tx, adapts, averages[1:])
-
-  return init
+  return lambda: create_state(config, model, model.init(jax.random.key(config.seed)))
 
 
 def ema_decays(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array]:
@@ -388,7 +392,11 @@ def check_config(config: ConfigDict):
     f'divisible by config.train.microbatches={microbatches}',
     f'try {_multiples(batch, microbatches)}',
   )
-  for field, names in (('parallel.mode', ('jit', 'pmap')), ('sample.params', ('ema', 'raw'))):
+  for field, names in (
+    ('parallel.mode', ('jit', 'pmap')),
+    ('sample.params', ('ema', 'raw')),
+    ('model.condition_on', ('live', 'configured')),
+  ):
     block, leaf = field.split('.')
     check(
       config[block][leaf] in names,

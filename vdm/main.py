@@ -4,12 +4,15 @@
   python -m vdm.main --config=configs/digits.py --mode=eval      score the newest checkpoint
   python -m vdm.main --config=configs/digits.py --mode=sample    draw images from it
   python -m vdm.main --config=configs/cifar10.py:debug           any config, shrunk to seconds
+  python -m vdm.main --config=configs/cifar10.py --mode=import_vdm --checkpoint=DIR --workdir=W
+                                 make a workdir of a checkpoint of the public VDM code
 
 Any leaf of the config can be overridden: --config.train.batch_size=64. configs/default.py lists
 and explains them all. The same command run again goes on where it stopped. SIGTERM and Ctrl-C
 save and exit with status 75.
 """
 
+import functools
 import os
 import pathlib
 import sys
@@ -26,7 +29,9 @@ import vdm
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
-_MODE = flags.DEFINE_enum('mode', 'train', ['train', 'eval', 'sample'], 'What to do.')
+_MODES = ['train', 'eval', 'sample', 'import_vdm']
+_MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
+_CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Of the public VDM code, for import_vdm.')
 _COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of the first process, by hand.')
 _NUM_PROCESSES = flags.DEFINE_integer('num_processes', 1, 'Processes, with --coordinator.')
 _PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'This process, with --coordinator.')
@@ -34,10 +39,16 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'This process, with --coordi
 
 def main(_):
   """Dispatches on --mode."""
-  from vdm import evaluate, parallel, report, sample, train  # after the flags: they import JAX
+  # after the flags: they import JAX
+  from vdm import evaluate, import_vdm, parallel, report, sample, train
 
   report.set_up_logging()
-  modes = {'train': train.train, 'eval': evaluate.run, 'sample': sample.run}
+  modes = {
+    'train': train.train,
+    'eval': evaluate.run,
+    'sample': sample.run,
+    'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
+  }
   try:
     parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value

@@ -1,0 +1,263 @@
+"""Our network, schedules and loss beside the public code's, google-research/vdm.
+
+public_vdm.npz holds what that code, at commit dc27b98, made of random parameters in float64 (in
+float32 its own eps_hat is up to 2e-5 of the largest away, its terms 1e-5), and in float32 its bits
+per dimension of 16 images over 1,600 draws: for each case the paths and shapes of the parameters,
+and the outputs. Parameters and inputs are too large to keep; `public_params` and `inputs` make them
+from a seed by the rule by which they were made then.
+"""
+
+import pathlib
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from clu import checkpoint as clu_checkpoint
+from vdm.configs import cifar10
+
+from vdm import build, checkpoint, evaluate, import_vdm
+from vdm.gaussian import log_snr_and_slope
+from vdm.losses import variational_bound
+
+PUBLIC = np.load(pathlib.Path(__file__).parent / 'public_vdm.npz')
+SEEDS = {'scalar': 1, 'net': 2, 'attention': 3}
+GAMMA = {  # mean and standard deviation
+  'gamma/w': (16.3, 1.0),
+  'gamma/b': (-12.3, 0.3),
+  'gamma/l1/kernel': (8.0, 0.1),
+  'gamma/l1/bias': (-8.0, 0.1),
+  'gamma/l2/kernel': (0.0, 5.0),
+  'gamma/l2/bias': (0.0, 3.0),
+  'gamma/l3/kernel': (0.0, 10.0),
+}
+
+
+@pytest.fixture(autouse=True)
+def _libraries(rank_promotion_allowed):
+  pass
+
+
+def public_params(case, seed):
+  """Standard normal draws, leaf after leaf in the order of the sorted paths, then scaled."""
+  draws, leaves = np.random.RandomState(seed), {}
+  for path, shape in zip(PUBLIC[f'{case}/names'], PUBLIC[f'{case}/shapes'], strict=True):
+    a = draws.standard_normal([int(n) for n in shape.split(',')])
+    if path in GAMMA:
+      a = GAMMA[path][0] + GAMMA[path][1] * a
+    elif path.endswith('scale'):
+      a = 1 + 0.1 * a
+    elif path.endswith('bias'):
+      a = 0.1 * a
+    else:
+      a = a / np.sqrt(np.prod(a.shape[:-1]))
+    leaves[str(path)] = a.astype(np.float32)
+  return flax.traverse_util.unflatten_dict(leaves, sep='/')
+
+
+def inputs(seed):
+  """Images, and the noise of the reconstruction and of the diffusion term."""
+  draws = np.random.RandomState(100 + seed)
+  images = draws.randint(0, 256, (2, 32, 32, 3))
+  noise = (draws.standard_normal(images.shape) for _ in range(2))
+  return jnp.asarray(images, jnp.int32), *(jnp.asarray(a, jnp.float32) for a in noise)
+
+
+def config_of(case):
+  config = cifar10.get_config()
+  with config.unlocked():
+    config.model.update(num_blocks=1, augmentation_flag=True, condition_on='configured')
+    config.model.attention = case == 'attention'
+    config.schedule.name = 'learned_net' if case == 'net' else 'learned_endpoints'
+  return config
+
+
+def convert(case, params):
+  config = config_of(case)
+  model = build.model(config)
+  return model, import_vdm.convert(config, model, params)
+
+
+@pytest.mark.parametrize('case', SEEDS)
+def test_network_and_bound_are_those_of_the_public_code(case):
+  model, params = convert(case, public_params(case, SEEDS[case]))
+  images, eps_recon, eps = inputs(SEEDS[case])
+
+  @jax.jit
+  def bound_and_eps_hat(params):
+    denoiser, seen = model.denoiser(params), []
+
+    def recording(z, log_snr):
+      seen.append((z, denoiser(z, log_snr)))
+      return seen[-1][1]
+
+    t = (jnp.float32(0.3) + jnp.arange(2) / 2) % 1
+    schedule = model.schedule(params)
+    bound = variational_bound(
+      recording, schedule, model.weighting, images, t, eps_recon, eps, model.num_values
+    )
+    return bound, seen[0][0], seen[0][1].eps
+
+  bound, z, eps_hat = bound_and_eps_hat(params)
+  want = PUBLIC[f'{case}/eps_hat']
+  assert np.abs(want - z).max() > 1  # the network does say something
+  np.testing.assert_allclose(eps_hat, want, atol=1e-4 * np.abs(want).max(), rtol=0)
+  # atol: 2e-7 bits/dim, of the rounding of z_0, where the reconstruction term is 10 nats of 15,000
+  for name, term in (('recon', bound.recon), ('klz', bound.prior), ('diff', bound.diffusion.elbo)):
+    np.testing.assert_allclose(term, PUBLIC[f'{case}/{name}'], rtol=1e-5, atol=4e-4)
+
+
+@pytest.mark.parametrize('case', ['scalar', 'net'])
+def test_schedule_and_its_slope_are_those_of_the_public_code(case):
+  model, params = convert(case, public_params(case, SEEDS[case]))
+  t = jnp.asarray(np.linspace(0, 1, 17), jnp.float32)
+  log_snr, slope = jax.jit(lambda p: log_snr_and_slope(model.schedule(p), t))(params)
+  np.testing.assert_allclose(log_snr, -PUBLIC[f'{case}/gamma'], rtol=1e-7, atol=3e-6)
+  np.testing.assert_allclose(slope, -PUBLIC[f'{case}/slope'], rtol=1e-6)
+
+
+def test_a_public_net_without_curvature_is_a_line():
+  """Kernels of zero, which no softplus reaches."""
+  public = public_params('net', 2)
+  for layer in ('l2', 'l3'):
+    public['gamma'][layer]['kernel'] *= 0
+  model, params = convert('net', public)
+  w, b = (public['gamma']['l1'][name].item() for name in ('kernel', 'bias'))
+  t = jnp.linspace(0.0, 1.0, 9)
+  log_snr = jax.jit(lambda t: model.schedule(params)(t))(t)
+  np.testing.assert_allclose(log_snr, -(b + w * t), atol=1e-5)
+
+
+def save(directory, params, ema_params, step):
+  """As the public code saves its state; returns what was saved."""
+  optimizer = optax.adamw(1.0, mask=lambda params: jax.tree.map(lambda _: True, params))
+  opt_state = flax.serialization.to_state_dict(optimizer.init(params))
+  state = dict(step=np.int32(step), params=params, ema_params=ema_params, opt_state=opt_state)
+  clu_checkpoint.MultihostCheckpoint(str(directory)).save(state)
+  return state
+
+
+def names(tree):
+  return sorted(flax.traverse_util.flatten_dict(tree, sep='/', keep_empty_nodes=True))
+
+
+def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path):
+  """The averaged parameters of the newest checkpoint, through a workdir, on 16 images."""
+  config = config_of('scalar')
+  with config.unlocked():
+    config.data.image_shape = (8, 8, 3)
+    config.eval.update(batch_size=16, draws=32)
+  ema_params = public_params('scalar', 4)
+  save(tmp_path / 'public', ema_params, ema_params, 6)
+  state = save(tmp_path / 'public', public_params('scalar', 5), ema_params, 7)
+  assert names(state) == list(PUBLIC['saved/names'])
+
+  workdir = tmp_path / 'run'
+  assert import_vdm.run(config, workdir, str(tmp_path / 'public-0')) == 0
+  with pytest.raises(ValueError, match=r'--workdir=.* holds a run; choose another'):
+    import_vdm.run(config, workdir, str(tmp_path / 'public-0'))
+
+  model, mesh, state = checkpoint.read_run(config, workdir)
+  assert int(state.step) == 7
+  kernel = public_params('scalar', 5)['score_model']['conv_out']['kernel']
+  np.testing.assert_array_equal(state.params['network']['conv_out']['kernel'], kernel)
+  moments = [a for a in jax.tree.leaves(state.opt_state) if a.ndim]
+  assert moments and not any(np.asarray(a).any() for a in moments)
+
+  images = np.random.RandomState(104).randint(0, 256, (16, 8, 8, 3)).astype(np.uint8)
+  batch = {
+    'image': images,
+    'label': np.zeros(16, np.int32),
+    'index': np.arange(16, dtype=np.int32),
+    'mask': np.ones(16, np.float32),
+  }
+  result = evaluate.make_evaluator(config, model, mesh)(state.ema_params, [batch])
+  error = np.hypot(result.stderr, PUBLIC['bpd/stderr'])
+  assert error < 0.01 * result.value
+  assert abs(result.value - PUBLIC['bpd/mean']) < 4 * error
+  prior, recon = (result.terms[name]['value'] for name in ('prior', 'recon'))
+  np.testing.assert_allclose(prior, PUBLIC['bpd/terms'][1], rtol=1e-4)
+  np.testing.assert_allclose(recon, PUBLIC['bpd/terms'][0], rtol=0.03)
+
+
+def test_the_newest_whole_checkpoint_is_taken(tmp_path):
+  for number in (2, 9, 10, 11):
+    (tmp_path / f'ckpt-{number}.flax').touch()
+    if number < 11:  # clu's last file: 11 was cut short
+      (tmp_path / f'ckpt-{number}.index').touch()
+  assert import_vdm.newest(str(tmp_path)).name == 'ckpt-10.flax'
+  for named in ('ckpt-2', 'ckpt-2.flax'):
+    assert import_vdm.newest(f'{tmp_path}/{named}').name == 'ckpt-2.flax'
+  for nothing in ('', f'{tmp_path}/ckpt-3', '/nowhere'):
+    with pytest.raises(ValueError, match=f'--checkpoint={nothing} holds no ckpt-<number>.flax'):
+      import_vdm.newest(nothing)
+
+
+def test_a_file_cut_short_is_refused(tmp_path):
+  whole = flax.serialization.msgpack_serialize({'step': 1, 'params': {}, 'ema_params': {}})
+  path = import_vdm.epath.Path(tmp_path / 'ckpt-1.flax')
+  path.write_bytes(whole)
+  assert import_vdm.read(path)['step'] == 1
+  for cut in (whole[:-1], flax.serialization.msgpack_serialize({'step': 1}), b''):
+    path.write_bytes(cut)
+    with pytest.raises(ValueError, match=f'--checkpoint={path} is no checkpoint .*copy it again'):
+      import_vdm.read(path)
+
+
+def change(path, leaf):
+  def apply(public):
+    *block, name = path.split('/')
+    for key in block:
+      public = public[key]
+    if leaf is None:
+      del public[name]
+    else:
+      public[name] = leaf
+
+  return apply
+
+
+DAMAGES = {
+  'missing': ('score_model/dense1/bias', None, 'nothing for network/conditioning/dense_1/bias'),
+  'left over': ('score_model/more', np.ones(2, np.float32), r'score_model/more, \(2,\), for which'),
+  'of another shape': (
+    'score_model/mid.attn_1/q/bias',
+    np.ones(5, np.float32),
+    r'mid.attn_1/q/bias, \(5,\), where this config has \(128,\)',
+  ),
+  'not finite': ('gamma/w', np.float32([np.nan]), 'schedule/slope, .* not finite'),
+  'no schedule': ('gamma/b', None, 'of gamma it holds gamma/w'),
+  'no network': ('score_model/conv_in/kernel', None, 'must hold score_model/conv_in'),
+}
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_every_leaf_must_fit_and_is_named(damage):
+  path, leaf, message = DAMAGES[damage]
+  public = public_params('scalar', 1)
+  change(path, leaf)(public)
+  with pytest.raises(ValueError, match=message) as error:
+    convert('scalar', public)
+  assert '\n' not in str(error.value)
+
+
+def test_a_config_of_another_model_is_told_what_to_set():
+  public = public_params('attention', 3)
+  config = cifar10.get_config()
+  config.model.fourier_exponents = (5, 6)
+  config.schedule.name = 'learned_net'
+  with pytest.raises(ValueError) as error:
+    import_vdm.convert(config, build.model(config), public)
+  for field, value in (
+    ('model.num_blocks', '1'),
+    ('model.attention', 'True'),
+    ('model.fourier_exponents', '(6,7)'),
+    ('model.augmentation_flag', 'True'),
+    ('model.condition_on', 'configured'),
+    ('schedule.name', 'learned_endpoints'),
+  ):
+    assert f' --config.{field}={value}' in str(error.value)
+  assert str(error.value).count('--config.') == 6
+  assert "config.model.condition_on='live' must be 'configured'" in str(error.value)
