@@ -152,9 +152,31 @@ def test_state_survives_the_way_to_replicas_and_back():
     assert other.sharding.is_fully_replicated
 
 
-def test_flips_mirror_about_half_of_the_images(key):
-  images = jnp.arange(2 * 3).reshape(1, 2, 3, 1) * jnp.ones((400, 1, 1, 1), jnp.int32)
-  flipped = np.asarray(train.flip_horizontally(jax.random.split(key, 400), images))
-  mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
-  kept = (flipped == images).all(axis=(1, 2, 3))
-  assert np.all(mirrored ^ kept) and 150 < mirrored.sum() < 250
+def drawn(images, flip, rotate):
+  """How often each of the eight flips and turns of one image came, and whether it was flagged."""
+  keys = (jax.random.split(jax.random.key(seed), len(images)) for seed in (0, 1))
+  out, flag = jax.jit(train.augment, static_argnums=(3, 4))(*keys, images, flip, rotate)
+  orbit = {
+    (f, k): np.rot90(images[0, :, ::-1] if f else images[0], k)
+    for f in (False, True)
+    for k in range(4)
+  }
+  counts = dict.fromkeys(orbit, 0)
+  for image, flagged in zip(np.asarray(out), np.asarray(flag), strict=True):
+    (found,) = [name for name, same in orbit.items() if np.array_equal(same, image)]
+    counts[found] += 1
+    assert flagged == (found != (False, 0))
+  return counts
+
+
+def test_flips_and_turns_are_drawn_as_published_and_flagged():
+  """Mirrored one time in two; then turned one time in two, one to three quarters as likely."""
+  images = np.arange(6).reshape(1, 2, 3, 1) * np.ones((400, 1, 1, 1), np.int32)
+  counts = drawn(images, True, False)  # images need not be square
+  assert 150 < counts[True, 0] < 250 and counts[True, 0] + counts[False, 0] == 400
+  images = np.arange(27).reshape(1, 3, 3, 3) * np.ones((2400, 1, 1, 1), np.int32)
+  for (_, k), count in drawn(images, True, True).items():
+    expected = 2400 / (12 if k else 4)
+    assert abs(count - expected) < 4 * expected**0.5
+  assert drawn(images, False, True)[False, 0] == pytest.approx(1200, abs=100)
+  assert drawn(images, False, False)[False, 0] == 2400
