@@ -28,6 +28,7 @@ def get_config(arg=''):
       num_values=17,  # pixels are integers 0 .. num_values - 1
       num_classes=10,  # 0: the data has no labels
       flip=False,  # random horizontal flips in training
+      rotate=False,  # random quarter turns in half of training's images; needs augmentation_flag
     )
   )
   config.model = ConfigDict(
@@ -41,10 +42,12 @@ def get_config(arg=''):
       fourier_exponents=(3, 4),  # sin and cos of 2 pi 2^n z for each n; 6, 7 for 8-bit data
       dropout=0.1,
       class_conditional=False,
-      augmentation_flag=False,  # one more conditioning input: whether the image was augmented
       # The network sees (log_snr_max - log_snr) / (log_snr_max - log_snr_min) by the end points as
       # they are learned, 'live', or as they are written below, 'configured' (the public VDM code).
       condition_on='live',
+      augmentation_flag=False,  # the network is told which images flip or rotate has changed
+      scan_blocks='auto',  # equal blocks in a loop: 'on', 'off'; auto: on, but off on CPU
+      remat=False,  # compute activations again in the gradient: less memory, a third more FLOPs
       dtype='auto',  # of activations: 'float32', 'bfloat16'; auto: bfloat16 on TPU and GPU
     )
   )

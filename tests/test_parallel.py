@@ -109,9 +109,9 @@ def test_dropout_differs_between_microbatches_and_devices():
   keys = []
   original = model.denoiser
 
-  def spy(params, label=None, key_dropout=None):
+  def spy(params, label=None, key_dropout=None, flag=None):
     jax.debug.callback(lambda k: keys.append(tuple(np.ravel(k))), jax.random.key_data(key_dropout))
-    return original(params, label, key_dropout)
+    return original(params, label, key_dropout, flag)
 
   step = train.make_train_step(config, model._replace(denoiser=spy), optimizer)
   jax.block_until_ready(jax.jit(step)(state, same))
@@ -174,3 +174,33 @@ def test_the_adaptive_schedule_pools_devices_and_microbatches():
   assert np.abs(one.adaptive - 1).max() > 0.1
   np.testing.assert_allclose(many.adaptive, one.adaptive, rtol=1e-3)
   assert 0 < metrics['square_reduction_predicted'] < 1
+
+
+def drawn(images, flip, rotate):
+  """How often each of the eight flips and turns of one image came, and whether it was flagged."""
+  keys = (jax.random.split(jax.random.key(seed), len(images)) for seed in (0, 1))
+  out, flag = jax.jit(train.augment, static_argnums=(3, 4))(*keys, images, flip, rotate)
+  orbit = {
+    (f, k): np.rot90(images[0, :, ::-1] if f else images[0], k)
+    for f in (False, True)
+    for k in range(4)
+  }
+  counts = dict.fromkeys(orbit, 0)
+  for image, flagged in zip(np.asarray(out), np.asarray(flag), strict=True):
+    (found,) = [name for name, same in orbit.items() if np.array_equal(same, image)]
+    counts[found] += 1
+    assert flagged == (found != (False, 0))
+  return counts
+
+
+def test_flips_and_turns_are_drawn_as_published_and_flagged():
+  """Mirrored one time in two; then turned one time in two, one to three quarters as likely."""
+  images = np.arange(6).reshape(1, 2, 3, 1) * np.ones((400, 1, 1, 1), np.int32)
+  counts = drawn(images, True, False)  # images need not be square
+  assert 150 < counts[True, 0] < 250 and counts[True, 0] + counts[False, 0] == 400
+  images = np.arange(27).reshape(1, 3, 3, 3) * np.ones((2400, 1, 1, 1), np.int32)
+  for (_, k), count in drawn(images, True, True).items():
+    expected = 2400 / (12 if k else 4)
+    assert abs(count - expected) < 4 * expected**0.5
+  assert drawn(images, False, True)[False, 0] == pytest.approx(1200, abs=100)
+  assert drawn(images, False, False)[False, 0] == 2400

@@ -10,6 +10,8 @@ import pytest
 from vdm.configs import digits
 
 from vdm import build, checkpoint, data, evaluate, parallel, sample, train
+from vdm.gaussian import fold_in
+from vdm.nn import layers
 
 
 @pytest.fixture(autouse=True)
@@ -192,6 +194,51 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
 def test_a_workdir_of_another_config_is_refused(straight):
   with pytest.raises(ValueError, match=r'config.model.width=16.*not 24'):
     train.train(config_of(model__width=24), straight)
+
+
+def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
+  config = config_of(model__augmentation_flag=True, data__flip=True, data__rotate=True)
+  model, seen = build.model(config), []
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  params = jax.tree.map(lambda a: np.full(a.shape, 0.1, a.dtype), params)
+  conditioning = layers.Conditioning.__call__
+
+  def note(self, t, label=None, flag=None):
+    seen.append(None if flag is None else np.asarray(flag))
+    return conditioning(self, t, label, flag)
+
+  monkeypatch.setattr(layers.Conditioning, '__call__', note)
+  image = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1)).astype(np.uint8)
+  index = np.arange(8, dtype=np.int32)
+  batch = {'image': image, 'label': 0 * index, 'index': index}
+  with jax.disable_jit():
+    train.make_loss(config, model)(params, batch, jax.random.key(1), None)
+  keys = jax.random.split(jax.random.key(1), 5)[3:]
+  _, flag = train.augment(*(fold_in(key, index) for key in keys), image, True, True)
+  np.testing.assert_array_equal(seen, [flag])
+  assert 0 < flag.sum() < 8
+  model.denoiser(params)(image / 8 - 1, np.full(8, 2.0, np.float32))  # as evaluation and sampling
+  assert seen[1:] == [None]
+
+
+@pytest.mark.parametrize(
+  'settings, message',
+  [
+    (
+      dict(data__rotate=True),
+      r'config\.data\.rotate=True must be False for a network that is not told .*; '
+      r'set config\.model\.augmentation_flag=True\.$',
+    ),
+    (
+      dict(data__rotate=True, model__augmentation_flag=True, data__image_shape=(28, 20, 1)),
+      r'config\.data\.rotate=True must be False for images that are not square, '
+      r'config\.data\.image_shape=\(28, 20, 1\); config\.data\.flip works',
+    ),
+  ],
+)
+def test_turns_need_the_flag_and_square_images(settings, message):
+  with pytest.raises(ValueError, match=message):
+    build.model(config_of(**settings))
 
 
 def test_training_lowers_the_loss_on_digits(tmp_path):

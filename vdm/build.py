@@ -1,5 +1,6 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from vdm import state as state_lib
 from vdm.adaptive import Adaptive, adaptive
 from vdm.gaussian import HEADS, Denoiser, Schedule, network_input, to_prediction
 from vdm.guidance import THRESHOLDS
-from vdm.nn import NETWORKS
+from vdm.nn import NETWORKS, blocks
 from vdm.samplers import SAMPLERS, Sampler
 from vdm.schedules import SCHEDULES, Learned
 from vdm.weightings import WEIGHTINGS, Weighting, shifted
@@ -25,7 +26,7 @@ class Model(NamedTuple):
 
   init: Callable[[jax.Array], Any]  # key -> params {'network', 'schedule'}
   schedule: Callable[[Any], Schedule]  # params -> Schedule
-  denoiser: Callable[..., Denoiser]  # (params, label=None, key_dropout=None) -> Denoiser
+  denoiser: Callable[..., Denoiser]  # (params, label=None, key_dropout=None, flag=None) -> Denoiser
   weighting: Weighting
   image_shape: tuple[int, ...]
   num_values: int
@@ -213,6 +214,29 @@ def dtype(config: ConfigDict) -> jnp.dtype:
   return jnp.dtype(name)
 
 
+def _flagged(config: ConfigDict) -> bool:
+  """Whether the network is told which images were augmented."""
+  return 'augmentation_flag' in config.model and config.model.augmentation_flag
+
+
+def scan_blocks(config: ConfigDict) -> bool:
+  """Whether the network runs its equal blocks in a loop; False for one that has no such choice.
+
+  On CPU a loop gains less in compilation than it loses in fusion, and its convolutions are slower.
+  """
+  if 'scan_blocks' not in config.model:
+    return False
+  choice = config.model.scan_blocks
+  check(
+    choice in ('auto', 'on', 'off'),
+    'model.scan_blocks',
+    choice,
+    "'auto', 'on' or 'off'",
+    'auto means on, but off on CPU',
+  )
+  return choice == 'on' or (choice == 'auto' and jax.default_backend() != 'cpu')
+
+
 def model(config: ConfigDict) -> Model:
   """The network, schedule and weighting of a config, as pure functions of parameters."""
   check_config(config)
@@ -223,16 +247,18 @@ def model(config: ConfigDict) -> Model:
     output in HEADS, 'model.output', output, f'one of {", ".join(HEADS)}', 'choose one of these'
   )
   num_classes = config.data.num_classes if class_conditional else 0
-  network = _factory(
+  flagged, scan = _flagged(config), scan_blocks(config)
+  unrolled = _factory(
     NETWORKS,
     'model',
-    block,
+    block | ({'scan_blocks': False} if 'scan_blocks' in block else {}),
     num_classes=num_classes,
     dtype=dtype(config),
     # z is nearly eps where noise dominates; x, v and F are nothing like it, the score is -z there,
     # and o = eps - x has the wrong sign of x
     residual=output == 'eps',
   )
+  network = unrolled.clone(scan_blocks=True) if scan else unrolled
   learned, adapts = schedule(config)
   weighting = _weighting(config)
   check(
@@ -248,26 +274,32 @@ def model(config: ConfigDict) -> Model:
   def init(key):
     z, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,))
     label = jnp.zeros((1,), jnp.int32) if class_conditional else None
-    variables = network.init(key, z, t, label, train=False)
-    return {'network': variables['params'], 'schedule': learned.init()}
+
+    def params_of(network, key):
+      return network.init(key, z, t, label, train=False)['params']
+
+    params = params_of(unrolled, key)
+    if scan:  # the same numbers in either layout
+      names = blocks.stacked_names(jax.eval_shape(functools.partial(params_of, network), key))
+      params = blocks.stack(params, names)
+    return {'network': params, 'schedule': learned.init()}
 
   def as_schedule(params):
     return learned.as_schedule(params['schedule'])
 
-  def denoiser(params, label=None, key_dropout=None):
+  def denoiser(params, label=None, key_dropout=None, flag=None):
     if condition_on == 'live':
       ends = as_schedule(params)(jnp.array([0.0, 1.0]))  # which keep t in [0, 1]
     else:
       ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
     label = label if class_conditional else None
+    kwargs = dict(train=key_dropout is not None, rngs=rngs) | (dict(flag=flag) if flagged else {})
 
     def denoise(z, log_snr):
       t = (ends[0] - log_snr) / (ends[0] - ends[1])
       z_in = network_input(output, z, log_snr)
-      out = network.apply(
-        {'params': params['network']}, z_in, t, label, train=key_dropout is not None, rngs=rngs
-      )
+      out = network.apply({'params': params['network']}, z_in, t, label, **kwargs)
       return to_prediction(output, out, z, log_snr)
 
     return denoise
@@ -383,6 +415,20 @@ def check_config(config: ConfigDict):
     label_dropout,
     'in [0, 1), and 0 without labels',
     'give 0, or 0.1 with config.model.class_conditional=True',
+  )
+  check(
+    not config.data.rotate or shape[0] == shape[1],
+    'data.rotate',
+    config.data.rotate,
+    f'False for images that are not square, config.data.image_shape={tuple(shape)}',
+    'config.data.flip works for any shape',
+  )
+  check(
+    not config.data.rotate or _flagged(config),
+    'data.rotate',
+    config.data.rotate,
+    'False for a network that is not told which images were turned',
+    'set config.model.augmentation_flag=True',
   )
   microbatches, batch = config.train.microbatches, config.train.batch_size
   check(

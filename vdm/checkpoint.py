@@ -3,6 +3,11 @@
 A checkpoint is two items: `state`, the arrays, and `manifest`, the metrics with the shape, dtype
 and checksum of every leaf. Orbax itself notices a file that is missing or cut short, but neither it
 nor TensorStore checks the array bytes, so a flipped bit would restore as a wrong weight.
+
+Parameters are saved as they are, unrolled or stacked (`vdm.nn.blocks`): the manifest says which,
+and a restore that wants the other layout converts, once the checksums of what was saved are right.
+So a save moves nothing, and only a restore that changes the layout pays for it: it holds the state
+twice for a moment.
 """
 
 import itertools
@@ -10,7 +15,7 @@ import json
 import math
 import types
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -21,14 +26,22 @@ import tensorstore as ts
 from absl import logging
 from etils import epath
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vdm import build, parallel
+from vdm.nn import blocks
 
 # Leaves that may differ between two starts of one run: they do not change what is trained.
 _FREE_BLOCKS = ('eval.', 'sample.', 'checkpoint.', 'parallel.', 'log.', 'profile.', 'data.eval_')
-_FREE_LEAVES = ('name', 'data.dir', 'train.log_every_steps', 'train.eval_every_steps')
+_FREE_LEAVES = (
+  'name',
+  'data.dir',
+  'train.log_every_steps',
+  'train.eval_every_steps',
+  'model.scan_blocks',
+  'model.remat',
+)
 
 
 def open_workdir(workdir: str, config: ConfigDict) -> None:
@@ -277,19 +290,20 @@ def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
   manifest, cause = _attempt(lambda: (_check_files(path), _manifest(path))[1])
   if cause:
     return None, cause
-  _check_same_model(path, manifest['leaves'], _named(abstract_state))
+  written, convert = _as_written(manifest['leaves'], abstract_state)
+  _check_same_model(path, manifest['leaves'], _named(written))
   # The handler itself, not the manager: on its way there is no barrier at which a process whose
   # part of the checkpoint is whole would wait for one that has failed.
   handler = ocp.StandardCheckpointHandler()
   state, cause = _attempt(
-    lambda: handler.restore(path / 'state', args=ocp.args.StandardRestore(abstract_state))
+    lambda: handler.restore(path / 'state', args=ocp.args.StandardRestore(written))
   )
   if cause:
     return None, cause
   for name, checksum in zip(_named(state), _checksums(state), strict=True):
     if manifest['leaves'][name][-1] != checksum:
       return None, f'{name} differs from its checksum'
-  return state, ''
+  return convert(state), ''
 
 
 def _attempt(read) -> tuple[Any, str]:
@@ -352,6 +366,40 @@ def _check_same_model(path: epath.Path, saved: dict[str, list], wanted: dict[str
       )
   for name in sorted(saved.keys() - wanted.keys()):
     raise ValueError(f'{says} {name}, which this model lacks; {remedy}')
+
+
+def _as_written(saved: dict[str, list], wanted: Any) -> tuple[Any, Callable[[Any], Any]]:
+  """The abstract state `wanted` in the layout of `saved`, and what brings a state from there."""
+  parts = [
+    {part for name in names for part in name.split('.')} for names in (saved, _named(wanted))
+  ]
+  stacked, stacked_wanted = map(blocks.stacked_names, parts)
+  if bool(stacked) == bool(stacked_wanted):
+    return wanted, lambda state: state
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, wanted)
+  if stacked:
+    written = blocks.stack(wanted, stacked, _abstract_join)
+    return written, jax.jit(blocks.unstack, out_shardings=shardings)
+  written = blocks.unstack(wanted, _abstract_take)
+  stack = lambda state: blocks.stack(state, stacked_wanted)
+  return written, jax.jit(stack, out_shardings=shardings)
+
+
+def _abstract_join(*leaves: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+  """What stacking them gives: sharded as each of them is."""
+  leaf, sharding = leaves[0], leaves[0].sharding
+  if isinstance(sharding, NamedSharding):
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
+  return jax.ShapeDtypeStruct((len(leaves), *leaf.shape), leaf.dtype, sharding=sharding)
+
+
+def _abstract_take(leaf: jax.ShapeDtypeStruct, i: int) -> jax.ShapeDtypeStruct:
+  """What one of a stack is: sharded as the stack is, but for its first axis."""
+  del i
+  sharding = leaf.sharding
+  if isinstance(sharding, NamedSharding):
+    sharding = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+  return jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype, sharding=sharding)
 
 
 def _named(tree: Any) -> dict[str, Any]:

@@ -211,6 +211,8 @@ def run(config: ConfigDict, workdir: epath.Path, checkpoint_path: str) -> int:
   if any((workdir / name).exists() for name in ('config.json', 'checkpoints')):
     raise ValueError(f'--workdir={workdir} holds a run; choose another --workdir to import into.')
   path = newest(checkpoint_path)
+  with config.unlocked():
+    config.model.scan_blocks = 'off'  # as the public code names blocks; a restore may stack them
   model = build.model(config)
   build.check_devices(config, jax.device_count())
   public = read(path)

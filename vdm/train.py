@@ -1,5 +1,6 @@
 """The train step, written for the global batch, and the loop around it."""
 
+import functools
 import pathlib
 import signal
 from collections.abc import Callable, Iterator
@@ -24,10 +25,27 @@ from vdm.times import stratified
 EXIT_PREEMPTED = 75  # saved after SIGTERM, not done: run the same command again
 
 
-def flip_horizontally(key: jax.Array, images: jax.Array) -> jax.Array:
-  """Mirrors each image [B H W C] with probability one half; one key per example."""
-  flip = jax.vmap(jax.random.bernoulli)(key)
-  return jnp.where(flip[:, None, None, None], images[:, :, ::-1], images)
+def augment(
+  key_flip: jax.Array, key_rotate: jax.Array, images: jax.Array, flip: bool, rotate: bool
+) -> tuple[jax.Array, jax.Array]:
+  """Random flips and turns of images [B H W C], and a flag [B], 1 where an image was changed.
+
+  `flip` mirrors left and right with probability one half; `rotate` then, with probability one half,
+  turns by one, two or three quarters, each as likely (VDM's public code does both). One key of each
+  kind per example.
+  """
+  flag = jnp.zeros(len(images), bool)
+  if flip:
+    flipped = jax.vmap(jax.random.bernoulli)(key_flip)
+    images = jnp.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+    flag |= flipped
+  if rotate:
+    sixth = jax.vmap(lambda key: jax.random.randint(key, (), 0, 6))(key_rotate)
+    quarters = jnp.maximum(sixth - 2, 0)  # none three times in six
+    turns = [functools.partial(jnp.rot90, k=k) for k in range(4)]
+    images = jax.vmap(lambda k, image: jax.lax.switch(k, turns, image))(quarters, images)
+    flag |= quarters > 0
+  return images, flag
 
 
 def make_loss(config: ConfigDict, model: build.Model) -> Callable:
@@ -44,16 +62,20 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
       interior = jax.lax.stop_gradient(params['schedule']['interior'])
       params = params | {'schedule': params['schedule'] | {'interior': interior}}
     schedule = model.training_schedule(params, adaptive)
-    key_t, key_eps, key_recon, key_flip, key_label = jax.random.split(key, 5)
-    u, index = batch['image'].astype(jnp.int32), batch['index']
-    if config.data.flip:
-      u = flip_horizontally(fold_in(key_flip, index), u)
-    label = batch['label']
+    key_t, key_eps, key_recon, key_flip, key_rotate, key_label = jax.random.split(key, 6)
+    index, label = batch['index'], batch['label']
+    u, flag = augment(
+      fold_in(key_flip, index),
+      fold_in(key_rotate, index),
+      batch['image'].astype(jnp.int32),
+      config.data.flip,
+      config.data.rotate,
+    )
     if config.train.label_dropout:
       label = drop_labels(fold_in(key_label, index), label, config.train.label_dropout)
     t = stratified(key_t, index, config.train.batch_size)
     bound = variational_bound(
-      model.denoiser(params, label, key_dropout),
+      model.denoiser(params, label, key_dropout, flag),
       schedule,
       model.weighting,
       u,

@@ -1,9 +1,11 @@
 """VDM's network: a U-Net with no down-sampling (arXiv 2107.00630, appendix B; public code)."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import layers
+from vdm.nn import blocks, layers
 
 
 class ResBlock(nn.Module):
@@ -34,6 +36,20 @@ class ResBlock(nn.Module):
     return x + h
 
 
+class Block(nn.Module):
+  """A residual block, of h and perhaps a skip, and perhaps attention: a link of `blocks.chain`."""
+
+  residual: ResBlock
+  attention: layers.Attention | None
+  train: bool
+
+  def __call__(self, h, skip, cond):
+    x = h if skip is None else jnp.concatenate([h, skip], axis=-1)
+    h = self.residual(x, cond, train=self.train)
+    h = h if self.attention is None else self.attention(h)
+    return h, h if skip is None else None  # kept as a skip on the way in
+
+
 class VDMUNet(nn.Module):
   """VDM's network, the same function as the public code's (arXiv 2107.00630, appendix B).
 
@@ -56,6 +72,9 @@ class VDMUNet(nn.Module):
       The published checkpoints all have it.
     residual: adds z to the output. With eps as output the network starts as eps_hat = z, VDM's
       choice; leave it out for an output that is not near z where noise dominates.
+    scan_blocks: the blocks in and out are two loops, which compile many times faster, over stacked
+      parameters (`blocks.stack` of those without; `init` draws others). The same function.
+    remat: the gradient computes each block's activations again instead of keeping them.
   """
 
   width: int = 128
@@ -68,6 +87,8 @@ class VDMUNet(nn.Module):
   dtype: jnp.dtype = jnp.float32
   augmentation_flag: bool = False
   residual: bool = True
+  scan_blocks: bool = False
+  remat: bool = False
 
   @nn.compact
   def __call__(self, z, t, label=None, flag=None, *, train):
@@ -88,12 +109,16 @@ class VDMUNet(nn.Module):
     if z.ndim != 4:
       raise ValueError(f'vdm_unet takes images [B, H, W, C], but z has shape {z.shape}.')
 
-    def block(h, name):
-      h = ResBlock(self.width, self.dropout, self.dtype, name=name)(h, cond, train=train)
-      return attend(h, f'{name}_attention') if self.attention else h
+    def residual(name):
+      return ResBlock(self.width, self.dropout, self.dtype, name=name)
 
-    def attend(h, name):
-      return layers.Attention(self.num_heads, self.dtype, name=name)(h)
+    def attention(name):
+      return layers.Attention(self.num_heads, self.dtype, name=name)
+
+    def block(name):
+      return Block(
+        residual(name), attention(f'{name}_attention') if self.attention else None, train
+      )
 
     cond = layers.Conditioning(
       self.width, self.num_classes, self.augmentation_flag, name='conditioning'
@@ -101,17 +126,13 @@ class VDMUNet(nn.Module):
     h = layers.fourier_features(z, self.fourier_exponents)
     h = layers.Conv3x3(self.width, self.dtype, name='conv_in')(h)
 
-    skips = [h]
-    for i in range(self.num_blocks):
-      h = block(h, f'down_{i}')
-      skips.append(h)
-
-    h = ResBlock(self.width, self.dropout, self.dtype, name='mid_0')(h, cond, train=train)
-    h = attend(h, 'mid_attention')
-    h = ResBlock(self.width, self.dropout, self.dtype, name='mid_1')(h, cond, train=train)
-
-    for i, skip in enumerate(reversed(skips)):
-      h = block(jnp.concatenate([h, skip], axis=-1), f'up_{i}')
+    chain = functools.partial(blocks.chain, block, scan=self.scan_blocks, remat=self.remat)
+    first = h
+    h, skips = chain('down_*', self.num_blocks, h, None, cond)
+    h = residual('mid_0')(h, cond, train=train)
+    h = attention('mid_attention')(h)
+    h = residual('mid_1')(h, cond, train=train)
+    h, _ = chain('up_*', self.num_blocks + 1, h, blocks.last_first(first, skips), cond)
 
     h = nn.swish(layers.group_norm(self.width, self.dtype, 'norm_out')(h))
     zeros = nn.initializers.zeros
