@@ -122,14 +122,15 @@ def test_training_withholds_labels(rate, key):
   class Seen(Exception):
     """Carries the labels that the network would have been given."""
 
-  def denoiser(params, label, key_dropout):
+  def denoiser(params, label, key_dropout, flag):
     raise Seen(label)
 
-  model = build.Model(None, None, denoiser, None, (1, 2, 1), 17)
+  linear = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=5.0)
+  model = build.Model(None, lambda params: linear, denoiser, None, (1, 2, 1), 17)
   index = jnp.arange(128)
   batch = {'image': jnp.zeros((128, 1, 2, 1), jnp.uint8), 'label': index % 10, 'index': index}
   with pytest.raises(Seen) as seen:
-    train.make_loss(config, model)({}, batch, key, None)
+    train.make_loss(config, model)({'schedule': {}}, None, {}, batch, key, None)
   label = np.asarray(seen.value.args[0])
   lost = label == guidance.NULL_LABEL
   assert abs(lost.mean() - rate) < 0.25 and lost.any() == (rate > 0)
