@@ -81,6 +81,19 @@ def get_config(arg=''):
       num_timesteps=0,  # T of the evaluated bound; 0: continuous time
       max_images=0,  # evaluate this many images only; 0: the whole split
       seed=0,
+      likelihood='elbo',  # of --mode=eval: 'elbo', 'ode', or 'elbo,ode' for both; training: elbo
+      # The exact likelihood by the probability-flow ODE: see vdm.ode. One solve an image and draw.
+      ode=dict(
+        params='ema',  # 'ema' or 'raw'
+        rtol=1e-4,  # of a step: relative to the log-determinant per dimension and to z ...
+        atol=1e-3,  # ... and absolute; smaller is dearer
+        max_steps=1000,  # an image that needs more stops the evaluation
+        trace='hutchinson',  # 'hutchinson': unbiased; 'exact': as many products as dimensions
+        probe='rademacher',  # Hutchinson's: 'rademacher' or 'gaussian'
+        num_probes=1,  # an image
+        dequantization='truncated_normal',  # or 'uniform'
+        importance_samples=1,  # draws of it; 1: the plain bound, more tighten it, a solve each
+      ),
     )
   )
   config.sample = ConfigDict(

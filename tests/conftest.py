@@ -11,7 +11,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 from jaxtyping import install_import_hook
 
-MATHS = ('gaussian', 'schedules', 'weightings', 'times', 'likelihood', 'losses', 'samplers')
+MATHS = ('gaussian', 'schedules', 'weightings', 'times', 'likelihood', 'losses', 'ode', 'samplers')
 install_import_hook([f'vdm.{name}' for name in MATHS], 'beartype.beartype')
 
 import jax

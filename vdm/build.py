@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from vdm import state as state_lib
 from vdm.gaussian import HEADS, Denoiser, Schedule, to_prediction
 from vdm.nn import NETWORKS
+from vdm.ode import DEQUANTIZATIONS, PROBES
 from vdm.schedules import SCHEDULES, Learned
 from vdm.weightings import WEIGHTINGS, Weighting
 
@@ -230,6 +231,35 @@ def check_config(config: ConfigDict):
       ' or '.join(map(repr, names)),
       'choose one',
     )
+  _check_ode(config)
+
+
+def _check_ode(config: ConfigDict):
+  kinds, ode = config.eval.likelihood, config.eval.ode
+  check(
+    kinds in ('elbo', 'ode', 'elbo,ode'),
+    'eval.likelihood',
+    kinds,
+    "'elbo', 'ode' or 'elbo,ode'",
+    'choose one',
+  )
+  for leaf, names in (
+    ('params', ('ema', 'raw')),
+    ('trace', ('hutchinson', 'exact')),
+    ('probe', tuple(PROBES)),
+    ('dequantization', tuple(DEQUANTIZATIONS)),
+  ):
+    check(
+      ode[leaf] in names, f'eval.ode.{leaf}', ode[leaf], ' or '.join(map(repr, names)), 'choose one'
+    )
+  for leaf, least, remedy in (
+    ('rtol', 0, 'give 0 or more'),
+    ('atol', 1e-6, 'float32 resolves no less: try 1e-3'),
+    ('max_steps', 1, 'try 1000'),
+    ('num_probes', 1, 'give 1 or more'),
+    ('importance_samples', 1, 'give 1 or more'),
+  ):
+    check(ode[leaf] >= least, f'eval.ode.{leaf}', ode[leaf], f'{least} or more', remedy)
 
 
 def check_devices(config: ConfigDict, num_devices: int):

@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, cards, checkpoint, data, parallel
+from vdm import build, cards, checkpoint, data, evaluate_ode, parallel
 from vdm.gaussian import Schedule, fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
 from vdm.losses import variational_bound
@@ -142,34 +142,24 @@ def make_evaluator(
 
 
 def write_card(
-  workdir: pathlib.Path,
+  path: pathlib.Path,
   config: ConfigDict,
-  result: BitsPerDim,
   identity: dict,
   params: str,
   step: int,
   ends: tuple[float, float],
-) -> pathlib.Path:
-  """The number card of one evaluation, cards/bits_per_dim_<params>_T<T>_step<step>.json."""
-  settings = config.eval
-  time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
-  path = workdir / 'cards' / f'bits_per_dim_{params}_{time}_step{step:08d}.json'
+  fields: dict[str, Any],
+):
+  """The number card of one evaluation: `fields`, which hold what is particular to its kind, and
+  what every evaluation has."""
   cards.write(
     path,
     {
       'metric': 'bits_per_dim',
-      'value': result.value,
-      'stderr': result.stderr,
-      'stderr_images': result.stderr_images,
-      'terms': result.terms,
-      'bound': f'discrete-time ELBO, T = {settings.num_timesteps}'
-      if settings.num_timesteps
-      else 'continuous-time ELBO',
-      'num_images': result.num_images,
-      'whole_split': result.num_images == identity['num_images'],
-      'draws_per_image': settings.draws,
-      'eval_batch_size': settings.batch_size,
-      'eval_seed': settings.seed,
+      **fields,
+      'whole_split': fields['num_images'] == identity['num_images'],
+      'eval_batch_size': config.eval.batch_size,
+      'eval_seed': config.eval.seed,
       'data': identity,
       'params': params,
       'step': step,
@@ -180,7 +170,25 @@ def write_card(
       'config': config.to_dict(),
     },
   )
-  return path
+
+
+def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
+  """What a number card says of a variational bound."""
+  steps = config.eval.num_timesteps
+  return {
+    'value': result.value,
+    'stderr': result.stderr,
+    'stderr_images': result.stderr_images,
+    'terms': result.terms,
+    'bound': f'discrete-time ELBO, T = {steps}' if steps else 'continuous-time ELBO',
+    'num_images': result.num_images,
+    'draws_per_image': config.eval.draws,
+  }
+
+
+def _ends(model: build.Model, params: Any) -> tuple[float, float]:
+  """log_snr_max and log_snr_min."""
+  return tuple(map(float, jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))))
 
 
 def evaluate_and_write(
@@ -191,8 +199,9 @@ def evaluate_and_write(
   train_state: Any,
   workdir: pathlib.Path,
 ) -> dict[str, BitsPerDim]:
-  """Scores raw and averaged parameters on the split and writes a card for each."""
-  step = int(train_state.step)
+  """Scores raw and averaged parameters on the split and writes a card for each:
+  cards/bits_per_dim_<params>_T<T>_step<step>.json."""
+  step, steps = int(train_state.step), config.eval.num_timesteps
   results = {}
   for name, params in (('raw', train_state.params), ('ema', train_state.ema_params)):
     batches = data.eval_batches(
@@ -203,26 +212,63 @@ def evaluate_and_write(
       process_count=jax.process_count(),
     )
     results[name] = evaluator(params, batches)
-    ends = jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))
-    write_card(workdir, config, results[name], source.identity, name, step, tuple(map(float, ends)))
+    time = f'T{steps}' if steps else 'continuous'
+    path = workdir / 'cards' / f'bits_per_dim_{name}_{time}_step{step:08d}.json'
+    fields = elbo_fields(config, results[name])
+    write_card(path, config, source.identity, name, step, _ends(model, params), fields)
   return results
 
 
+def evaluate_ode_and_write(
+  config: ConfigDict,
+  model: build.Model,
+  mesh: Mesh,
+  source: data.Source,
+  train_state: Any,
+  workdir: pathlib.Path,
+) -> evaluate_ode.OdeBitsPerDim:
+  """Scores config.eval.ode.params by the ODE and writes its card:
+  cards/ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_step<step>.json."""
+  settings, step = config.eval.ode, int(train_state.step)
+  params = train_state.ema_params if settings.params == 'ema' else train_state.params
+  result = evaluate_ode.evaluate(config, model, mesh, source, params)
+  how = f'{settings.dequantization}{settings.importance_samples}_{settings.trace}'
+  path = workdir / 'cards' / f'ode_bits_per_dim_{settings.params}_{how}_step{step:08d}.json'
+  fields = evaluate_ode.card_fields(config, result)
+  write_card(path, config, source.identity, settings.params, step, _ends(model, params), fields)
+  return result
+
+
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
-  """--mode=eval: scores the newest checkpoint of the workdir, raw and averaged parameters."""
+  """--mode=eval: scores the newest checkpoint of the workdir as config.eval.likelihood says."""
   model, mesh, train_state = checkpoint.read_run(config, workdir)
   source = data.load(config.data, 'eval')
-  evaluator = make_evaluator(config, model, mesh)
-  results = evaluate_and_write(config, model, evaluator, source, train_state, workdir)
-  for name, result in results.items():
-    terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
+  step = int(train_state.step)
+  if 'elbo' in config.eval.likelihood:
+    evaluator = make_evaluator(config, model, mesh)
+    results = evaluate_and_write(config, model, evaluator, source, train_state, workdir)
+    for name, result in results.items():
+      terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
+      logging.info(
+        '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)',
+        name,
+        step,
+        result.num_images,
+        result.value,
+        result.stderr,
+        terms,
+      )
+  if 'ode' in config.eval.likelihood:
+    result = evaluate_ode_and_write(config, model, mesh, source, train_state, workdir)
     logging.info(
-      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)',
-      name,
-      int(train_state.step),
+      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim by the ODE (over images; '
+      '%.0f evaluations an image, at most %d)',
+      config.eval.ode.params,
+      step,
       result.num_images,
       result.value,
       result.stderr,
-      terms,
+      result.evaluations,
+      result.max_evaluations,
     )
   return 0
