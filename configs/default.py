@@ -94,6 +94,22 @@ def get_config(arg=''):
       num_timesteps=0,  # T of the evaluated bound; 0: continuous time
       max_images=0,  # evaluate this many images only; 0: the whole split
       seed=0,
+      params=('raw', 'ema'),  # parameters and averages (config.ema); the last one ranks checkpoints
+      # Of the bound: the model's own schedule, or a fixed one by its name between its end points.
+      schedule=dict(name='schedule'),
+      likelihood='elbo',  # of --mode=eval: 'elbo', 'ode', or 'elbo,ode' for both; training: elbo
+      # The exact likelihood by the probability-flow ODE: see vdm.ode. One solve an image and draw.
+      ode=dict(
+        params='ema',  # 'raw', 'ema' or another average
+        rtol=1e-4,  # of a step: relative to the log-determinant per dimension and to z ...
+        atol=1e-3,  # ... and absolute; smaller is dearer
+        max_steps=1000,  # an image that needs more stops the evaluation
+        trace='hutchinson',  # 'hutchinson': unbiased; 'exact': as many products as dimensions
+        probe='rademacher',  # Hutchinson's: 'rademacher' or 'gaussian'
+        num_probes=1,  # an image
+        dequantization='truncated_normal',  # or 'uniform'
+        importance_samples=1,  # draws of it; 1: the plain bound, more tighten it, a solve each
+      ),
     )
   )
   config.sample = ConfigDict(
@@ -102,7 +118,7 @@ def get_config(arg=''):
       batch_size=64,
       num_steps=250,
       denoise_last=False,  # the last of num_steps returns x_hat, EDM's step to noise level zero
-      params='ema',  # 'ema' or 'raw'
+      params='ema',  # 'raw', 'ema' or another average
       label=-1,  # class to draw, for a class-conditional model; -1: each in turn
       seed=0,
     )

@@ -21,6 +21,7 @@ MATHS = (
   'guidance',
   'likelihood',
   'losses',
+  'ode',
   'samplers',
 )
 install_import_hook([f'vdm.{name}' for name in MATHS], 'beartype.beartype')

@@ -260,7 +260,7 @@ def test_arguments_reach_the_sampler_and_its_grid(key):
   assert float(gamma) == pytest.approx(0.2)
   own = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=8.0)
   ends = lambda **settings: np.asarray(
-    build.grid(config_of(**settings), own)(jnp.array([1.0, 0.5, 0.0]))
+    build.other_schedule(config_of(**settings), 'sample.grid', own)(jnp.array([1.0, 0.5, 0.0]))
   )
   np.testing.assert_allclose(ends(), [-5, 1.5, 8])
   np.testing.assert_allclose(ends(grid__name='cosine')[np.array([0, 2])], [-5, 8], rtol=1e-5)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, checkpoint, data, evaluate, parallel, sample, train
+from vdm import build, checkpoint, data, parallel, sample, train
 from vdm.gaussian import fold_in
 from vdm.nn import layers
 
@@ -181,7 +181,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tm
 
 def test_eval_and_sample_read_the_newest_checkpoint(straight):
   config = config_of(eval__num_timesteps=10)
-  assert evaluate.run(config, straight) == 0
+  assert look.run(config, straight) == 0
   card = json.loads((straight / 'cards/bits_per_dim_ema_T10_step00000004.json').read_text())
   assert card['bound'] == 'discrete-time ELBO, T = 10'
   assert sample.run(config, straight) == 0

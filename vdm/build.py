@@ -16,6 +16,7 @@ from vdm.adaptive import Adaptive, adaptive
 from vdm.gaussian import HEADS, Denoiser, Schedule, network_input, to_prediction
 from vdm.guidance import THRESHOLDS
 from vdm.nn import NETWORKS, blocks
+from vdm.ode import DEQUANTIZATIONS, PROBES
 from vdm.samplers import SAMPLERS, Sampler
 from vdm.schedules import SCHEDULES, Learned
 from vdm.weightings import WEIGHTINGS, Weighting, shifted
@@ -122,29 +123,38 @@ def threshold(config: ConfigDict) -> Callable[[Denoiser], Denoiser]:
   return _factory(THRESHOLDS, 'sample.threshold', block)
 
 
-def grid(config: ConfigDict, own: Schedule) -> Schedule:
-  """config.sample.grid: the model's own schedule, or another between its end points.
+def other_schedule(config: ConfigDict, field: str, own: Schedule) -> Schedule:
+  """config.sample.grid or config.eval.schedule: the model's own, or a fixed one between its ends.
 
   `own` has to be concrete: the factories of schedules take floats.
   """
-  block = config.sample.grid.to_dict()
+  part, leaf = field.split('.')
+  block = config[part][leaf].to_dict()
   if block['name'] == 'schedule':
-    return _factory({'schedule': lambda: own}, 'sample.grid', block)
-  log_snr_min, log_snr_max = map(float, own(jnp.array([1.0, 0.0])))
+    return _factory({'schedule': lambda: own}, field, block)
+  least, most = map(float, own(jnp.array([1.0, 0.0])))
   if 'sigma_min' not in block:
-    block = {'log_snr_max': log_snr_max} | block
+    block = {'log_snr_max': most} | block
   if 'sigma_max' not in block:
-    block = {'log_snr_min': log_snr_min} | block
+    block = {'log_snr_min': least} | block
   try:
-    built = _factory(SCHEDULES, 'sample.grid', block)
+    built = _factory(SCHEDULES, field, block)
   except ValueError as error:  # a schedule names the block it is usually in
-    raise ValueError(str(error).replace('config.schedule.', 'config.sample.grid.')) from error
+    raise ValueError(str(error).replace('config.schedule.', f'config.{field}.')) from error
   check(
     not isinstance(built, Learned),
-    'sample.grid.name',
+    f'{field}.name',
     block['name'],
     'a schedule without parameters',
     "'schedule' is the model's own",
+  )
+  low, high = map(float, built(jnp.array([1.0, 0.0])))
+  check(
+    least - 0.01 <= low < high <= most + 0.01,
+    field,
+    config[part][leaf].to_dict(),
+    f"within the model's log_snr, {least:.2f} to {most:.2f}, not {low:.2f} to {high:.2f}",
+    'leave its limits out, or train with a wider config.schedule',
   )
   return built
 
@@ -153,16 +163,8 @@ def _check_sampling(config: ConfigDict, own: Schedule):
   """Refuses samplers, thresholds, grids and guidance that the model cannot follow."""
   sampler(config)
   threshold(config)
-  (low, high), (least, most) = (
-    map(float, schedule(jnp.array([1.0, 0.0]))) for schedule in (grid(config, own), own)
-  )
-  check(
-    least - 0.01 <= low < high <= most + 0.01,
-    'sample.grid',
-    config.sample.grid.to_dict(),
-    f"within the model's log_snr, {least:.2f} to {most:.2f}, not {low:.2f} to {high:.2f}",
-    'leave its limits out, or train with a wider config.schedule',
-  )
+  other_schedule(config, 'sample.grid', own)
+  other_schedule(config, 'eval.schedule', own)
   last = config.sample.denoise_last
   check(
     not last or config.sample.num_steps > 1,
@@ -440,7 +442,6 @@ def check_config(config: ConfigDict):
   )
   for field, names in (
     ('parallel.mode', ('jit', 'pmap')),
-    ('sample.params', ('ema', 'raw')),
     ('model.condition_on', ('live', 'configured')),
   ):
     block, leaf = field.split('.')
@@ -451,6 +452,47 @@ def check_config(config: ConfigDict):
       ' or '.join(map(repr, names)),
       'choose one',
     )
+  _check_ode(config)
+
+
+def _check_ode(config: ConfigDict):
+  kinds, ode = config.eval.likelihood, config.eval.ode
+  names = ('raw', *ema_decays(config, 0))
+  for field, chosen in (
+    ('eval.params', tuple(config.eval.params)),
+    ('eval.ode.params', (ode.params,)),
+    ('sample.params', (config.sample.params,)),
+  ):
+    check(
+      chosen and set(chosen) <= set(names),
+      field,
+      chosen if field == 'eval.params' else chosen[0],
+      f'among {", ".join(names)}',
+      'config.ema says which averages are kept',
+    )
+  check(
+    kinds in ('elbo', 'ode', 'elbo,ode'),
+    'eval.likelihood',
+    kinds,
+    "'elbo', 'ode' or 'elbo,ode'",
+    'choose one',
+  )
+  for leaf, names in (
+    ('trace', ('hutchinson', 'exact')),
+    ('probe', tuple(PROBES)),
+    ('dequantization', tuple(DEQUANTIZATIONS)),
+  ):
+    check(
+      ode[leaf] in names, f'eval.ode.{leaf}', ode[leaf], ' or '.join(map(repr, names)), 'choose one'
+    )
+  for leaf, least, remedy in (
+    ('rtol', 0, 'give 0 or more'),
+    ('atol', 1e-6, 'float32 resolves no less: try 1e-3'),
+    ('max_steps', 1, 'try 1000'),
+    ('num_probes', 1, 'give 1 or more'),
+    ('importance_samples', 1, 'give 1 or more'),
+  ):
+    check(ode[leaf] >= least, f'eval.ode.{leaf}', ode[leaf], f'{least} or more', remedy)
 
 
 def check_devices(config: ConfigDict, num_devices: int):

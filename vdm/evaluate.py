@@ -12,10 +12,11 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, cards, checkpoint, data, parallel
+from vdm import build, cards, data, evaluate_ode, parallel
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
 from vdm.losses import DiffusionTerm, coefficients_of_variation, moments, variational_bound
+from vdm.state import named_params
 from vdm.times import stratified
 from vdm.weightings import elbo
 
@@ -137,11 +138,21 @@ def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
 def make_evaluator(
   config: ConfigDict, model: build.Model, mesh: Mesh
 ) -> Callable[[Any, Iterable[dict]], BitsPerDim]:
-  """(params, batches) -> BitsPerDim; compiled once, then used for any parameters."""
-  compiled = jax.jit(make_eval_step(config, model), out_shardings=parallel.replicated(mesh))
+  """(params, batches) -> BitsPerDim; compiled once, then used for any parameters.
+
+  With a config.eval.schedule, which lies between the end points of the parameters, once for each.
+  """
+
+  def compile_for(model):
+    return jax.jit(make_eval_step(config, model), out_shardings=parallel.replicated(mesh))
+
+  own = compile_for(model)
 
   def evaluate(params, batches):
-    sums = []
+    sums, compiled = [], own
+    if config.eval.schedule.name != 'schedule':
+      fixed = build.other_schedule(config, 'eval.schedule', model.schedule(params))
+      compiled = compile_for(model._replace(schedule=lambda params: fixed))
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
     for number, batch in enumerate(on_devices):
       sums.append((compiled(params, batch, number, config.eval.seed), batch['mask'].sum()))
@@ -152,48 +163,57 @@ def make_evaluator(
 
 
 def write_card(
-  workdir: pathlib.Path,
+  path: pathlib.Path,
   config: ConfigDict,
-  result: BitsPerDim,
   identity: dict,
   params: str,
   step: int,
   ends: tuple[float, float],
-) -> pathlib.Path:
-  """The number card of one evaluation, cards/bits_per_dim_<params>_T<T>_step<step>.json."""
-  settings = config.eval
-  time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
-  path = workdir / 'cards' / f'bits_per_dim_{params}_{time}_step{step:08d}.json'
+  fields: dict[str, Any],
+):
+  """The number card of one evaluation: `fields`, which hold what is particular to its kind, and
+  what every evaluation has."""
   cards.write(
     path,
     {
       'metric': 'bits_per_dim',
-      'value': result.value,
-      'stderr': result.stderr,
-      'stderr_images': result.stderr_images,
-      'terms': result.terms,
-      'bound': f'discrete-time ELBO, T = {settings.num_timesteps}'
-      if settings.num_timesteps
-      else 'continuous-time ELBO',
-      'num_images': result.num_images,
-      'whole_split': result.num_images == identity['num_images'],
-      'draws_per_image': settings.draws,
-      'eval_batch_size': settings.batch_size,
-      'eval_seed': settings.seed,
+      **fields,
+      'whole_split': fields['num_images'] == identity['num_images'],
+      'eval_batch_size': config.eval.batch_size,
+      'eval_seed': config.eval.seed,
       'data': identity,
       'params': params,
       'step': step,
       'images_seen': step * config.train.batch_size,
       'log_snr_max': ends[0],
       'log_snr_min': ends[1],
-      'diffusion_cv': result.cv[0],
-      'diffusion_cv_linear': result.cv[1],
-      'bits_per_dim_per_log_snr': [None if math.isnan(b) else float(b) for b in result.bins],
       'dtype': str(build.dtype(config)),
       'config': config.to_dict(),
     },
   )
-  return path
+
+
+def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
+  """What a number card says of a variational bound."""
+  steps, schedule = config.eval.num_timesteps, config.eval.schedule.name
+  bound = f'discrete-time ELBO, T = {steps}' if steps else 'continuous-time ELBO'
+  return {
+    'value': result.value,
+    'stderr': result.stderr,
+    'stderr_images': result.stderr_images,
+    'terms': result.terms,
+    'bound': bound if schedule == 'schedule' else f'{bound}, {schedule} schedule',
+    'num_images': result.num_images,
+    'draws_per_image': config.eval.draws,
+    'diffusion_cv': result.cv[0],
+    'diffusion_cv_linear': result.cv[1],
+    'bits_per_dim_per_log_snr': [None if math.isnan(b) else float(b) for b in result.bins],
+  }
+
+
+def _ends(model: build.Model, params: Any) -> tuple[float, float]:
+  """log_snr_max and log_snr_min."""
+  return tuple(map(float, jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))))
 
 
 def evaluate_and_write(
@@ -204,10 +224,15 @@ def evaluate_and_write(
   train_state: Any,
   workdir: pathlib.Path,
 ) -> dict[str, BitsPerDim]:
-  """Scores raw and averaged parameters on the split and writes a card for each."""
-  step = int(train_state.step)
+  """Scores config.eval.params on the split and writes a card for each:
+  cards/bits_per_dim_<params>_T<T>_step<step>.json."""
+  step, steps = int(train_state.step), config.eval.num_timesteps
+  time = f'T{steps}' if steps else 'continuous'
+  if config.eval.schedule.name != 'schedule':
+    time += f'_{config.eval.schedule.name}'
   results = {}
-  for name, params in (('raw', train_state.params), ('ema', train_state.ema_params)):
+  for name in config.eval.params:
+    params = named_params(train_state, name)
     batches = data.eval_batches(
       source,
       batch_size=config.eval.batch_size,
@@ -216,26 +241,42 @@ def evaluate_and_write(
       process_count=jax.process_count(),
     )
     results[name] = evaluator(params, batches)
-    ends = jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))
-    write_card(workdir, config, results[name], source.identity, name, step, tuple(map(float, ends)))
+    path = workdir / 'cards' / f'bits_per_dim_{name}_{time}_step{step:08d}.json'
+    fields = elbo_fields(config, results[name])
+    write_card(path, config, source.identity, name, step, _ends(model, params), fields)
   return results
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> int:
-  """--mode=eval: scores the newest checkpoint of the workdir, raw and averaged parameters."""
-  model, mesh, train_state = checkpoint.read_run(config, workdir)
-  source = data.load(config.data, 'eval')
-  evaluator = make_evaluator(config, model, mesh)
-  results = evaluate_and_write(config, model, evaluator, source, train_state, workdir)
+def evaluate_ode_and_write(
+  config: ConfigDict,
+  model: build.Model,
+  mesh: Mesh,
+  source: data.Source,
+  train_state: Any,
+  workdir: pathlib.Path,
+) -> evaluate_ode.OdeBitsPerDim:
+  """Scores config.eval.ode.params by the ODE and writes its card:
+  cards/ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_step<step>.json."""
+  settings, step = config.eval.ode, int(train_state.step)
+  params = named_params(train_state, settings.params)
+  result = evaluate_ode.evaluate(config, model, mesh, source, params)
+  how = f'{settings.dequantization}{settings.importance_samples}_{settings.trace}'
+  path = workdir / 'cards' / f'ode_bits_per_dim_{settings.params}_{how}_step{step:08d}.json'
+  fields = evaluate_ode.card_fields(config, result)
+  write_card(path, config, source.identity, settings.params, step, _ends(model, params), fields)
+  return result
+
+
+def say(results: dict[str, BitsPerDim], step: int):
+  """Logs evaluations of the bound, a line each."""
   for name, result in results.items():
     terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
     logging.info(
       '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)',
       name,
-      int(train_state.step),
+      step,
       result.num_images,
       result.value,
       result.stderr,
       terms,
     )
-  return 0

@@ -45,9 +45,13 @@ def decoder_log_prob(
     log_snr_max: a scalar, traced or not.
     num_values: K.
   """
-  # In units of the noise of z_0 / alpha_0, measured from the data's own value.
-  spacing = 2 / num_values * jnp.exp(log_snr_max / 2)
   offset = (z_0 / alpha(log_snr_max) - to_grid(u, num_values)) * jnp.exp(log_snr_max / 2)
+  return _log_prob_at(u, offset, log_snr_max, num_values)
+
+
+def _log_prob_at(u, offset, log_snr_max, num_values):
+  """The same for z_0 / alpha_0 given in units of its noise, from the data's own value: eps."""
+  spacing = 2 / num_values * jnp.exp(log_snr_max / 2)
 
   def log_softmax(steps):
     """-offset^2 / 2 - log sum_k exp(-(offset - steps_k spacing)^2 / 2), elementwise."""
@@ -83,9 +87,7 @@ def reconstruction_loss(
   num_values: int,
 ) -> Float[Array, ' b']:
   """-log p(x | z_0) in nats for z_0 = alpha_0 x + sigma_0 eps (VDM eq. 11, third term)."""
-  x = to_grid(u, num_values)
-  z_0 = alpha(log_snr_max) * x + sigma(log_snr_max) * eps
-  return -decoder_log_prob(u, z_0, log_snr_max, num_values)
+  return -_log_prob_at(u, eps, log_snr_max, num_values)  # without the rounding of z_0
 
 
 def prior_loss(x: Float[Array, 'b ...'], log_snr_min: Float[Array, '']) -> Float[Array, ' b']:

@@ -7,11 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, data, evaluate, progressive, report, sample
+from vdm import build, checkpoint, data, evaluate, progressive, report, sample
 from vdm.likelihood import to_grid
+from vdm.state import named_params
 
 NUM_PROGRESSIVE = 4  # images of the progressive picture
 NUM_SPECTRUM = 1000  # images of the power spectrum
@@ -44,14 +46,14 @@ def make_look(
       )
     }
     writer.write_scalars(step, scalars)
-    images = np.concatenate(list(sampler(sample.chosen_params(config, train_state))))
+    images = np.concatenate(list(sampler(named_params(train_state, config.sample.params))))
     curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
     shown = pictures(train_state, curves)
     if jax.process_index() == 0:
       shown['samples'] = sample.grid(images, model.num_values)
       sample.save_png(workdir / 'samples' / f'step_{step:08d}.png', shown['samples'])
       writer.write_images(step, {name: picture[None] for name, picture in shown.items()})
-    return {'bits_per_dim': results['ema'].value}
+    return {'bits_per_dim': results[config.eval.params[-1]].value}
 
   return look
 
@@ -71,7 +73,7 @@ def make_pictures(
   few = [batch[k][:NUM_PROGRESSIVE] for k in ('image', 'label')]
 
   def pictures(train_state, curves):
-    params = sample.chosen_params(config, train_state)
+    params = named_params(train_state, config.sample.params)
     levels, z, x_hat = jax.device_get(denoise(params, *few))
     schedule = model.training_schedule(train_state.params, train_state.adaptive)
     log_snr = jax.device_get(schedule(jnp.linspace(0.0, 1.0, 101)))
@@ -92,3 +94,30 @@ def make_pictures(
     }
 
   return pictures
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+  """--mode=eval: scores the newest checkpoint as config.eval.likelihood says, and plots it."""
+  model, mesh, train_state = checkpoint.read_run(config, workdir)
+  source = data.load(config.data, 'eval')
+  step = int(train_state.step)
+  if 'elbo' in config.eval.likelihood:
+    evaluator = evaluate.make_evaluator(config, model, mesh)
+    results = evaluate.evaluate_and_write(config, model, evaluator, source, train_state, workdir)
+    evaluate.say(results, step)
+    curves = {name: result.bins for name, result in results.items()}
+    make_pictures(config, model, mesh, source, workdir)(train_state, curves)
+  if 'ode' in config.eval.likelihood:
+    result = evaluate.evaluate_ode_and_write(config, model, mesh, source, train_state, workdir)
+    logging.info(
+      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim by the ODE (over images; '
+      '%.0f evaluations an image, at most %d)',
+      config.eval.ode.params,
+      step,
+      result.num_images,
+      result.value,
+      result.stderr,
+      result.evaluations,
+      result.max_evaluations,
+    )
+  return 0

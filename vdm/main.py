@@ -40,12 +40,12 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'This process, with --coordi
 def main(_):
   """Dispatches on --mode."""
   # after the flags: they import JAX
-  from vdm import evaluate, import_vdm, parallel, report, sample, train
+  from vdm import import_vdm, look, parallel, report, sample, train
 
   report.set_up_logging()
   modes = {
     'train': train.train,
-    'eval': evaluate.run,
+    'eval': look.run,
     'sample': sample.run,
     'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
   }

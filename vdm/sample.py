@@ -19,6 +19,7 @@ from vdm.gaussian import Denoiser, fold_in
 from vdm.guidance import guide, label_pair, pair
 from vdm.likelihood import from_grid
 from vdm.samplers import num_evaluations, sample, time_grid
+from vdm.state import named_params
 
 
 def make_sampler(
@@ -44,7 +45,7 @@ def make_sampler(
   sharding = parallel.batch_sharding(mesh)
 
   def run(params):
-    grid = build.grid(config, model.schedule(params))
+    grid = build.other_schedule(config, 'sample.grid', model.schedule(params))
     log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
     for start in range(0, settings.num_images, settings.batch_size):
       index = start + np.arange(settings.batch_size)
@@ -90,12 +91,7 @@ def make_guidance(
     low, high = jnp.maximum(low, limits[0]), jnp.minimum(high, limits[1])
     return guide(own, pair(own, weak), settings.weight, low, high)
 
-  return auto, chosen_params(config, guide_state)
-
-
-def chosen_params(config: ConfigDict, train_state: Any) -> Any:
-  """config.sample.params: the averaged parameters or the raw ones."""
-  return train_state.ema_params if config.sample.params == 'ema' else train_state.params
+  return auto, guide_state.ema_params
 
 
 def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
@@ -147,7 +143,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     '' if settings.guidance.kind == 'none' else ', each twice where guidance acts',
   )
   batches = []
-  for batch in make_sampler(config, model, mesh)(chosen_params(config, train_state)):
+  for batch in make_sampler(config, model, mesh)(named_params(train_state, settings.params)):
     batches.append(batch)
     logging.info('%d of %d images', sum(map(len, batches)), settings.num_images)
   images = np.concatenate(batches)
