@@ -76,6 +76,11 @@ BAD_INPUT = {
     '--workdir=/tmp/vdm_no_such_run holds no',
     'train first',
   ),
+  'nothing to import': (
+    [DIGITS, '--mode=import_vdm', '--checkpoint=/nowhere'],
+    '--checkpoint=/nowhere holds no ckpt-<number>.flax',
+    'checkpoints-0',
+  ),
   'unknown mode': ([DIGITS, '--mode=trian'], '--mode=trian', 'train'),
   'unknown flag': ([DIGITS, '--wrkdir=/tmp/x'], 'wrkdir', 'workdir'),
   'dtype': ([DIGITS, '--config.model.dtype=float8'], "config.model.dtype='float8'", 'bfloat16'),

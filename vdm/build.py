@@ -291,7 +291,7 @@ def model(config: ConfigDict) -> Model:
 
   def denoiser(params, label=None, key_dropout=None, flag=None):
     if condition_on == 'live':
-      ends = as_schedule(params)(jnp.array([0.0, 1.0]))  # which keep t in [0, 1]
+      ends = as_schedule(params)(jnp.array([0.0, 1.0]))  # so that t is always in [0, 1]
     else:
       ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
