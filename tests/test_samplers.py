@@ -157,7 +157,7 @@ def test_dpmpp_2m_is_the_textbook_algorithm(key):
 
 @pytest.mark.parametrize('variance', [0.0, 0.3, 1.0])
 def test_variance_of_the_ancestral_step(variance, key):
-  """Between sigma_{t|s}^2 sigma_s^2 / sigma_t^2 and sigma_{t|s}^2 (VDM eq. 23, 24), in float64."""
+  """Between sigma_{t|s}^2 sigma_s^2 / sigma_t^2 and sigma_{t|s}^2, in float64."""
   log_snr_t, log_snr_s = -1.0, 0.5
   alphas, sigmas = (
     1 / np.sqrt(1 + np.exp(-sign * np.array([log_snr_t, log_snr_s]))) for sign in (1, -1)

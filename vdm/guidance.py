@@ -24,7 +24,7 @@ def guide(
   """guide + weight (own - guide) where log_snr is within the limits, `own` elsewhere.
 
   Classifier-free guidance (Ho & Salimans 2022, eq. 6, with weight = 1 + their w), limited to an
-  interval (Kynkaanniemi et al. 2024, eq. 5); autoguidance (Karras et al. 2024, eq. 3). Where no
+  interval (arXiv 2404.07724); autoguidance (arXiv 2406.02507), by a worse model. Where no
   example of the batch is within the limits, `own` alone is computed.
 
   Args:

@@ -43,8 +43,8 @@ def ancestral(variance: float = 0.0) -> Sampler:
   """z_s ~ N(mean of q(z_s | z_t, x_hat), the step's variance) (VDM eq. 33; DDPM).
 
   The variance is sigma_s^2 c, that of q(z_s | z_t, x) (`variance` = 0: VDM's own generative
-  step), or sigma_t^2 c, that of q(z_t | z_s) (1); in between it is interpolated in log space
-  (VDM++ appendix; simple diffusion, appendix A).
+  step), or sigma_t^2 c, that of q(z_t | z_s) (1); in between it is interpolated in log space,
+  as in simple diffusion and VDM++.
   """
   _require(0 <= variance <= 1, 'variance', variance, 'from 0, the lower, to 1, the upper one')
 
