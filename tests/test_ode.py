@@ -12,7 +12,7 @@ import pytest
 from scipy import stats
 from vdm.configs import default, digits
 
-from vdm import build, data, evaluate_ode, ode, parallel, train
+from vdm import build, data, evaluate_ode, look, ode, parallel, train
 from vdm.gaussian import Prediction, fold_in, q_sample
 from vdm.likelihood import to_grid
 from vdm.schedules import linear

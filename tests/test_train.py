@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, checkpoint, data, parallel, sample, train
+from vdm import build, checkpoint, data, look, parallel, sample, train
 from vdm.gaussian import fold_in
 from vdm.nn import layers
 
