@@ -73,7 +73,8 @@ def get_config(arg=''):
       rampup_ratio=0.05,  # half-life at most this fraction of the images seen; 0: no ramp
       extra_halflives_images=(),  # further averages, called halflife_<images>
       power_stds=(),  # power-function averages of these lengths (EDM2), called std_<length>
-      snapshot_every_steps=0,  # stores those for --mode=reconstruct; 0: never
+      snapshot_every_steps=0,  # stores those, for --mode=reconstruct; 0: never
+      reconstruct_std=0.1,  # the length that --mode=reconstruct makes of them
     )
   )
   config.train = ConfigDict(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, checkpoint, data, look, parallel, sample, train
+from vdm import build, checkpoint, data, look, parallel, reconstruct, sample, train
 from vdm.gaussian import fold_in
 from vdm.nn import layers
 
@@ -25,6 +25,7 @@ def config_of(**settings):
     config.model.dropout = 0.2
     config.eval.max_images = 8
     config.schedule.name = 'learned_net'
+    config.ema.update(power_stds=(0.05, 0.1), snapshot_every_steps=1)
     for name, value in settings.items():
       block, leaf = name.split('__')
       config[block][leaf] = value
@@ -261,3 +262,25 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
     state, metrics = runner.step(state, runner.put_batch(batch))
     losses.append(float(metrics['bits_per_dim']))
   assert np.mean(losses[-20:]) < 3.9 and np.mean(losses[:5]) > 4.5
+
+
+@pytest.mark.parametrize('std', [0.05, 0.1])
+def test_a_stored_length_is_reconstructed_as_it_was_tracked(straight, std):
+  config = config_of(ema__reconstruct_std=std)
+  assert reconstruct.run(config, straight) == 0
+  out = straight.with_name(f'{straight.name}_std{std:g}')
+  made, tracked = final_state(config, out), final_state(config, straight)
+  pairs = zip(
+    jax.tree.leaves(made.ema_params),
+    jax.tree.leaves(tracked.averages[f'std_{std:g}']),
+    strict=True,
+  )
+  for ours, theirs in pairs:
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+  assert_equal_bit_for_bit(made.params, tracked.params)
+
+
+def test_reconstruction_needs_snapshots(straight):
+  config = config_of(ema__power_stds=(), ema__snapshot_every_steps=0)
+  with pytest.raises(ValueError, match=r'holds a run with config.ema.power_stds'):
+    reconstruct.run(config, straight)

@@ -378,6 +378,7 @@ def check_config(config: ConfigDict):
     'optimizer.clip_norm',
     'optimizer.weight_decay',
     'ema.rampup_ratio',
+    'ema.snapshot_every_steps',
   ):
     block, leaf = field.split('.')
     check(

@@ -41,6 +41,7 @@ _FREE_LEAVES = (
   'train.eval_every_steps',
   'model.scan_blocks',
   'model.remat',
+  'ema.reconstruct_std',
 )
 
 
@@ -126,17 +127,20 @@ def _typed(value: Any) -> str:
   return value if isinstance(value, str) and value else repr(value)
 
 
-def manager(workdir: str, keep: int | None = None) -> ocp.CheckpointManager:
+def manager(
+  workdir: str, keep: int | None = None, folder: str = 'checkpoints'
+) -> ocp.CheckpointManager:
   """Opens `workdir/checkpoints`. Close it at the end: `close()` waits for the last save.
 
   Args:
     workdir: the run's directory.
     keep: how many of the newest checkpoints stay, besides the one with the lowest bits_per_dim.
       None opens the directory for reading only, which is safe beside a run that writes there.
+    folder: of the workdir.
   """
   if keep is not None and keep < 1:
     raise ValueError(f'config.checkpoint.keep={keep} must be at least 1.')
-  directory = epath.Path(workdir).absolute() / 'checkpoints'
+  directory = epath.Path(workdir).absolute() / folder
 
   def should_preserve(checkpoints, *, context):
     del context

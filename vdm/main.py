@@ -29,7 +29,7 @@ import vdm
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
-_MODES = ['train', 'eval', 'sample', 'import_vdm']
+_MODES = ['train', 'eval', 'sample', 'reconstruct', 'import_vdm']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Of the public VDM code, for import_vdm.')
 _COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of the first process, by hand.')
@@ -40,13 +40,14 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'This process, with --coordi
 def main(_):
   """Dispatches on --mode."""
   # after the flags: they import JAX
-  from vdm import import_vdm, look, parallel, report, sample, train
+  from vdm import import_vdm, look, parallel, reconstruct, report, sample, train
 
   report.set_up_logging()
   modes = {
     'train': train.train,
     'eval': look.run,
     'sample': sample.run,
+    'reconstruct': reconstruct.run,
     'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
   }
   try:

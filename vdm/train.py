@@ -13,7 +13,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vdm import build, cards, checkpoint, data, evaluate, parallel, report, state
+from vdm import build, cards, checkpoint, data, evaluate, parallel, reconstruct, report, state
 from vdm.adaptive import predicted_reduction
 from vdm.gaussian import fold_in, standard_normal
 from vdm.guidance import drop_labels
@@ -222,6 +222,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   init = build.init_state(config, model)
   abstract = parallel.abstract_state(mesh, init)
   manager = checkpoint.manager(workdir, config.checkpoint.keep)
+  snapshots = None
+  if config.ema.snapshot_every_steps and config.ema.power_stds:
+    snapshots = checkpoint.manager(workdir, config.train.num_steps, reconstruct.FOLDER)
   train_state, start = checkpoint.restore(manager, abstract) or (None, 0)
   num_steps = config.train.num_steps
   if start >= num_steps:
@@ -258,6 +261,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
           result = look(current, writer, meter.take_bins()) if evaluates else {}
           if saves:
             checkpoint.save(manager, step, current, result)
+      if snapshots and step % config.ema.snapshot_every_steps == 0:
+        current = runner.get_state(train_state)
+        checkpoint.save(snapshots, step, reconstruct.power_averages(current))
       if stopped:
         manager.wait_until_finished()
         logging.warning(
@@ -273,6 +279,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     meter.close()
     writer.close()
     manager.close()
+    if snapshots:
+      snapshots.close()
     stop.restore()
   logging.info('%s is done. %s', workdir, cards.last_result(workdir))
   return 0
