@@ -26,6 +26,7 @@ def get_config(arg=''):
       eval_images=360,
       image_shape=(8, 8, 1),  # height, width, channels
       num_values=17,  # pixels are integers 0 .. num_values - 1
+      num_bits=0,  # 5: keep the 5 highest bits of 8-bit pixels, with num_values=32; 0: all bits
       num_classes=10,  # 0: the data has no labels
       flip=False,  # random horizontal flips in training
       rotate=False,  # random quarter turns in half of training's images; needs augmentation_flag
@@ -98,6 +99,7 @@ def get_config(arg=''):
       params=('raw', 'ema'),  # parameters and averages (config.ema); the last one ranks checkpoints
       # Of the bound: the model's own schedule, or a fixed one by its name between its end points.
       schedule=dict(name='schedule'),
+      augmented_elbo=False,  # --mode=eval: the weighted loss as bounds of data with noise, by level
       likelihood='elbo',  # of --mode=eval: 'elbo', 'ode', or 'elbo,ode' for both; training: elbo
       # The exact likelihood by the probability-flow ODE: see vdm.ode. One solve an image and draw.
       ode=dict(

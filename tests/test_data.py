@@ -193,6 +193,7 @@ def test_digits_identity(digits):
     'name': 'digits',
     'full_name': 'digits/sklearn',
     'split': 'test',
+    'num_bits': 0,
     'num_images': 360,
     'image_shape': [8, 8, 1],
     'num_values': 17,
@@ -290,6 +291,18 @@ def toy(root, **changes):
     }
     | changes
   )
+
+
+def test_low_bit_images_are_the_highest_bits(root):
+  """Glow's 5-bit images: 32 values, each of eight neighbouring ones."""
+  whole = vdm_data.load(toy(root), 'train').fetch(np.arange(23))
+  low = vdm_data.load(toy(root, num_bits=5, num_values=32), 'train')
+  np.testing.assert_array_equal(low.fetch(np.arange(23))['image'], whole['image'] // 8)
+  assert low.identity['num_bits'] == 5 and low.identity['num_values'] == 32
+  with pytest.raises(ValueError, match=r'config.data.num_values=256 must be 32 with .*num_bits=5'):
+    vdm_data.load(toy(root, num_bits=5), 'train')
+  with pytest.raises(ValueError, match=r'config.data.num_bits=9 must be from 0'):
+    vdm_data.load(toy(root, num_bits=9), 'train')
 
 
 @pytest.mark.parametrize('cached', [True, False])

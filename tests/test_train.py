@@ -1,5 +1,6 @@
 """The loop, end to end: what a run leaves behind, how it goes on, and how it stops."""
 
+import csv
 import json
 import os
 import signal
@@ -181,8 +182,13 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tm
 
 
 def test_eval_and_sample_read_the_newest_checkpoint(straight):
-  config = config_of(eval__num_timesteps=10)
+  config = config_of(eval__num_timesteps=10, eval__augmented_elbo=True)
   assert look.run(config, straight) == 0
+  (table,) = (straight / 'tables').glob('augmented_elbo_ema_*.csv')
+  rows = list(csv.DictReader(table.read_text().splitlines()))
+  spent = sum(float(r['bits_per_log_snr']) for r in rows) * 13 / len(rows)
+  assert float(rows[-1]['bound_with_noise']) == pytest.approx(spent, rel=0.05)
+  assert all(float(r['weight']) == 0 for r in rows)  # weight one: all of it on the data itself
   card = json.loads((straight / 'cards/bits_per_dim_ema_T10_step00000004.json').read_text())
   assert card['bound'] == 'discrete-time ELBO, T = 10'
   assert sample.run(config, straight) == 0

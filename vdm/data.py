@@ -64,9 +64,26 @@ def load(data, split: str) -> Source:
     raise ValueError(f'{split=} must be "train" or "eval"')
   load_kind = _load_digits if data.name == 'digits' else _load_tfds
   fetch, full_name, num_images, num_threads = load_kind(data, split)
+  if data.num_bits:
+    fetch = _quantized(data, fetch)
   identity = {'name': data.name, 'full_name': full_name, 'split': data[f'{split}_split']}
+  identity['num_bits'] = data.num_bits
   identity |= _check(data, split, full_name, fetch, num_images)
   return Source(fetch, identity, num_threads)
+
+
+def _quantized(data, fetch):
+  """The highest config.data.num_bits of each pixel's 8 bits (Glow, arXiv 1807.03039: 5)."""
+  bits, remedy = data.num_bits, 'give 5 for 5-bit images with config.data.num_values=32'
+  _require(1 <= bits <= 8, 'config.data.num_bits', bits, 'must be from 0 (as stored) to 8', remedy)
+  fact = f'must be {2**bits} with config.data.num_bits={bits}'
+  _require(data.num_values == 2**bits, 'config.data.num_values', data.num_values, fact, remedy)
+
+  def fetch_quantized(indices):
+    batch = fetch(indices)
+    return batch | {'image': batch['image'] >> (8 - bits)}
+
+  return fetch_quantized
 
 
 # --- batches

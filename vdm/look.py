@@ -12,8 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, checkpoint, data, evaluate, progressive, report, sample
+from vdm.augmented import augmented
 from vdm.likelihood import to_grid
 from vdm.state import named_params
+from vdm.weightings import is_monotone
 
 NUM_PROGRESSIVE = 4  # images of the progressive picture
 NUM_SPECTRUM = 1000  # images of the power spectrum
@@ -107,6 +109,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     evaluate.say(results, step)
     curves = {name: result.bins for name, result in results.items()}
     make_pictures(config, model, mesh, source, workdir)(train_state, curves)
+    if config.eval.augmented_elbo and jax.process_index() == 0:
+      for name, result in results.items():
+        ends = jax.device_get(
+          model.schedule(named_params(train_state, name))(jnp.array([1.0, 0.0]))
+        )
+        write_augmented(config, model, name, step, ends, result, workdir)
   if 'ode' in config.eval.likelihood:
     result = evaluate.evaluate_ode_and_write(config, model, mesh, source, train_state, workdir)
     logging.info(
@@ -121,3 +129,45 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       result.max_evaluations,
     )
   return 0
+
+
+def write_augmented(
+  config: ConfigDict,
+  model: build.Model,
+  name: str,
+  step: int,
+  ends: np.ndarray,
+  result: evaluate.BitsPerDim,
+  workdir: pathlib.Path,
+):
+  """config.eval.augmented_elbo: the weighted loss as a mixture of bounds, as a table and a plot.
+
+  plots/augmented_elbo_<params>.png, and tables/augmented_elbo_<params>_step<step>.csv, whose rows
+  are bins of log-SNR: its ends, bits/dim spent there per unit, the weight of data with that much
+  noise added, its bound at the upper end; all in bits/dim (VDM++ theorem 1).
+  """
+  edges = np.linspace(*ends, evaluate.NUM_BINS + 1)
+  h = 2 * report.filled(result.bins)
+  prior = result.terms['prior']['value']
+  table = augmented(model.weighting, *(jnp.asarray(a, jnp.float32) for a in (edges, h)), prior)
+  table = jax.tree.map(np.asarray, table)
+  monotone = is_monotone(model.weighting, *map(float, ends))
+  title = f'{config.weighting.name}, {"" if monotone else "not "}monotone'
+  report.plot_augmented(edges, table, title, workdir / 'plots' / f'augmented_elbo_{name}.png')
+  path = workdir / 'tables' / f'augmented_elbo_{name}_step{step:08d}.csv'
+  share = table.mass / table.total
+  rows = zip(edges[:-1], edges[1:], h / 2, share, table.losses[1:], strict=True)
+  header = ('log_snr_from', 'log_snr_to', 'bits_per_log_snr', 'weight', 'bound_with_noise')
+  report.write_table(path, header, rows)
+  logging.info(
+    '%s parameters: weighted loss %.4f = %.3g x bound of the data (%.4f) + %.3g x bounds of data '
+    'with noise (mean %.4f) - prior term %.4f, relative to the weight at the lowest log-SNR; %s',
+    name,
+    table.weighted / table.total,
+    table.atom / table.total,
+    table.losses[-1],
+    share.sum(),
+    table.parts.sum() / table.total / max(share.sum(), 1e-30),
+    table.losses[0],
+    title,
+  )

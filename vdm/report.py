@@ -1,11 +1,12 @@
 """What a person sees of a run: log, metric writers, the progress line, plots."""
 
 import contextlib
+import csv
 import json
 import os
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from vdm import data
+from vdm.augmented import Augmented
 from vdm.losses import coefficients_of_variation
 
 matplotlib.use('Agg')
@@ -75,13 +77,18 @@ def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pa
   for name, bins in curves.items():
     edges = np.linspace(ends[1], ends[0], len(bins) + 1)
     left.stairs(bins, edges, label=name)
-    centres, seen = (edges[1:] + edges[:-1]) / 2, np.isfinite(bins)
-    spent = np.cumsum(np.interp(centres, centres[seen], bins[seen]) * np.diff(edges))
+    spent = np.cumsum(filled(bins) * np.diff(edges))
     right.plot(edges, [0, *spent], label=f'{name}, {spent[-1]:.3f} in all')
   left.set(xlabel='log-SNR', ylabel='bits/dim per unit of log-SNR', ylim=(0, None))
   right.set(xlabel='log-SNR', ylabel='bits/dim spent, from noise', ylim=(0, None))
   right.legend()
   return save_figure(figure, path)
+
+
+def filled(bins: np.ndarray) -> np.ndarray:
+  """Bins with those that nothing fell into interpolated."""
+  number, seen = np.arange(len(bins)), np.isfinite(bins)
+  return np.interp(number, number[seen], bins[seen])
 
 
 def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, path: pathlib.Path):
@@ -99,6 +106,29 @@ def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, 
   axes.set(xlabel='cycles per pixel', ylabel='power (of noise: at the right, by log-SNR)')
   axes.legend()
   return save_figure(figure, path)
+
+
+def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathlib.Path):
+  """What a weighted loss bounds (`vdm.augmented`): the noise levels' weights, and their bounds.
+
+  All in bits/dim; returns the picture.
+  """
+  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
+  left.stairs(table.mass / table.total / np.diff(edges), edges, label='noise added, density')
+  left.axhline(0, color='k', linewidth=0.5)
+  left.plot(edges[-1], 0, 'o', label=f'data as it is: {table.atom / table.total:.3g}')
+  left.set(xlabel='log-SNR', ylabel='share of the weight', title=title)
+  left.legend()
+  right.plot(edges, table.losses)
+  right.set(xlabel='log-SNR of the noise added', ylabel='bound of the noisy data (bits/dim)')
+  return save_figure(figure, path)
+
+
+def write_table(path: pathlib.Path, header: tuple[str, ...], rows: Iterable[tuple]):
+  """Writes a CSV file."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  with path.open('w', newline='') as file:
+    csv.writer(file).writerows([header, *rows])
 
 
 def plot_history(workdir: pathlib.Path, path: pathlib.Path):
