@@ -35,6 +35,7 @@ def batch_of(config, size):
 def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   config = load(name)
   assert config.is_locked and config.name == name
+  config.model.scan_blocks = 'on'  # traces one block, not up to 131
   model, optimizer = build.model(config), build.optimizer(config)
   build.check_devices(config, 8)
   state = jax.eval_shape(build.init_state(config, model))
@@ -73,9 +74,23 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   assert images.min() >= 0 and images.max() < config.data.num_values
 
 
-def test_cifar10_has_the_published_number_of_parameters():
-  """Public code: 30,578,181 with its 2 of the schedule and 512 of its augmentation flag."""
-  config = load('cifar10')
-  params = jax.eval_shape(build.model(config).init, jax.random.key(0))
-  count = sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert count == 30_578_181 - 4 * config.model.width
+def test_vdm_configs_have_the_published_numbers_of_parameters(monkeypatch):
+  """The public code's, less 4 x width for its augmentation flag where a config has none."""
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1])
+  parameters = importlib.import_module('benchmarks.parameters')
+  for name, public in parameters.PUBLIC.items():
+    config = load(name)
+    flag = 0 if config.model.augmentation_flag else 4 * config.model.width
+    assert sum(parameters.count(config).values()) == public - flag
+
+
+def test_the_two_imagenets_are_not_mixed_up():
+  """Old and new have other pixels: the name, the counts and the labels tell them apart."""
+  for name in NAMES:
+    data = load(name).data
+    if data.name.startswith('downsampled_imagenet/'):
+      assert (data.train_images, data.eval_images, data.num_classes) == (1_281_149, 49_999, 0)
+      assert data.eval_split == 'validation' and not data.flip
+    elif data.name.startswith('imagenet_resized/'):
+      assert (data.train_images, data.eval_images, data.num_classes) == (1_281_167, 50_000, 1000)
+      assert data.eval_split == 'validation'

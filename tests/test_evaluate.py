@@ -1,5 +1,6 @@
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from vdm.configs import default
 
 from vdm import build, data, evaluate, parallel, sample
@@ -221,3 +222,28 @@ def test_grid_shows_every_image_once():
   picture = sample.grid(images, 17)
   assert picture.shape == (2 * 4, 3 * 5, 1) and picture.dtype == np.uint8
   np.testing.assert_array_equal(picture[1:3, 6:9, 0], np.round(images[1, ..., 0] * 255 / 16))
+
+
+@pytest.mark.parametrize('shape, num_values', [((28, 20, 1), 17), ((9, 7, 4), 32)])
+def test_a_uniform_predictor_costs_log2_of_the_number_of_values(
+  shape, num_values, rank_promotion_allowed
+):
+  """At a log-SNR of -60 and below nothing of the data is left, and the new network says eps = z.
+
+  So all bits are the decoder's, which is uniform: whatever the shape, and for the real network.
+  """
+  config = default.get_config('debug')
+  with config.unlocked():
+    config.data.update(image_shape=shape, num_values=num_values, num_classes=0)
+    config.schedule = dict(name='linear', log_snr_min=-70.0, log_snr_max=-60.0)
+    config.eval.update(batch_size=8, draws=2)
+  model = build.model(config)
+  params = parallel.initial_state(parallel.make_mesh(), build.init_state(config, model)).params
+  images = np.random.default_rng(0).integers(0, num_values, (11, *shape)).astype(np.uint8)
+  batches = data.eval_batches(source_of(images), batch_size=8, process_index=0, process_count=1)
+  result = evaluate.make_evaluator(config, model, parallel.make_mesh())(params, batches)
+  assert result.num_images == 11
+  # XLA:CPU computes log(32) to 2e-6 of itself
+  np.testing.assert_allclose(result.value, np.log2(num_values), rtol=3e-6)
+  terms = {name: term['value'] for name, term in result.terms.items()}
+  assert terms['prior'] < 1e-6 and terms['diffusion'] < 1e-6

@@ -6,12 +6,13 @@ import os
 import signal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from vdm.configs import digits
 
 from vdm import build, checkpoint, data, look, parallel, reconstruct, sample, train
-from vdm.gaussian import fold_in
+from vdm.gaussian import Prediction, fold_in
 from vdm.nn import layers
 
 
@@ -207,25 +208,35 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   config = config_of(model__augmentation_flag=True, data__flip=True, data__rotate=True)
   model, seen = build.model(config), []
   params = jax.eval_shape(model.init, jax.random.key(0))
-  params = jax.tree.map(lambda a: np.full(a.shape, 0.1, a.dtype), params)
+
+  def denoiser(params, label, key_dropout, flag):
+    seen.append(flag)
+    return lambda z, log_snr: Prediction(z, z)
+
+  image = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1)).astype(np.uint8)
+  index = jnp.arange(8)
+  batch = {'image': jnp.asarray(image), 'label': 0 * index, 'index': index}
+  learned, _ = build.schedule(config)
+  fake = model._replace(denoiser=denoiser)
+  given = ({'schedule': learned.init()}, None, {}, batch, jax.random.key(1), None)
+  train.make_loss(config, fake)(*given)
+  keys = [fold_in(key, index) for key in jax.random.split(jax.random.key(1), 6)[3:5]]
+  _, flag = train.augment(*keys, batch['image'], True, True)
+  np.testing.assert_array_equal(seen, [flag])
+  assert 0 < flag.sum() < 8
+
   conditioning = layers.Conditioning.__call__
 
   def note(self, t, label=None, flag=None):
-    seen.append(None if flag is None else np.asarray(flag))
+    seen.append(flag)
     return conditioning(self, t, label, flag)
 
   monkeypatch.setattr(layers.Conditioning, '__call__', note)
-  image = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1)).astype(np.uint8)
-  index = np.arange(8, dtype=np.int32)
-  batch = {'image': image, 'label': 0 * index, 'index': index}
-  with jax.disable_jit():
-    train.make_loss(config, model)(params, batch, jax.random.key(1), None)
-  keys = jax.random.split(jax.random.key(1), 5)[3:]
-  _, flag = train.augment(*(fold_in(key, index) for key in keys), image, True, True)
-  np.testing.assert_array_equal(seen, [flag])
-  assert 0 < flag.sum() < 8
-  model.denoiser(params)(image / 8 - 1, np.full(8, 2.0, np.float32))  # as evaluation and sampling
-  assert seen[1:] == [None]
+  for given in (flag, None):  # in training; in evaluation and sampling
+    jax.eval_shape(
+      lambda p, given=given: model.denoiser(p, flag=given)(jnp.ones(image.shape), index / 8), params
+    )
+    assert seen[-1] is given
 
 
 @pytest.mark.parametrize(
