@@ -147,7 +147,7 @@ def make_parts(config: ConfigDict, model: build.Model, mesh: Mesh) -> dict[str, 
       out.append(_one_element(dkernel))
     return jnp.stack([link, *out])
 
-  learned = build.schedule(config)
+  learned, _ = build.schedule(config)
   log_snr_max = learned.as_schedule(learned.init())(jnp.array([0.0, 1.0]))[0]
   rng, kernels, images = np.random.default_rng(config.seed), [np.float32(0)], []
   for features, x in convs:
