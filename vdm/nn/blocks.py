@@ -1,0 +1,126 @@
+"""Chains of equal blocks: unrolled, or one block in a loop with its parameters stacked.
+
+The unrolled layout holds the parameters of `down_0`, `down_1`, ...; the stacked one those of
+`down_*`, whose leaves have a leading axis over the blocks. The star says which parts of a tree are
+stacked: no other key of a tree of parameters has one.
+"""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+def chain(
+  make: Callable[[str], nn.Module],
+  name: str,
+  length: int,
+  h: jax.Array,
+  xs: Any,
+  *args: jax.Array,
+  scan: bool,
+  remat: bool,
+) -> tuple[jax.Array, Any]:
+  """Passes h through `length` blocks: h, y_i = make(name with i for its star)(h, x_i, *args).
+
+  Args:
+    make: a block by the name of its parameters, which has one star or one number.
+    name: such as 'down_*'.
+    length: of the chain.
+    h: what the blocks pass on, of one shape and dtype throughout.
+    xs: arrays, all of one shape, that the blocks read in turn, as another chain or `last_first`
+      returned them: stacked if `scan`, else a list. None: x_i is None.
+    *args: what every block reads.
+    scan: compiles one block, in a loop, instead of `length` of them.
+    remat: computes a block's activations again in the gradient, instead of keeping them.
+
+  Returns:
+    The last h, and the y of all blocks, stacked if `scan`, else in a list.
+  """
+
+  def run(block, h, x, *args):
+    return block(h, x, *args)
+
+  if remat:
+    run = nn.remat(run, prevent_cse=not scan)  # a loop keeps the two computations apart by itself
+  if scan:
+    axes = dict(variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True})
+    run = nn.scan(run, in_axes=(0, *(nn.broadcast for _ in args)), length=length, **axes)
+    return run(make(name), h, xs, *args)
+  ys = []
+  for i in range(length):
+    h, y = run(make(numbered(name, i)), h, None if xs is None else xs[i], *args)
+    ys.append(y)
+  return h, ys
+
+
+def last_first(first: jax.Array, rest: Any) -> Any:
+  """`first`, then the outputs `rest` of a chain, in reverse: for a chain that reads them back."""
+  if isinstance(rest, list):
+    return [first, *rest][::-1]
+  return jnp.concatenate([first[None], rest])[::-1]
+
+
+def numbered(name: str, i: int) -> str:
+  """('down_*', 3) -> 'down_3'."""
+  return name.replace('*', str(i))
+
+
+def stacked_names(names: Iterable[str]) -> set[str]:
+  """Those of dict keys that hold stacked parameters."""
+  return {name for name in names if '*' in name}
+
+
+def stack(tree: Any, names: Iterable[str], join: Callable = lambda *leaves: jnp.stack(leaves)):
+  """The parts name_0, name_1, ... of a pytree as one, name_*, with a leading axis: bit for bit.
+
+  Args:
+    tree: a pytree; wherever in it a dict has all of `names` with 0 for their stars, these are
+      stacked. Parameters, averages, moments of an optimizer, or all of them.
+    names: such as {'down_*', 'up_*'}.
+    join: what makes one leaf of many.
+  """
+  names = tuple(names)
+  if not names:
+    return tree
+
+  def has_groups(node):
+    return isinstance(node, dict) and {numbered(name, 0) for name in names} <= node.keys()
+
+  def stack_groups(node):
+    if not has_groups(node):
+      return node
+    node = dict(node)
+    for name in names:
+      parts = itertools.takewhile(node.__contains__, (numbered(name, i) for i in itertools.count()))
+      node[name] = jax.tree.map(join, *[node.pop(part) for part in list(parts)])
+    return node
+
+  return jax.tree.map(stack_groups, tree, is_leaf=has_groups)
+
+
+def unstack(tree: Any, take: Callable = lambda leaf, i: leaf[i]):
+  """The inverse of `stack`: every name_* of a pytree as name_0, name_1, ...
+
+  Args:
+    tree: a pytree; in any dict of it keys may have a star.
+    take: what picks the i-th of a leaf.
+  """
+
+  def has_groups(node):
+    return isinstance(node, dict) and bool(stacked_names(node))
+
+  def unstack_groups(node):
+    if not has_groups(node):
+      return node
+    node = dict(node)
+    for name in stacked_names(node):
+      group = node.pop(name)
+      for i in range(jax.tree.leaves(group)[0].shape[0]):
+        node[numbered(name, i)] = jax.tree.map(lambda leaf, i=i: take(leaf, i), group)
+    return node
+
+  return jax.tree.map(unstack_groups, tree, is_leaf=has_groups)
