@@ -333,14 +333,15 @@ class Conditioning(nn.Module):
 
 
 def require(valid, name, value, constraint, remedy):
+  """Raises ValueError with the name of the network's field unless it is valid."""
   if not valid:
     raise ValueError(f'config.model.{name}={value} must {constraint}; try {remedy}.')
 
 
-def check_fields(width, num_blocks, dropout, num_classes):
+def check_fields(width, num_blocks, dropout, num_classes, width_field='width'):
   """Raises ValueError if a field that all networks have is out of its range."""
   valid = width >= 4 and width % 2 == 0
-  require(valid, 'width', width, 'be even and at least 4', max(4, width + 1))
+  require(valid, width_field, width, 'be even and at least 4', max(4, width + 1))
   require(num_blocks >= 1, 'num_blocks', num_blocks, 'be at least 1', 1)
   require(0 <= dropout < 1, 'dropout', dropout, 'be in [0, 1)', 0.1)
   require(num_classes >= 0, 'num_classes', num_classes, 'not be negative', 0)

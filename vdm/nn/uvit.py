@@ -99,7 +99,8 @@ class UViT(nn.Module):
   @nn.compact
   def __call__(self, z, t, label=None, flag=None, *, train):
     """The raw output of the network; arguments as in `VDMUNet`."""
-    layers.check_fields(self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
+    common = (self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
+    layers.check_fields(*common, width_field='conditioning_width')
     layers.check_head_width(self.head_width, self.transformer_width)
     for name in ('transformer_depth', 'patch_size'):
       value = getattr(self, name)
