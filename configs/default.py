@@ -8,6 +8,20 @@ factory does not know is refused.
 
 from ml_collections import ConfigDict
 
+SMALL_NETWORKS = dict(
+  vdm_unet=dict(width=16, num_blocks=1),
+  mlp=dict(width=16, num_blocks=1),
+  adm_unet=dict(width=16, num_blocks=1, channel_multipliers=(1, 2), head_width=16),
+  uvit=dict(
+    widths=(16, 16),
+    num_blocks=1,
+    transformer_width=32,
+    transformer_depth=2,
+    head_width=16,
+    conditioning_width=16,
+  ),
+)
+
 
 def get_config(arg=''):
   """The complete configuration; `arg` is what follows the colon in `--config=FILE:arg`."""
@@ -178,8 +192,8 @@ def get_config(arg=''):
 def debug(config):
   """Shrinks any config, in place, to a run of seconds on a CPU."""
   config.name += '_debug'
-  config.model.width = 16
-  config.model.num_blocks = 1
+  if config.model.name in SMALL_NETWORKS:
+    config.model.update(SMALL_NETWORKS[config.model.name])
   config.train.update(batch_size=8, num_steps=4, log_every_steps=1, eval_every_steps=2)
   config.eval.update(batch_size=8, draws=2, max_images=16)
   config.sample.update(num_images=8, batch_size=8, num_steps=4)

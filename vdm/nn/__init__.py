@@ -1,6 +1,8 @@
 """The networks, by the name that `config.model.name` gives them."""
 
+from vdm.nn.adm_unet import ADMUNet
 from vdm.nn.mlp import MLP
+from vdm.nn.uvit import UViT
 from vdm.nn.vdm_unet import VDMUNet
 
-NETWORKS = {'vdm_unet': VDMUNet, 'mlp': MLP}
+NETWORKS = {'vdm_unet': VDMUNet, 'adm_unet': ADMUNet, 'uvit': UViT, 'mlp': MLP}

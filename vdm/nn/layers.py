@@ -179,6 +179,19 @@ def _attention_vjp_by_example(query, key, value, g):
 attention.defvjp(_attention_fwd, _attention_bwd)
 
 
+class ScaleShift(nn.Module):
+  """x [B, H, W, C], cond [B, D] -> x (1 + scale) + shift, both projections [B, C] of cond."""
+
+  dtype: jnp.dtype
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x, cond):
+    dense = nn.Dense(2 * x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name='dense')
+    scale, shift = jnp.split(dense(cond)[:, None, None, :], 2, axis=-1)
+    return x * (1 + scale) + shift
+
+
 class Attention(nn.Module):
   """Residual self-attention over all positions: x [B, H, W, C] -> [B, H, W, C].
 
@@ -201,6 +214,31 @@ class Attention(nn.Module):
     h = attention(q, k, v).reshape(x.shape)
     zeros = nn.initializers.zeros
     return x + nn.Dense(channels, dtype=self.dtype, kernel_init=zeros, name='out')(h)
+
+
+def halve(x):
+  """The mean of every 2 x 2 pixels: x [B, 2H, 2W, C] -> [B, H, W, C]."""
+  batch, height, width, channels = x.shape
+  return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+
+
+def double(x):
+  """Every pixel four times: x [B, H, W, C] -> [B, 2H, 2W, C]; a right inverse of `halve`."""
+  return x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def space_to_depth(x, size):
+  """Patches of size x size pixels as channels: [B, S H, S W, C] -> [B, H, W, S S C]."""
+  batch, height, width, channels = x.shape
+  x = x.reshape(batch, height // size, size, width // size, size, channels)
+  return x.swapaxes(2, 3).reshape(batch, height // size, width // size, size * size * channels)
+
+
+def depth_to_space(x, size):
+  """The inverse of `space_to_depth`: [B, H, W, S S C] -> [B, S H, S W, C]."""
+  batch, height, width, _ = x.shape
+  x = x.reshape(batch, height, width, size, size, -1).swapaxes(2, 3)
+  return x.reshape(batch, height * size, width * size, -1)
 
 
 def sinusoidal_embedding(t, size):
@@ -231,23 +269,33 @@ def fourier_features(z, exponents):
 
 
 class Conditioning(nn.Module):
-  """Noise level t [B], label [B] and flag [B] -> conditioning vector [B, 4 width], float32.
+  """Noise level t [B], label and flag [B] -> conditioning vector [B, 4 width], float32.
 
   VDM's (public code): sinusoidal embedding of t, then twice Dense, swish. Our addition: the
   embedding of the label is added before the last swish. Labels -1 and `num_classes`, and no labels
   at all, are the null label, which has its own row in the table.
+
+  With `embedding_size` E the label is instead a vector of each image, float [B, E], such as another
+  network's; its projection is added. Zeros, and no labels at all, stand for its absence, for which
+  a vector is learned.
   """
 
   width: int
   num_classes: int = 0
   augmentation_flag: bool = False
+  embedding_size: int = 0
 
   @nn.compact
   def __call__(self, t, label=None, flag=None):
-    if label is not None and not self.num_classes:
+    if label is not None and not self.num_classes and not self.embedding_size:
       raise ValueError(
         'labels were given to a network with num_classes=0; set '
         'config.model.class_conditional=True, or pass label=None.'
+      )
+    if self.num_classes and self.embedding_size:
+      raise ValueError(
+        f'config.model.embedding_size={self.embedding_size} must be 0 for a network with classes; '
+        'set config.model.class_conditional=False to condition on embeddings.'
       )
     if flag is not None and not self.augmentation_flag:
       raise ValueError(
@@ -270,21 +318,33 @@ class Conditioning(nn.Module):
         embedding_init=nn.initializers.normal(1.0),
         name='label',
       )(label)
+    if self.embedding_size:
+      label = jnp.zeros((len(t), self.embedding_size)) if label is None else label
+      if label.shape != (len(t), self.embedding_size):
+        raise ValueError(
+          f'config.model.embedding_size={self.embedding_size} must be that of the embeddings, '
+          f'whose shape is {label.shape}.'
+        )
+      label = jnp.asarray(label, jnp.float32)
+      null = self.param('null_embedding', nn.initializers.normal(1.0), (1, 4 * self.width))
+      projected = nn.Dense(4 * self.width, use_bias=False, name='embedding')(label)
+      h += jnp.where(label.any(axis=-1, keepdims=True), projected, null)
     return nn.swish(h)
 
 
-def _require(valid, name, value, constraint, remedy):
+def require(valid, name, value, constraint, remedy):
+  """Raises ValueError with the name of the network's field unless it is valid."""
   if not valid:
     raise ValueError(f'config.model.{name}={value} must {constraint}; try {remedy}.')
 
 
-def check_fields(width, num_blocks, dropout, num_classes):
+def check_fields(width, num_blocks, dropout, num_classes, width_field='width'):
   """Raises ValueError if a field that all networks have is out of its range."""
   valid = width >= 4 and width % 2 == 0
-  _require(valid, 'width', width, 'be even and at least 4', max(4, width + 1))
-  _require(num_blocks >= 1, 'num_blocks', num_blocks, 'be at least 1', 1)
-  _require(0 <= dropout < 1, 'dropout', dropout, 'be in [0, 1)', 0.1)
-  _require(num_classes >= 0, 'num_classes', num_classes, 'not be negative', 0)
+  require(valid, width_field, width, 'be even and at least 4', max(4, width + 1))
+  require(num_blocks >= 1, 'num_blocks', num_blocks, 'be at least 1', 1)
+  require(0 <= dropout < 1, 'dropout', dropout, 'be in [0, 1)', 0.1)
+  require(num_classes >= 0, 'num_classes', num_classes, 'not be negative', 0)
 
 
 def check_heads(num_heads, width):
@@ -292,4 +352,23 @@ def check_heads(num_heads, width):
   divisors = [n for n in range(1, min(width, 17)) if width % n == 0]
   remedy = ' or '.join(map(str, divisors[1:3] or divisors))
   valid = num_heads >= 1 and width % num_heads == 0
-  _require(valid, 'num_heads', num_heads, f'divide the width {width}', remedy)
+  require(valid, 'num_heads', num_heads, f'divide the width {width}', remedy)
+
+
+def check_head_width(head_width, width):
+  """Raises ValueError if attention cannot split the width into heads of that width."""
+  valid = head_width >= 1 and width % head_width == 0
+  require(valid, 'head_width', head_width, f'divide the width {width}', min(width, 64))
+
+
+def check_image_shape(name, shape, divisor, field):
+  """Raises ValueError unless z is images [B, H, W, C] whose H and W the levels can divide."""
+  if len(shape) != 4:
+    raise ValueError(f'{name} takes images [B, H, W, C], but z has shape {shape}.')
+  _, height, width, channels = shape
+  if height % divisor or width % divisor:
+    larger = tuple(-(-n // divisor) * divisor for n in (height, width))
+    raise ValueError(
+      f'config.data.image_shape={shape[1:]} must have a height and width divisible by {divisor} '
+      f'for this {name}; try {(*larger, channels)}, or fewer config.model.{field}.'
+    )

@@ -1,0 +1,150 @@
+"""ADM's network: a U-Net that halves the image between its levels (arXiv 2105.05233)."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from vdm.nn import layers
+
+
+class Block(nn.Module):
+  """Residual block, and perhaps attention: h, a skip or None, cond -> h, and h again as a skip.
+
+  GroupNorm, swish, conv; GroupNorm, times 1 + scale, plus shift, both of cond ("adaptive group
+  norm", arXiv 2105.05233, section 3); swish, dropout, conv. Resampling, if any, is inside, before
+  the first convolution and on the shortcut (BigGAN's, arXiv 1809.11096). The second convolution
+  starts at zero, so that the block starts as its shortcut. A link of `blocks.chain`: with a skip,
+  which is appended to the channels of h, it keeps none.
+  """
+
+  features: int
+  dropout: float
+  dtype: jnp.dtype
+  train: bool
+  num_heads: int = 0  # 0: no attention
+  resample: Callable[[jax.Array], jax.Array] = lambda x: x
+
+  @nn.compact
+  def __call__(self, h, skip, cond):
+    x = h if skip is None else jnp.concatenate([h, skip], axis=-1)
+    h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0')(x))
+    h = layers.Conv3x3(self.features, self.dtype, name='conv_0')(self.resample(h))
+    h = layers.group_norm(self.features, self.dtype, 'norm_1')(h)
+    h = nn.swish(layers.ScaleShift(self.dtype, name='cond')(h, cond))
+    h = layers.Dropout(self.dropout)(h, train=self.train)
+    h = layers.Conv3x3(self.features, self.dtype, nn.initializers.zeros, name='conv_1')(h)
+    x = self.resample(x)
+    if x.shape[-1] != self.features:
+      x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
+    h += x
+    if self.num_heads:
+      h = layers.Attention(self.num_heads, self.dtype, name='attention')(h)
+    return h, h if skip is None else None
+
+
+class ADMUNet(nn.Module):
+  """ADM's U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233); the defaults are its ImageNet 64.
+
+  Each level has `num_blocks` residual blocks on the way in and one more on the way out, where each
+  reads also what one on the way in has written; residual blocks halve the image between levels (the
+  mean of 2 x 2) and double it again (each pixel four times). The lowest level has attention between
+  two more blocks. With the defaults, 1000 classes and 3 channels, 295,900,035 parameters. EDM's
+  version (arXiv 2206.00364) has 768 fewer, for our null label has its own row; ADM's has 5,187 more
+  than EDM's, since it also predicts a variance. The noise level's frequencies, and 1e-6 instead of
+  1e-5 in the norms, are those of `VDMUNet`.
+
+  There is no `scan_blocks`: within a level the first block, and on the way out most, read other
+  numbers of channels than their neighbours, so that there are no long chains of equal blocks.
+
+  Attributes:
+    width: channels of a multiplier of 1, and size of the noise level's embedding; even.
+    channel_multipliers: one per level, from the top.
+    num_blocks: residual blocks per level on the way in.
+    attention_resolutions: the heights of the levels, in pixels, whose blocks have attention.
+    head_width: channels per head; divides the channels wherever there is attention.
+    dropout: rate in each residual block, rounded to 1/256.
+    num_classes: 0 for a network without labels.
+    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    dtype: of activations. Parameters and output are float32.
+    augmentation_flag: appends a flag, 1 for an augmented image, to the noise level's embedding.
+    residual: adds z to the output, as in `VDMUNet`.
+    remat: the gradient computes each block's activations again instead of keeping them.
+  """
+
+  width: int = 192
+  channel_multipliers: tuple[int, ...] = (1, 2, 3, 4)
+  num_blocks: int = 3
+  attention_resolutions: tuple[int, ...] = (32, 16, 8)
+  head_width: int = 64
+  dropout: float = 0.1
+  num_classes: int = 0
+  embedding_size: int = 0
+  dtype: jnp.dtype = jnp.float32
+  augmentation_flag: bool = False
+  residual: bool = False
+  remat: bool = False
+
+  @nn.compact
+  def __call__(self, z, t, label=None, flag=None, *, train):
+    """The raw output of the network; arguments as in `VDMUNet`."""
+    layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
+    levels = len(self.channel_multipliers)
+    layers.require(
+      levels and min(self.channel_multipliers) >= 1,
+      'channel_multipliers',
+      self.channel_multipliers,
+      'be positive integers, one per level',
+      '(1, 2, 3, 4)',
+    )
+    layers.check_image_shape('adm_unet', z.shape, 2 ** (levels - 1), 'channel_multipliers')
+
+    def heads(channels):
+      layers.check_head_width(self.head_width, channels)
+      return channels // self.head_width
+
+    def block(name, h, channels, skip=None, attention=False, **kwargs):
+      num_heads = heads(channels) if attention else 0
+      module = Block(channels, self.dropout, self.dtype, train, num_heads, name=name, **kwargs)
+      return run(module, h, skip, cond)
+
+    def run(module, h, skip, cond):
+      return module(h, skip, cond)[0]
+
+    if self.remat:
+      run = nn.remat(run)
+    cond = layers.Conditioning(
+      self.width,
+      self.num_classes,
+      self.augmentation_flag,
+      self.embedding_size,
+      name='conditioning',
+    )(t, label, flag)
+    channels = [self.width * multiplier for multiplier in self.channel_multipliers]
+    attention = [z.shape[1] >> level in self.attention_resolutions for level in range(levels)]
+
+    h = layers.Conv3x3(channels[0], self.dtype, name='conv_in')(z)
+    skips = [h]
+    for level in range(levels):
+      if level:
+        h = block(f'halve_{level}', h, channels[level - 1], resample=layers.halve)
+        skips.append(h)
+      for i in range(self.num_blocks):
+        h = block(f'down_{level}_{i}', h, channels[level], attention=attention[level])
+        skips.append(h)
+
+    h = block('mid_0', h, channels[-1], attention=True)
+    h = block('mid_1', h, channels[-1])
+
+    for level in reversed(range(levels)):
+      for i in range(self.num_blocks + 1):
+        h = block(f'up_{level}_{i}', h, channels[level], skips.pop(), attention[level])
+      if level:
+        h = block(f'double_{level}', h, channels[level], resample=layers.double)
+
+    h = nn.swish(layers.group_norm(channels[0], self.dtype, 'norm_out')(h))
+    zeros = nn.initializers.zeros
+    h = layers.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
+    h = h.astype(jnp.float32)
+    return h + z if self.residual else h
