@@ -40,6 +40,7 @@ def get_config(arg=''):
       eval_images=360,
       image_shape=(8, 8, 1),  # height, width, channels
       num_values=17,  # pixels are integers 0 .. num_values - 1
+      resize=False,  # scale images of any size to cover image_shape, and crop the middle
       num_bits=0,  # 5: keep the 5 highest bits of 8-bit pixels, with num_values=32; 0: all bits
       num_classes=10,  # 0: the data has no labels
       flip=False,  # random horizontal flips in training

@@ -194,6 +194,7 @@ def test_digits_identity(digits):
     'full_name': 'digits/sklearn',
     'split': 'test',
     'num_bits': 0,
+    'resize': False,
     'num_images': 360,
     'image_shape': [8, 8, 1],
     'num_values': 17,
@@ -303,6 +304,21 @@ def test_low_bit_images_are_the_highest_bits(root):
     vdm_data.load(toy(root, num_bits=5), 'train')
   with pytest.raises(ValueError, match=r'config.data.num_bits=9 must be from 0'):
     vdm_data.load(toy(root, num_bits=9), 'train')
+
+
+def test_resize_covers_and_crops_the_middle(root):
+  """A ramp stays a ramp, on the grid of pixel centres; the longer side loses its ends."""
+  ramp = np.repeat(np.arange(64, dtype=np.uint8)[None, :, None], 16, axis=0)  # 16 x 64
+  out = vdm_data.centre_crop(ramp, 4, 4)
+  assert out.shape == (4, 4, 1)
+  np.testing.assert_allclose(
+    out[1, :, 0], 24 + 4 * np.arange(4) + 1.5, atol=1
+  )  # means of 4 columns
+  assert vdm_data.centre_crop(np.zeros((5, 9, 3), np.uint8), 12, 10).shape == (12, 10, 3)
+  height, width, channels = SHAPE
+  source = vdm_data.load(toy(root, resize=True, image_shape=(2, 3, channels)), 'train')
+  assert source.fetch(np.arange(3))['image'].shape == (3, 2, 3, channels)
+  assert source.identity['resize'] and (height, width) != (2, 3)
 
 
 @pytest.mark.parametrize('cached', [True, False])

@@ -67,7 +67,7 @@ def load(data, split: str) -> Source:
   if data.num_bits:
     fetch = _quantized(data, fetch)
   identity = {'name': data.name, 'full_name': full_name, 'split': data[f'{split}_split']}
-  identity['num_bits'] = data.num_bits
+  identity |= {'num_bits': data.num_bits, 'resize': data.resize}
   identity |= _check(data, split, full_name, fetch, num_images)
   return Source(fetch, identity, num_threads)
 
@@ -285,6 +285,8 @@ def _load_tfds(data, split):
   def read(indices):
     rows = records.__getitems__(indices.tolist())
     images = [decode(row) for row in rows]
+    if data.resize:
+      images = [centre_crop(image, *shape[:2]) for image in images]
     for image in images:
       _require_shape(data, info.full_name, image.shape)
     labels = [row['label'] if data.num_classes else 0 for row in rows]
@@ -308,6 +310,23 @@ def _load_tfds(data, split):
     return {name: value[indices] for name, value in cache.items()}
 
   return fetch, info.full_name, count, num_threads
+
+
+def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
+  """The middle of an image uint8 [H, W, C], scaled to cover height x width (ADM's preprocessing).
+
+  Halved by averaging while it is at least twice as large as needed, then bicubic: no aliasing.
+  """
+  from PIL import Image
+
+  picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
+  while picture.width >= 2 * width and picture.height >= 2 * height:
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
+  scale = max(width / picture.width, height / picture.height)
+  size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
+  scaled = np.asarray(picture.resize(size, Image.BICUBIC))
+  top, left = (size[1] - height) // 2, (size[0] - width) // 2
+  return scaled[top : top + height, left : left + width].reshape(height, width, -1)
 
 
 def _open(builder, split, field):
