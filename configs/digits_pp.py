@@ -8,12 +8,11 @@ laptop. Labels are withheld from a tenth of training's images, for guidance:
 """
 
 from ml_collections import ConfigDict
-
-from vdm.configs import digits, default
+from vdm.configs import default, digits
 
 
 def get_config(arg=''):
-  """The network of configs/digits.py with labels, trained for samples instead of likelihood."""
+  """The network of configs/digits.py with labels, trained for its samples."""
   config = digits.get_config()
   with config.unlocked():
     config.name = 'digits_pp'

@@ -8,12 +8,11 @@ laptop. Labels are withheld from a tenth of training's images, for guidance:
 """
 
 from ml_collections import ConfigDict
-
-from vdm.configs import fashion_mnist, default
+from vdm.configs import default, fashion_mnist
 
 
 def get_config(arg=''):
-  """The network of configs/fashion_mnist.py with labels, trained for samples instead of likelihood."""
+  """The network of configs/fashion_mnist.py with labels, trained for its samples."""
   config = fashion_mnist.get_config()
   with config.unlocked():
     config.name = 'fashion_mnist_pp'
