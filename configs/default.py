@@ -11,7 +11,9 @@ from ml_collections import ConfigDict
 SMALL_NETWORKS = dict(
   vdm_unet=dict(width=16, num_blocks=1),
   mlp=dict(width=16, num_blocks=1),
-  adm_unet=dict(width=16, num_blocks=1, channel_multipliers=(1, 2), head_width=16),
+  adm_unet=dict(
+    width=16, num_blocks=1, channel_multipliers=(1, 2), attention_resolutions=(), head_width=16
+  ),
   uvit=dict(
     widths=(16, 16),
     num_blocks=1,
