@@ -3,7 +3,7 @@
   python -m vdm.main --config=configs/imagenet256.py --config.data.dir=DIR
 
 A residual U-ViT: patches of 2, convolutions at 128 to 32, a transformer at 16.
-Head v, the adaptive schedule, the sigmoid weighting moved to this resolution, labels withheld from a
+Head v, adaptive schedule, the sigmoid weighting moved to this resolution, labels withheld from a
 tenth of training's images. Images are those of TFDS imagenet2012, scaled and cropped as ADM's.
 
 The paper reports FID 2.40, with guidance 2.12. Ours: not trained. Network sizes, batch,
