@@ -142,8 +142,8 @@ def small_tables():
     m = exact.mixture(3, 3)
     yield {
       'density': list(exact.density_rows('', m, 64, 64, methods)),
-      'mass': list(exact.mass_rows('', m, 48, samples=(1, 8))),
-      'grid': list(exact.grid_rows(num_dims=3, num_values=256, count=64, draws=32)),
+      'mass': list(exact.mass_rows('', m, 400, samples=(1, 8))),
+      'grid': list(exact.grid_rows(num_dims=3, num_values=128, count=64, draws=32)),
     }
 
 
@@ -172,7 +172,7 @@ def test_bound_with_decoder_and_ode_agree_on_data_of_the_grid(small_tables):
   continuous, fine, coarse, truncated, uniform = (row.difference() for row in small_tables['grid'])
   assert abs(continuous[0]) < 4 * continuous[1] + 0.01
   assert continuous[0] - 4 * continuous[1] < fine[0] < coarse[0]
-  assert -4 * truncated[1] - 1e-3 < truncated[0] < 0.05
+  assert -4 * truncated[1] - 1e-3 < truncated[0] < 0.02
   assert uniform[0] > truncated[0] + 0.2  # asks the model about what it never saw
 
 
@@ -268,5 +268,5 @@ def test_eval_mode_writes_a_card_for_each_likelihood(tmp_path, rank_promotion_al
   elbo = found['bits_per_dim_ema_continuous_step00000004.json']
   common = elbo.keys() & exact_card.keys()
   assert {'metric', 'data', 'params', 'config', 'environment', 'log_snr_max'} <= common
-  # Four steps from the start both say little, and about the same.
-  assert abs(exact_card['value'] - elbo['value']) < 1
+  # Four steps from the start both are worse than uniform, log2(17) = 4.1, by not too much.
+  assert 4 < exact_card['value'] < elbo['value'] < 8

@@ -71,9 +71,8 @@ def make_pictures(
   denoise = progressive.make_denoise(model, mesh)
   count = min(NUM_SPECTRUM, source.identity['num_images'])
   batch = source.fetch(np.arange(count))
-  spectrum = progressive.radial_power(
-    np.asarray(to_grid(jnp.asarray(batch['image']), model.num_values))
-  )
+  x = to_grid(jnp.asarray(batch['image'], jnp.int32), model.num_values)
+  spectrum = progressive.radial_power(np.asarray(x))
   few = [batch[k][:NUM_PROGRESSIVE] for k in ('image', 'label')]
 
   def pictures(train_state, curves):
