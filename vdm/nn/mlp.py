@@ -1,4 +1,4 @@
-"""A residual perceptron for vectors: two-dimensional examples, and tests that train in seconds."""
+"""A residual perceptron: two-dimensional examples, and images where a U-Net is too dear."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,7 +7,7 @@ from vdm.nn import layers
 
 
 class MLP(nn.Module):
-  """Residual swish blocks on vectors [B, D], with the conditioning of `VDMUNet`.
+  """Residual swish blocks on vectors, or on images as vectors, conditioned as `VDMUNet`.
 
   Ours, in the place of the plain perceptron in the 2D example of VDM's public code.
 
@@ -31,11 +31,12 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, z, t, label=None, *, train):
-    """The raw output of the network; shapes as in `VDMUNet`, but z and the output are [B, D]."""
+    """The raw output of the network; shapes as in `VDMUNet`, but z and the output are [B ...]."""
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
-    if z.ndim != 2:
-      raise ValueError(f'mlp takes vectors [B, D], but z has shape {z.shape}.')
-
+    if z.ndim < 2:
+      raise ValueError(f'mlp takes vectors [B, D] or images, but z has shape {z.shape}.')
+    shape = z.shape
+    z = z.reshape(shape[0], -1)
     zeros = nn.initializers.zeros
     cond = layers.Conditioning(self.width, self.num_classes, name='conditioning')(t, label)
     h = layers.fourier_features(z, self.fourier_exponents)
@@ -51,4 +52,4 @@ class MLP(nn.Module):
     h = nn.LayerNorm(dtype=self.dtype, name='norm_out')(h)
     h = nn.Dense(z.shape[-1], dtype=self.dtype, kernel_init=zeros, name='dense_out')(nn.swish(h))
     h = h.astype(jnp.float32)
-    return h + z if self.residual else h
+    return (h + z if self.residual else h).reshape(shape)
