@@ -1,0 +1,45 @@
+import ast
+import importlib.util
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_layering import LEVELS
+
+TOY = pathlib.Path(__file__).parents[1] / 'examples' / 'toy2d.py'
+
+
+def test_the_toy_is_short_and_uses_the_maths_alone():
+  text = TOY.read_text()
+  assert len(text.splitlines()) <= 120
+  maths = set().union(*LEVELS[:3]) - {'nn', 'data', 'state'}
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.ImportFrom) and node.module == 'vdm':
+      assert {alias.name for alias in node.names} <= maths
+    elif isinstance(node, ast.ImportFrom) and node.module.startswith('vdm.'):
+      assert node.module.split('.')[1] in maths
+
+
+@pytest.fixture
+def toy(rank_promotion_allowed):
+  spec = importlib.util.spec_from_file_location('toy2d', TOY)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_the_toy_learns(toy):
+  network = toy.Network().init(jax.random.key(0), jnp.zeros((1, 2)), jnp.zeros(1))
+  params = start = {'network': network, 'schedule': toy.LEARNED.init()}
+  opt_state, history = toy.OPTIMIZER.init(params), []
+  for i in range(150):
+    params, opt_state, (loss, _) = toy.step(params, opt_state, jax.random.key(i))
+    history.append(float(loss))
+  assert np.mean(history[-20:]) < 0.8 * np.mean(history[:5])
+  for name in ('log_snr_max', 'slope'):
+    assert params['schedule'][name] == start['schedule'][name]
+  assert (
+    np.abs(params['schedule']['interior']['a'] - start['schedule']['interior']['a']).max() > 0.01
+  )
