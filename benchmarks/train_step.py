@@ -14,7 +14,8 @@ step, so that a drift of the machine's speed cancels in the shares:
 
 Parts alone are fused and overlapped otherwise than in the step, so the shares are estimates. XLA
 counts the body of a loop once. On CPU attention is one, so there `flops` is a little low; with
-microbatches the whole network is one, and `flops` and `bytes_accessed` are null.
+microbatches the whole network is one, with `scan_blocks` most of it, and `flops` and
+`bytes_accessed` are null.
 """
 
 import functools
@@ -63,6 +64,10 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
     The 3x3 convolutions as (features, input in their dtype), the dropouts as (rate, input).
   """
   convs, dropouts = [], []
+  if build.scan_blocks(config):  # a loop would call one block for all
+    config = config.copy_and_resolve_references()
+    config.model.scan_blocks = 'off'
+    model = build.model(config)
 
   def note(call, args, kwargs, context):
     module = context.module
@@ -239,7 +244,7 @@ def measure(
   low, median, high = np.percentile(times['step'], (25, 50, 75))
   dtype, device_kind = build.dtype(config), jax.devices()[0].device_kind
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()  # of one device's program
-  counted = microbatches == 1
+  counted = microbatches == 1 and not build.scan_blocks(config)
   flops = int(cost['flops']) * mesh.size if counted else None
   peak = PEAK_FLOPS.get(device_kind, (None, None))[dtype == jnp.float32]
   new_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

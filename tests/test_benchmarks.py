@@ -33,7 +33,9 @@ def config():
   return config
 
 
-def test_layer_calls_finds_every_convolution_and_dropout(train_step, config):
+@pytest.mark.parametrize('scan_blocks', ['off', 'on'])
+def test_layer_calls_finds_every_convolution_and_dropout(train_step, config, scan_blocks):
+  config.model.scan_blocks = scan_blocks
   convs, dropouts = train_step.layer_calls(config, build.model(config), 2)
   width = config.model.width
   assert len(convs) == 1 + 2 * (1 + 2 + 2) + 1  # in, two in each block down, mid and up, out
