@@ -21,8 +21,8 @@ def get_config(arg=''):
       dict(
         name='mlp',
         output='eps',
-        width=512,
-        num_blocks=4,
+        width=256,
+        num_blocks=3,
         fourier_exponents=(6, 7),
         dropout=0.1,
         class_conditional=False,
@@ -33,10 +33,10 @@ def get_config(arg=''):
     config.schedule.name = 'learned_net'
     config.ema.halflife_images = 100_000
     config.train.update(
-      batch_size=128, num_steps=12_000, log_every_steps=500, eval_every_steps=3000
+      batch_size=128, num_steps=8000, log_every_steps=500, eval_every_steps=4000
     )
     config.eval.update(batch_size=500, draws=2, max_images=0)
-    config.checkpoint.every_steps = 3000
+    config.checkpoint.every_steps = 2000
     if arg == 'debug':
       default.debug(config)
   return config.lock()
