@@ -199,5 +199,6 @@ def debug(config):
     config.model.update(SMALL_NETWORKS[config.model.name])
   config.train.update(batch_size=8, num_steps=4, log_every_steps=1, eval_every_steps=2)
   config.eval.update(batch_size=8, draws=2, max_images=16)
+  config.eval.ode.update(rtol=1e-2, atol=1e-2)
   config.sample.update(num_images=8, batch_size=8, num_steps=4)
   config.checkpoint.every_steps = 2

@@ -22,6 +22,7 @@ from jaxtyping import Array, Float, Int
 from vdm.gaussian import Denoiser, alpha, expand_to, fold_in, sigma, standard_normal, sum_over_dims
 from vdm.likelihood import to_grid
 
+# On Gaussians an error of 1e-3 bits/dim took 67 evaluations, Dopri5 the same, Bosh3 115, Heun 480.
 SOLVER = diffrax.Tsit5()
 EVALUATIONS_PER_STEP = 6  # of SOLVER, whose last stage is the first of the next step
 FIRST_STEPS = (
