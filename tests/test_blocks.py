@@ -182,7 +182,7 @@ def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation):
   batch = {'image': image, 'label': 0 * index, 'index': index}
   restored = jax.device_put(other_state, jax.devices()[0])  # half the compilation
   after, metrics = jax.jit(step)(restored, batch)
-  assert after.step == state.step + 1 and np.isfinite(metrics['grad_norm'])
+  assert after.step == restored.step + 1 and np.isfinite(metrics['grad_norm'])
   kernels = (s.params['network']['down_*']['conv_0']['kernel'] for s in (after, restored))
   assert (np.abs(np.subtract(*kernels)).max(axis=(1, 2, 3, 4)) > 0).all()
 
