@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from vdm.gaussian import Denoiser, alpha, expand_to, fold_in, sigma, standard_normal, sum_over_dims
 from vdm.likelihood import to_grid
 
-# On Gaussians an error of 1e-3 bits/dim took 67 evaluations, Dopri5 the same, Bosh3 115, Heun 480.
+# A 64-d Gaussian at rtol = atol = 1e-4, evaluations and error in bits/dim: Tsit5 67 and 0.0008,
+# Dopri5 67 and 0.0009, Bosh3 114 and 0.0014, Heun 477 and 0.0004 (at 1e-3 165 and 0.0030).
 SOLVER = diffrax.Tsit5()
 EVALUATIONS_PER_STEP = 6  # of SOLVER, whose last stage is the first of the next step
 FIRST_STEPS = (
