@@ -72,8 +72,8 @@ class VDMUNet(nn.Module):
       The published checkpoints all have it.
     residual: adds z to the output. With eps as output the network starts as eps_hat = z, VDM's
       choice; leave it out for an output that is not near z where noise dominates.
-    scan_blocks: the blocks in and out are two loops, which compile many times faster, over stacked
-      parameters (`blocks.stack` of those without; `init` draws others). The same function.
+    scan_blocks: the blocks in and out are two loops, each compiled once whatever the number, over
+      stacked parameters (`blocks.stack` of those without; `init` draws others). The same function.
     remat: the gradient computes each block's activations again instead of keeping them.
   """
 
