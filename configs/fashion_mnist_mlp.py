@@ -32,11 +32,9 @@ def get_config(arg=''):
     )
     config.schedule.name = 'learned_net'
     config.ema.halflife_images = 100_000
-    config.train.update(
-      batch_size=128, num_steps=8000, log_every_steps=500, eval_every_steps=4000
-    )
+    config.train.update(batch_size=128, num_steps=5000, log_every_steps=500, eval_every_steps=2500)
     config.eval.update(batch_size=500, draws=2, max_images=0)
-    config.checkpoint.every_steps = 2000
+    config.checkpoint.every_steps = 2500
     if arg == 'debug':
       default.debug(config)
   return config.lock()

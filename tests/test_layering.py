@@ -15,6 +15,7 @@ LEVELS = [
   {'look'},
   {'train'},
   {'main'},
+  {'ablate'},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}
 # gaussian is below the rest of the maths: it defines what a schedule and a denoiser are

@@ -17,6 +17,8 @@ import os
 import pathlib
 import sys
 import traceback
+from collections.abc import Callable
+from typing import Any
 
 # TensorFlow reads records and writes summaries here; it need not announce itself.
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
@@ -40,7 +42,7 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'This process, with --coordi
 def main(_):
   """Dispatches on --mode."""
   # after the flags: they import JAX
-  from vdm import import_vdm, look, parallel, reconstruct, report, sample, train
+  from vdm import import_vdm, look, reconstruct, report, sample, train
 
   report.set_up_logging()
   modes = {
@@ -50,11 +52,19 @@ def main(_):
     'reconstruct': reconstruct.run,
     'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
   }
+  in_one_line(modes[_MODE.value], lambda config: f'runs/{config.name}')
+
+
+def in_one_line(command: Callable, default_workdir: Callable[[Any], str]):
+  """Exits with the status of command(config, workdir), or with the one line of what it refused."""
+  from vdm import parallel
+
   try:
     parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or f'runs/{config.name}')
-    sys.exit(modes[_MODE.value](config, workdir))
+    workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
+    parallel.keep_compiled(workdir / 'xla_cache')
+    sys.exit(command(config, workdir))
   except (ValueError, FloatingPointError) as error:
     # What our own code refused is one line; what broke inside a library keeps its traceback.
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
@@ -63,7 +73,7 @@ def main(_):
     sys.exit(str(error))
 
 
-def _parse_flags(argv):
+def parse_flags(argv):
   """absl's parser, with what can go wrong in one line; finds packaged configs from anywhere."""
   try:
     rest = flags.FLAGS([_locate(arg) for arg in argv])
@@ -96,12 +106,13 @@ def _locate(arg: str) -> str:
   if flag in ('--config', '-config') and not pathlib.Path(path).exists():
     from vdm import configs
 
-    packaged = pathlib.Path(configs.__file__).parent / pathlib.Path(path).name
-    if pathlib.Path(path).parent.name in ('', 'configs') and packaged.exists():
+    *_, below = pathlib.PurePath(path).as_posix().rpartition('configs/')
+    packaged = pathlib.Path(configs.__file__).parent / below
+    if packaged.exists():
       return f'{flag}={packaged}{colon}{preset}'
     sys.exit(f'--config={path} does not exist; give a file, or one of {_packaged()}.')
   return arg
 
 
 if __name__ == '__main__':
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=parse_flags)

@@ -175,6 +175,16 @@ def _bound_cards(workdir: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
   return {k: sorted(v, key=lambda card: card['step']) for k, v in sorted(cards.items())}
 
 
+def read_scalars(directory: pathlib.Path, tag: str) -> dict[int, float]:
+  """{step: value} of a scalar in TensorBoard files."""
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  from tensorboard.util.tensor_util import make_ndarray
+
+  events = EventAccumulator(str(directory), size_guidance={'tensors': 0})
+  events.Reload()
+  return {e.step: float(make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)}
+
+
 def load_json(path: pathlib.Path) -> Any:
   """The content of a JSON file."""
   return json.loads(path.read_text())

@@ -9,7 +9,8 @@ from vdm.nn import layers
 class MLP(nn.Module):
   """Residual swish blocks on vectors, or on images as vectors, conditioned as `VDMUNet`.
 
-  Ours, in the place of the plain perceptron in the 2D example of VDM's public code.
+  Ours, in the place of the plain perceptron in the 2D example of VDM's public code. The output also
+  has each element's own features, weighted by the conditioning.
 
   Attributes:
     width: units of every hidden layer; even.
@@ -39,8 +40,8 @@ class MLP(nn.Module):
     z = z.reshape(shape[0], -1)
     zeros = nn.initializers.zeros
     cond = layers.Conditioning(self.width, self.num_classes, name='conditioning')(t, label)
-    h = layers.fourier_features(z, self.fourier_exponents)
-    h = nn.Dense(self.width, dtype=self.dtype, name='dense_in')(h)
+    own = layers.fourier_features(z[..., None], self.fourier_exponents)  # [B, D, F] of each element
+    h = nn.Dense(self.width, dtype=self.dtype, name='dense_in')(own.reshape(len(z), -1))
     for i in range(self.num_blocks):
       u = nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(h)
       u = nn.Dense(self.width, dtype=self.dtype, name=f'dense_{i}_0')(nn.swish(u))
@@ -51,5 +52,7 @@ class MLP(nn.Module):
       h += nn.Dense(self.width, dtype=self.dtype, kernel_init=zeros, name=f'dense_{i}_1')(u)
     h = nn.LayerNorm(dtype=self.dtype, name='norm_out')(h)
     h = nn.Dense(z.shape[-1], dtype=self.dtype, kernel_init=zeros, name='dense_out')(nn.swish(h))
-    h = h.astype(jnp.float32)
+    # What each element's own features say of it, for layers that are narrower than z.
+    gate = nn.Dense(own.shape[-1], kernel_init=zeros, name='gate')(cond)
+    h = h.astype(jnp.float32) + (own * gate[:, None, :]).sum(axis=-1)
     return (h + z if self.residual else h).reshape(shape)

@@ -1,0 +1,230 @@
+"""Trains a grid of variations of one config, and sets their results side by side.
+
+  python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR
+  python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR --index=7    # one run
+
+The config has `base`, any complete config; `axes`, a dict from the name of an axis to a dict from a
+label to the blocks and leaves that it changes in the base (a block with a `name` replaces the
+base's); and `evaluations`, the numbers of sampler steps at which samples are scored. Runs are the
+product of the axes, each in a folder of its own; the same command goes on where it stopped. After
+every run DIR/results.csv, results.md and *.png are written anew from all that is there. An axis
+called `seed` is what means and spreads are over.
+"""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from matplotlib import pyplot as plt
+from ml_collections import ConfigDict
+
+from vdm import build, checkpoint, data, main, report, sample, train
+from vdm.likelihood import to_grid
+from vdm.samplers import num_evaluations
+from vdm.state import named_params
+
+_INDEX = flags.DEFINE_integer('index', -1, 'Which run of the grid, for arrays of jobs; -1: all.')
+SCORES = 'scores.json'
+
+
+def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
+  """The runs of an ablation: [({axis: label}, complete config)], the last axis fastest."""
+  build.check('base' in config and 'axes' in config, 'base', None, 'there', 'see vdm/ablate.py')
+  axes = config.axes.to_dict()
+  runs = []
+  for labels in itertools.product(*axes.values()):
+    run = ConfigDict(config.base.to_dict()).lock()
+    for axis, label in zip(axes, labels, strict=True):
+      for block, change in axes[axis][label].items():
+        _change(run, axis, block, change)
+    named = dict(zip(axes, labels, strict=True))
+    with run.unlocked():
+      run.name = folder(named)
+    runs.append((named, run))
+  return runs
+
+
+def folder(labels: dict[str, str]) -> str:
+  """The name of a run's folder."""
+  return '+'.join(labels.values())
+
+
+def _change(run: ConfigDict, axis: str, block: str, change: Any):
+  if block not in run:
+    raise ValueError(
+      f'config.axes.{axis} changes {block}, which config.base lacks; see its leaves.'
+    )
+  if not isinstance(change, dict):
+    run[block] = change
+  elif 'name' in change:
+    with run.unlocked():
+      run[block] = ConfigDict(change)
+  else:
+    for leaf in change:
+      if leaf not in run[block]:
+        raise ValueError(f'config.axes.{axis} changes {block}.{leaf}, which config.base lacks.')
+    run[block].update(change)
+
+
+def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
+  """Writes scores.json: Fréchet distances of samples by network evaluations, w and p of log_snr."""
+  model, mesh, state = checkpoint.read_run(config, workdir)
+  source = data.load(config.data, 'eval')
+  reference = source.fetch(np.arange(len(source)))['image']
+  params = named_params(state, config.sample.params)
+  distances = {}
+  for count in steps:
+    config.sample.num_steps = count
+    images = np.concatenate(list(sample.make_sampler(config, model, mesh)(params)))
+    evaluations = num_evaluations(build.sampler(config), count, config.sample.denoise_last)
+    distances[evaluations] = frechet_distance(*(_vectors(a, model) for a in (images, reference)))
+  schedule = model.training_schedule(state.params, state.adaptive)
+  log_snr = schedule(jnp.linspace(0.0, 1.0, 101))
+  result = {
+    'fd_pixels': distances,
+    'log_snr': np.asarray(log_snr).tolist(),
+    'weight': np.asarray(model.weighting(log_snr)).tolist(),
+  }
+  part = workdir / f'{SCORES}.part'
+  part.write_text(json.dumps(result, indent=2))
+  os.replace(part, workdir / SCORES)
+
+
+def _vectors(images: np.ndarray, model: build.Model) -> np.ndarray:
+  x = to_grid(jnp.asarray(images, jnp.int32), model.num_values)
+  return np.asarray(x, np.float64).reshape(len(images), -1)
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+  """Between Gaussians fitted to the rows of a and of b: |difference of means|^2 + tr(A + B - 2 R).
+
+  R = (A^1/2 B A^1/2)^1/2 by symmetric eigen-decompositions in float64.
+  """
+  (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
+  values, vectors = np.linalg.eigh(cov_a)
+  root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
+  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
+  squared = ((mean_a - mean_b) ** 2).sum()
+  return float(squared + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+
+
+def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
+  """What the finished runs left: labels, curves {step: bits/dim}, loss, scores."""
+  for labels, config in runs:
+    path = workdir / folder(labels)
+    if (path / SCORES).exists():
+      params = config.eval.params[-1]
+      cards = map(report.load_json, (path / 'cards').glob(f'bits_per_dim_{params}_*.json'))
+      bits = dict(sorted((card['step'], card['value']) for card in cards))
+      loss = report.read_scalars(path / 'tensorboard', 'train/loss')
+      yield {'labels': labels, 'bits': bits, 'loss': loss} | report.load_json(path / SCORES)
+
+
+def write_results(workdir: pathlib.Path, runs: list):
+  """results.csv, a line a run; results.md, a line a group of seeds; and the plots."""
+  found = list(collect(workdir, runs))
+  if not found:
+    return
+  header = [*found[0]['labels'], 'bits_per_dim']
+  header += [f'fd_pixels_{n}_evaluations' for n in found[0]['fd_pixels']]
+  rows = [
+    [*run['labels'].values(), list(run['bits'].values())[-1], *run['fd_pixels'].values()]
+    for run in found
+  ]
+  report.write_table(workdir / 'results.csv', header, rows)
+  groups = {}
+  for run, row in zip(found, rows, strict=True):
+    own = tuple(v for k, v in run['labels'].items() if k != 'seed')
+    groups.setdefault(own, []).append((run, row[len(run['labels']) :]))
+  axes = [axis for axis in found[0]['labels'] if axis != 'seed']
+  head = [*axes, 'runs', *(name.replace('_', ' ') for name in header[len(found[0]['labels']) :])]
+  lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
+  for own, members in sorted(groups.items(), key=lambda item: np.mean([m[1][0] for m in item[1]])):
+    values = np.array([numbers for _, numbers in members])
+    cells = [f'{m:.3f} ± {s:.3f}' for m, s in zip(values.mean(0), values.std(0), strict=True)]
+    lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
+  (workdir / 'results.md').write_text('\n'.join(lines) + '\n')
+  _plot(workdir, {', '.join(own): [run for run, _ in members] for own, members in groups.items()})
+
+
+def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
+  """Curves of each group: the mean over its runs, and from the least to the greatest."""
+  colours = dict(zip(groups, plt.colormaps['tab20'](np.linspace(0, 1, len(groups))), strict=True))
+
+  def draw(name, xlabel, ylabel, points, log_x=False, log_y=False, most=None):
+    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    for label, members in groups.items():
+      runs = members[:most]
+      x = points(runs[0])[0]
+      values = np.array([points(run)[1] for run in runs if len(points(run)[1]) == len(x)])
+      axes.plot(x, values.mean(axis=0), '.-', label=label, color=colours[label])
+      axes.fill_between(x, values.min(0), values.max(0), alpha=0.15, color=colours[label])
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    if log_x:
+      axes.set_xscale('log', base=2)
+    if log_y:
+      axes.set_yscale('log')
+    axes.legend(fontsize='small', ncols=2)
+    report.save_figure(figure, workdir / f'{name}.png')
+
+  pairs = lambda table: ([float(k) for k in table], list(table.values()))
+  draw('bits_per_dim', 'steps', 'bits/dim', lambda run: pairs(run['bits']))
+  draw(
+    'fd_pixels', 'network evaluations', 'FD-pixels', lambda run: pairs(run['fd_pixels']), True, True
+  )
+  relative = lambda loss: (list(loss), np.array(list(loss.values())) / next(iter(loss.values())))
+  draw(
+    'loss', 'steps', 'training loss, of its first', lambda run: relative(run['loss']), log_y=True
+  )
+  weight = lambda run: (run['log_snr'], np.array(run['weight']) / max(run['weight']))
+  draw('weight', 'log-SNR', 'w, of its greatest', weight)
+
+  def density(run):
+    log_snr = np.array(run['log_snr'])
+    return (log_snr[1:] + log_snr[:-1]) / 2, -1 / (np.diff(log_snr) * len(log_snr))
+
+  # each run's density is at its own log-SNR: those of the first are drawn
+  draw('density', 'log-SNR', 'density of training times', density, most=1)
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+  """Runs what is left of the grid, or of run --index alone, and writes the results."""
+  runs = expand(config)
+  index = _INDEX.value
+  if index >= len(runs):
+    raise ValueError(f'--index={index} must be below {len(runs)}, the number of runs; or -1.')
+  for _, run_config in runs:
+    build.model(run_config)  # a bad one is refused before the first is trained
+  for number, (labels, run_config) in enumerate(runs):
+    path = workdir / folder(labels)
+    if index not in (-1, number) or (path / SCORES).exists():
+      continue
+    logging.info('run %d of %d: %s', number, len(runs), folder(labels))
+    try:
+      status = train.train(run_config, path)
+    except FloatingPointError as error:
+      logging.error('%s: %s; the grid goes on without it.', path, error)
+      continue
+    if status:
+      return status
+    score(run_config, path, config.evaluations)
+    jax.clear_caches()  # of programs that no other run uses
+    write_results(workdir, runs)
+  write_results(workdir, runs)
+  return 0
+
+
+def _main(_):
+  report.set_up_logging()
+  main.in_one_line(run, lambda config: f'runs/{config.base.name}')
+
+
+if __name__ == '__main__':
+  app.run(_main, flags_parser=main.parse_flags)
