@@ -164,7 +164,8 @@ def solve(log_prob: Callable, batch: jax.Array, trace: str, **settings) -> tuple
     probes = ode.exact_probes(len(batch), shape)
   else:
     keys = fold_in(jax.random.key(7), jnp.arange(len(batch)))
-    probes = ode.PROBES[trace](keys, (1, *shape))
+    count = max(1, 32 // math.prod(shape))  # the trace of few dimensions varies more
+    probes = ode.PROBES[trace](keys, (count, *shape))
   solution = jax.jit(lambda batch, probes: log_prob(batch, probes=probes, **settings))(
     batch, probes
   )
