@@ -35,9 +35,9 @@ SCORES = 'scores.json'
 
 
 def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
-  """The runs of an ablation: [({axis: label}, complete config)], the last axis fastest."""
+  """The runs of an ablation: [({axis: label}, complete config)], seeds fastest."""
   build.check('base' in config and 'axes' in config, 'base', None, 'there', 'see vdm/ablate.py')
-  axes = config.axes.to_dict()
+  axes = dict(sorted(config.axes.to_dict().items(), key=lambda item: item[0] == 'seed'))
   runs = []
   for labels in itertools.product(*axes.values()):
     run = ConfigDict(config.base.to_dict()).lock()

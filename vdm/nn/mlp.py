@@ -9,8 +9,9 @@ from vdm.nn import layers
 class MLP(nn.Module):
   """Residual swish blocks on vectors, or on images as vectors, conditioned as `VDMUNet`.
 
-  Ours, in the place of the plain perceptron in the 2D example of VDM's public code. The output also
-  has each element's own features, weighted by the conditioning.
+  Ours, in the place of the plain perceptron in the 2D example of VDM's public code. To the output of
+  the last layer it adds each element's own features, weighted by another: what an element says of its
+  own noise need not pass through layers that are narrower than z.
 
   Attributes:
     width: units of every hidden layer; even.
@@ -50,9 +51,8 @@ class MLP(nn.Module):
       )(cond)
       u = layers.Dropout(self.dropout)(nn.swish(u), train=train)
       h += nn.Dense(self.width, dtype=self.dtype, kernel_init=zeros, name=f'dense_{i}_1')(u)
-    h = nn.LayerNorm(dtype=self.dtype, name='norm_out')(h)
-    h = nn.Dense(z.shape[-1], dtype=self.dtype, kernel_init=zeros, name='dense_out')(nn.swish(h))
-    # What each element's own features say of it, for layers that are narrower than z.
-    gate = nn.Dense(own.shape[-1], kernel_init=zeros, name='gate')(cond)
-    h = h.astype(jnp.float32) + (own * gate[:, None, :]).sum(axis=-1)
+    h = nn.swish(nn.LayerNorm(dtype=self.dtype, name='norm_out')(h))
+    gate = nn.Dense(own[0].size, dtype=self.dtype, kernel_init=zeros, name='gate')(h)
+    h = nn.Dense(z.shape[-1], dtype=self.dtype, kernel_init=zeros, name='dense_out')(h)
+    h = h.astype(jnp.float32) + (own * gate.astype(jnp.float32).reshape(own.shape)).sum(axis=-1)
     return (h + z if self.residual else h).reshape(shape)
