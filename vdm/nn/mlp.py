@@ -9,9 +9,9 @@ from vdm.nn import layers
 class MLP(nn.Module):
   """Residual swish blocks on vectors, or on images as vectors, conditioned as `VDMUNet`.
 
-  Ours, in the place of the plain perceptron in the 2D example of VDM's public code. To the output of
-  the last layer it adds each element's own features, weighted by another: what an element says of its
-  own noise need not pass through layers that are narrower than z.
+  Ours, in the place of the plain perceptron in the 2D example of VDM's public code. To the output
+  of the last layer it adds each element's own features, weighted by another: what an element says
+  of its own noise need not pass through layers that are narrower than z.
 
   Attributes:
     width: units of every hidden layer; even.
