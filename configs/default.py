@@ -113,7 +113,7 @@ def get_config(arg=''):
       num_timesteps=0,  # T of the evaluated bound; 0: continuous time
       max_images=0,  # evaluate this many images only; 0: the whole split
       seed=0,
-      params=('raw', 'ema'),  # parameters and averages (config.ema); the last one ranks checkpoints
+      params='raw,ema',  # which parameters and averages (config.ema); the last ranks checkpoints
       # Of the bound: the model's own schedule, or a fixed one by its name between its end points.
       schedule=dict(name='schedule'),
       augmented_elbo=False,  # --mode=eval: the weighted loss as bounds of data with noise, by level

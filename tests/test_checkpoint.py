@@ -128,6 +128,19 @@ def test_num_steps_belongs_to_a_run_with_decay(tmp_path):
   assert 'config.train.num_steps=1000, not 7' in refusal(tmp_path, config)
 
 
+def test_a_run_older_than_a_leaf_goes_on_where_the_leaf_has_its_default(tmp_path):
+  config = get_config()
+  checkpoint.open_workdir(tmp_path, config)
+  file = tmp_path / 'config.json'
+  old = json.loads(file.read_text())
+  del old['model']['remat'], old['data']['num_bits']
+  file.write_text(json.dumps(old))
+  checkpoint.open_workdir(tmp_path, config)
+  file.write_text(json.dumps(old))
+  config.data.num_bits = 4
+  assert 'no config.data.num_bits, not 4' in refusal(tmp_path, config)
+
+
 def test_missing_and_new_leaves_are_refused(tmp_path):
   config = get_config()
   checkpoint.open_workdir(tmp_path, config)

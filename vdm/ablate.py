@@ -120,7 +120,7 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
   for labels, config in runs:
     path = workdir / folder(labels)
     if (path / SCORES).exists():
-      params = config.eval.params[-1]
+      params = config.eval.params.split(',')[-1]
       cards = map(report.load_json, (path / 'cards').glob(f'bits_per_dim_{params}_*.json'))
       bits = dict(sorted((card['step'], card['value']) for card in cards))
       loss = report.read_scalars(path / 'tensorboard', 'train/loss')

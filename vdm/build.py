@@ -460,14 +460,14 @@ def _check_ode(config: ConfigDict):
   kinds, ode = config.eval.likelihood, config.eval.ode
   names = ('raw', *ema_decays(config, 0))
   for field, chosen in (
-    ('eval.params', tuple(config.eval.params)),
+    ('eval.params', tuple(config.eval.params.split(','))),
     ('eval.ode.params', (ode.params,)),
     ('sample.params', (config.sample.params,)),
   ):
     check(
       chosen and set(chosen) <= set(names),
       field,
-      chosen if field == 'eval.params' else chosen[0],
+      ','.join(chosen),
       f'among {", ".join(names)}',
       'config.ema says which averages are kept',
     )

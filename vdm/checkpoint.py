@@ -30,6 +30,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from vdm import build, parallel
+from vdm.configs import default
 from vdm.nn import blocks
 
 # Leaves that may differ between two starts of one run: they do not change what is trained.
@@ -107,12 +108,15 @@ def _differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
   free = _FREE_LEAVES
   if new.get('optimizer.decay') == 'constant':
     free += ('train.num_steps',)  # a cosine is stretched to num_steps: there it belongs to the run
+  defaults = _flat(json.loads(json.dumps(default.get_config().to_dict())))
   lines = []
   for leaf in sorted(saved.keys() | new.keys()):
     if leaf in free or leaf.startswith(_FREE_BLOCKS):
       continue
     if leaf not in new:
       lines.append(f'config.{leaf}={_typed(saved[leaf])}, which this config lacks')
+    elif leaf not in saved and leaf in defaults and defaults[leaf] == new[leaf]:
+      continue  # the run is older than the leaf, whose default is what was done before
     elif leaf not in saved:
       lines.append(f'no config.{leaf}, not {_typed(new[leaf])}')
     elif saved[leaf] != new[leaf]:

@@ -231,7 +231,7 @@ def evaluate_and_write(
   if config.eval.schedule.name != 'schedule':
     time += f'_{config.eval.schedule.name}'
   results = {}
-  for name in config.eval.params:
+  for name in config.eval.params.split(','):
     params = named_params(train_state, name)
     batches = data.eval_batches(
       source,

@@ -55,7 +55,7 @@ def make_look(
       shown['samples'] = sample.grid(images, model.num_values)
       sample.save_png(workdir / 'samples' / f'step_{step:08d}.png', shown['samples'])
       writer.write_images(step, {name: picture[None] for name, picture in shown.items()})
-    return {'bits_per_dim': results[config.eval.params[-1]].value}
+    return {'bits_per_dim': results[config.eval.params.split(',')[-1]].value}
 
   return look
 

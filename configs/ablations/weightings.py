@@ -18,7 +18,7 @@ def get_config(arg=''):
     base.name = 'weightings'
     if arg != 'debug':
       base.train.update(num_steps=300, eval_every_steps=100, log_every_steps=20)
-      base.eval.update(draws=4, params=('ema',))
+      base.eval.update(draws=4, params='ema')
       base.sample.update(num_images=360, batch_size=360)
       base.checkpoint.update(every_steps=300, keep=1)
   weightings = [name for name in WEIGHTINGS if arg != 'debug' or name in ('elbo', 'sigmoid')]
