@@ -153,7 +153,7 @@ def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path
   left.plot(t[[0, -1]], log_snr[[0, -1]], 'k:', label='linear')
   left.set(xlabel='t', ylabel='log-SNR')
   left.legend()
-  middle.stairs(-np.diff(t) / np.diff(log_snr), log_snr[::-1])
+  middle.stairs((-np.diff(t) / np.diff(log_snr))[::-1], log_snr[::-1])  # edges must rise
   middle.axhline(1 / (log_snr[0] - log_snr[-1]), color='k', linestyle=':')
   middle.set(xlabel='log-SNR', ylabel='density of training times', ylim=(0, None))
   cards = next((c for (params, _), c in _bound_cards(workdir).items() if params == 'ema'), [])
