@@ -21,20 +21,21 @@ def get_config(arg=''):
       dict(
         name='mlp',
         output='eps',
-        width=256,
-        num_blocks=3,
+        width=64,
+        num_blocks=2,
         fourier_exponents=(6, 7),
-        dropout=0.1,
+        dropout=0.0,
         class_conditional=False,
         condition_on='live',
         dtype='auto',
       )
     )
     config.schedule.name = 'learned_net'
+    config.optimizer.learning_rate = 3e-3
     config.ema.halflife_images = 100_000
-    config.train.update(batch_size=128, num_steps=5000, log_every_steps=500, eval_every_steps=2500)
+    config.train.update(batch_size=128, num_steps=4000, log_every_steps=500, eval_every_steps=2000)
     config.eval.update(batch_size=500, draws=2, max_images=0)
-    config.checkpoint.every_steps = 2500
+    config.checkpoint.every_steps = 2000
     if arg == 'debug':
       default.debug(config)
   return config.lock()
