@@ -34,7 +34,7 @@ def get_config(arg=''):
     config.optimizer.learning_rate = 3e-3
     config.ema.halflife_images = 100_000
     config.train.update(batch_size=128, num_steps=4000, log_every_steps=500, eval_every_steps=2000)
-    config.eval.update(batch_size=500, draws=2, max_images=0)
+    config.eval.update(batch_size=400, draws=2, max_images=0)
     config.checkpoint.every_steps = 2000
     if arg == 'debug':
       default.debug(config)
