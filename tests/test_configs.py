@@ -48,11 +48,12 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   assert metrics['bits_per_dim'].shape == ()
 
 
-@pytest.mark.parametrize('name', NAMES)
+# imagenet256 and 512 shrink to what imagenet128 does, but for their images
+@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('imagenet256', 'imagenet512')])
 def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   config = load(name, 'debug')
   assert config.name == f'{name}_debug'
-  config.sample.num_steps = 1
+  config.sample.num_steps = 2
   model, optimizer = build.model(config), build.optimizer(config)
   mesh = parallel.make_mesh()
   init = build.init_state(config, model)
