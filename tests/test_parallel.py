@@ -158,14 +158,6 @@ def test_state_survives_the_way_to_replicas_and_back():
     assert other.sharding.is_fully_replicated
 
 
-def test_flips_mirror_about_half_of_the_images(key):
-  images = jnp.arange(2 * 3).reshape(1, 2, 3, 1) * jnp.ones((400, 1, 1, 1), jnp.int32)
-  flipped = np.asarray(train.flip_horizontally(jax.random.split(key, 400), images))
-  mirrored = (flipped == images[:, :, ::-1]).all(axis=(1, 2, 3))
-  kept = (flipped == images).all(axis=(1, 2, 3))
-  assert np.all(mirrored ^ kept) and 150 < mirrored.sum() < 250
-
-
 @pytest.mark.slow
 def test_the_adaptive_schedule_pools_devices_and_microbatches():
   adaptive = dict(schedule__name='adaptive')

@@ -25,7 +25,7 @@ from absl import app, flags, logging
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from vdm import build, checkpoint, data, main, report, sample, train
+from vdm import build, checkpoint, data, main, parallel, report, sample, train
 from vdm.likelihood import to_grid
 from vdm.samplers import num_evaluations
 from vdm.state import named_params
@@ -202,6 +202,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     raise ValueError(f'--index={index} must be below {len(runs)}, the number of runs; or -1.')
   for _, run_config in runs:
     build.model(run_config)  # a bad one is refused before the first is trained
+  parallel.keep_compiled(workdir / 'xla_cache')  # one for all: most programs are the same
   for number, (labels, run_config) in enumerate(runs):
     path = workdir / folder(labels)
     if index not in (-1, number) or (path / SCORES).exists():

@@ -71,6 +71,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> None:
       f'--workdir={workdir} cannot be written ({cause}); choose another --workdir.'
     ) from error
 
+  parallel.keep_compiled(path / 'xla_cache')
   file = path / 'config.json'
   text = json.dumps(config.to_dict(), indent=2)
   if file.exists():

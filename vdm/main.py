@@ -63,7 +63,6 @@ def in_one_line(command: Callable, default_workdir: Callable[[Any], str]):
     parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     config = _CONFIG.value
     workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
-    parallel.keep_compiled(workdir / 'xla_cache')
     sys.exit(command(config, workdir))
   except (ValueError, FloatingPointError) as error:
     # What our own code refused is one line; what broke inside a library keeps its traceback.

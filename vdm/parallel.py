@@ -1,11 +1,11 @@
 """Devices and hosts: one mesh, and the two ways to run the one train step over it."""
 
-import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mesh
@@ -24,10 +24,11 @@ def initialize(coordinator: str, num_processes: int, process_id: int):
   jax.distributed.initialize(coordinator, num_processes, process_id)
 
 
-def keep_compiled(directory: pathlib.Path):
+def keep_compiled(directory: epath.Path):
   """Keeps what took a second or more to compile in `directory`, for the next start of a run.
 
-  $JAX_COMPILATION_CACHE_DIR is used instead where it is set. Nothing is written before that.
+  $JAX_COMPILATION_CACHE_DIR, or what an earlier call said, comes first. The directory is made when
+  there is something to keep.
   """
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(directory.absolute()))
