@@ -82,6 +82,7 @@ def get_config(arg=''):
       b2=0.99,
       eps=1e-8,
       weight_decay=0.01,  # on kernels only: never on schedule, biases, norms or embeddings
+      schedule_rate=1.0,  # a learned schedule's learning rate over the network's; 10 for short runs
       clip_norm=0.0,  # global norm of the gradient; 0: no clipping
     )
   )

@@ -24,6 +24,7 @@ SETTINGS = dict(
   eps=1e-8,
   weight_decay=0.5,
   clip_norm=0.0,
+  schedule_rate=1.0,
 )
 
 
@@ -51,6 +52,14 @@ def test_learning_rate_warms_up_from_zero_and_decays(decay, end):
     sizes.append(-float(updates['network']['bias'][0]))
   np.testing.assert_allclose(sizes[:11], np.arange(11) * 0.01, atol=1e-6)
   np.testing.assert_allclose(sizes[100], end, atol=1e-5)
+
+
+def test_the_schedule_moves_at_its_own_rate():
+  """The first update of Adam is the learning rate, whatever the gradient."""
+  optimizer = state.make_optimizer(**SETTINGS | dict(weight_decay=0.0, schedule_rate=10.0))
+  updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(updates['schedule']['slope'], -1.0, rtol=1e-4)
+  np.testing.assert_allclose(updates['network']['conv_in']['bias'], -0.1, rtol=1e-4)
 
 
 def test_clipping_bounds_the_gradient_norm():

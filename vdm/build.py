@@ -376,6 +376,7 @@ def check_config(config: ConfigDict):
     'data.num_classes',
     'optimizer.warmup_steps',
     'optimizer.clip_norm',
+    'optimizer.schedule_rate',
     'optimizer.weight_decay',
     'ema.rampup_ratio',
     'ema.snapshot_every_steps',

@@ -59,8 +59,13 @@ def make_optimizer(
   eps: float,
   weight_decay: float,
   clip_norm: float,
+  schedule_rate: float,
 ) -> optax.GradientTransformation:
-  """AdamW with linear warm-up, then constant or cosine to zero; optional clipping to a norm."""
+  """AdamW with linear warm-up, then constant or cosine to zero; optional clipping to a norm.
+
+  The schedule's parameters move `schedule_rate` times as fast: Adam moves any parameter by about
+  the learning rate, and end points are a hundred times as large as weights.
+  """
   rate = {
     'constant': lambda: optax.constant_schedule(learning_rate),
     'cosine': lambda: optax.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps)),
@@ -70,7 +75,15 @@ def make_optimizer(
     rate = optax.join_schedules([warmup, rate], [warmup_steps])
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)
-  return optax.chain(*clip, adamw)
+  faster = []
+  if schedule_rate != 1:
+    faster = [optax.masked(optax.scale(schedule_rate), is_schedule)]
+  return optax.chain(*clip, adamw, *faster)
+
+
+def is_schedule(params: Any) -> Any:
+  """True for the schedule's parameters, False for the network's."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == 'schedule', params)
 
 
 def apply_gradients(
