@@ -4,9 +4,9 @@
   python -m vdm.main --config=configs/fashion_mnist_mlp.py --config.data.dir=DIR --mode=eval \
     --config.eval.likelihood=elbo,ode
 
-The bound of all 10,000 test images takes seconds, the probability-flow ODE some 2,400 evaluations an
-image: give it --config.eval.max_images=100. The bits/dim are a perceptron's: configs/fashion_mnist.py
-has the U-Net.
+The bound of all 10,000 test images takes seconds, the probability-flow ODE some 2,400 evaluations
+an image: give it --config.eval.max_images=100. The bits/dim are a perceptron's:
+configs/fashion_mnist.py has the U-Net.
 """
 
 from ml_collections import ConfigDict
