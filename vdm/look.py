@@ -1,5 +1,6 @@
 """What one looks at after an evaluation: samples, plots, the progressive picture."""
 
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +19,7 @@ from vdm.state import named_params
 from vdm.weightings import is_monotone
 
 NUM_PROGRESSIVE = 4  # images of the progressive picture
-NUM_SPECTRUM = 1000  # images of the power spectrum
+SPECTRUM_VALUES = 2**25  # of the images of the power spectrum: a thousand at 100 x 100
 
 
 def make_look(
@@ -69,7 +70,8 @@ def make_pictures(
   every host; the first one writes.
   """
   denoise = progressive.make_denoise(model, mesh)
-  count = min(NUM_SPECTRUM, source.identity['num_images'])
+  most = SPECTRUM_VALUES // math.prod(model.image_shape)
+  count = min(max(NUM_PROGRESSIVE, most), source.identity['num_images'])
   batch = source.fetch(np.arange(count))
   x = to_grid(jnp.asarray(batch['image'], jnp.int32), model.num_values)
   spectrum = progressive.radial_power(np.asarray(x))
