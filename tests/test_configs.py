@@ -96,3 +96,10 @@ def test_the_two_imagenets_are_not_mixed_up():
     elif data.name.startswith('imagenet_resized/'):
       assert (data.train_images, data.eval_images, data.num_classes) == (1_281_167, 50_000, 1000)
       assert data.eval_split == 'validation'
+
+
+def test_a_model_block_without_a_leaf_is_refused_by_name():
+  config = load('digits').unlock()
+  del config.model.condition_on
+  with pytest.raises(ValueError, match=r'config.model.condition_on=None must be given'):
+    build.model(config)

@@ -43,7 +43,7 @@ def test_the_updates_weigh_step_tau_by_its_power():
 
 
 @pytest.mark.parametrize(
-  'target_std, target_time', [(0.075, 4096), (0.06, 4096), (0.1, 3000), (0.15, 4096)]
+  'target_std, target_time', [(0.075, 4096), (0.06, 4096), (0.08, 3072), (0.15, 4096)]
 )
 def test_stored_averages_add_up_to_one_that_was_tracked(target_std, target_time):
   """A random walk with drift; two lengths, stored 32 times; to 1e-3 of the parameters."""

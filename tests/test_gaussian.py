@@ -109,7 +109,8 @@ def test_a_built_denoiser_with_head_f_is_edms_preconditioned_network(key):
   """D(y; sigma) = c_skip y + c_out F(c_in y), F the network itself, at y = z / alpha."""
   config = digits.get_config('debug').unlock()
   config.data.image_shape = (2,)
-  config.model = dict(name='mlp', output='F', class_conditional=False, dtype='float32', width=8)
+  common = dict(class_conditional=False, condition_on='live', dtype='float32', dropout=0.0)
+  config.model = dict(name='mlp', output='F', width=8, **common)
   config.schedule = dict(name='linear', log_snr_min=-6.0, log_snr_max=6.0)
   model = build.model(config.lock())
   params = jax.jit(model.init)(key)
