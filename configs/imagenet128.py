@@ -6,7 +6,7 @@ A residual U-ViT: convolutions at 128 to 32, a transformer at 16.
 Head v, adaptive schedule, the sigmoid weighting moved to this resolution, labels withheld from a
 tenth of training's images. Images are those of TFDS imagenet2012, scaled and cropped as ADM's.
 
-The paper reports FID 1.75, with guidance is not stated. Ours: not trained. Network sizes, batch,
+The paper reports FID 1.75 without guidance. Ours: not trained. Network sizes, batch,
 learning rate, average, steps, guidance weight and interval are our choice; the paper's could not be
 read. Cost: a pod's work; `python -m benchmarks.parameters` counts the parameters.
 """
