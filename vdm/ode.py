@@ -26,9 +26,7 @@ from vdm.likelihood import to_grid
 # Dopri5 67 and 0.0009, Bosh3 114 and 0.0014, Heun 477 and 0.0004 (at 1e-3 165 and 0.0030).
 SOLVER = diffrax.Tsit5()
 EVALUATIONS_PER_STEP = 6  # of SOLVER, whose last stage is the first of the next step
-FIRST_STEPS = (
-  20  # the first step is this part of the whole range; the controller goes on from there
-)
+FIRST_STEPS = 20  # the first step is one of so many to the end; the controller goes on from there
 PROBES_AT_ONCE = 8  # vector-Jacobian products that are in memory together
 
 

@@ -145,7 +145,8 @@ def plot_history(workdir: pathlib.Path, path: pathlib.Path):
 def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path):
   """The schedule at equally spaced times, its density, and what it does to the loss's variance.
 
-  The history is that of the averaged parameters, from the workdir's number cards.
+  The history is that of the averaged parameters, from the workdir's number cards: the spread of the
+  bound under the schedule of evaluation, which for an adaptive one is linear.
   """
   figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5), layout='constrained')
   t = np.linspace(0, 1, len(log_snr))
@@ -158,7 +159,7 @@ def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path
   middle.set(xlabel='log-SNR', ylabel='density of training times', ylim=(0, None))
   cards = next((c for (params, _), c in _bound_cards(workdir).items() if params == 'ema'), [])
   steps = [card['step'] for card in cards]
-  right.plot(steps, [card['diffusion_cv'] for card in cards], '.-', label='this schedule')
+  right.plot(steps, [card['diffusion_cv'] for card in cards], '.-', label='as evaluated')
   right.plot(steps, [card['diffusion_cv_linear'] for card in cards], 'k.:', label='linear')
   right.set(xlabel='steps', ylabel='std / mean of the diffusion loss')
   right.margins(y=0.2)
