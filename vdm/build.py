@@ -349,7 +349,7 @@ def ema_decays(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array
 
 def check_config(config: ConfigDict):
   """Refuses values that no run could use, before anything is compiled or written."""
-  for leaf in ('name', 'output', 'dropout', 'class_conditional', 'condition_on', 'dtype'):
+  for leaf in ('name', 'output', 'class_conditional', 'condition_on', 'dtype'):
     check(
       leaf in config.model, f'model.{leaf}', None, 'given', 'configs/default.py says what it is'
     )

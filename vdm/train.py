@@ -136,7 +136,7 @@ def make_train_step(
       key_dropout = jax.random.fold_in(key_dropout, jax.lax.axis_index(axis_name))
 
     def part_grads(number, part):
-      dropout = jax.random.fold_in(key_dropout, number) if config.model.dropout else None
+      dropout = jax.random.fold_in(key_dropout, number) if config.model.get('dropout') else None
       params, zeros = train_state.params, jnp.zeros(len(part['index']))
       probe = (zeros, zeros)
       (grads, probe_grads), (metrics, (t, loss)) = grad_fn(
