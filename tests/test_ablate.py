@@ -6,14 +6,16 @@ import pytest
 import scipy.linalg
 from ml_collections import ConfigDict
 from vdm.configs import digits
-from vdm.configs.ablations import weightings
+from vdm.configs.ablations import schedules, weightings
 
 from vdm import ablate, build
 
 
-def config_of(**axes):
+def config_of(reference=(), **axes):
   base = digits.get_config('debug')
-  return ConfigDict(dict(base=base, axes=axes, evaluations=(2, 4))).lock()
+  return ConfigDict(
+    dict(base=base, axes=axes, evaluations=(2, 4), reference=dict(reference))
+  ).lock()
 
 
 AXES = dict(
@@ -38,11 +40,25 @@ def test_runs_are_the_product_of_the_axes():
   assert runs[0][1].schedule.name == 'learned_endpoints'  # the base's
 
 
-def test_the_shipped_grid_builds():
-  runs = ablate.expand(weightings.get_config())
-  assert len(runs) == 36
+@pytest.mark.parametrize(('grid', 'count'), [(weightings, 36), (schedules, 9)])
+def test_the_shipped_grids_build(grid, count):
+  runs = ablate.expand(grid.get_config())
+  assert len(runs) == count
   for _, config in runs[::3]:
     build.model(config)
+
+
+def test_steps_to_a_loss():
+  curve = {10: 4.0, 20: 2.0, 30: 3.0, 40: 1.0}
+  assert ablate.steps_to(curve, 3.0) == 15
+  assert ablate.steps_to(curve, 1.5) == 37.5
+  assert ablate.steps_to(curve, 4.5) == 10
+  assert np.isnan(ablate.steps_to(curve, 0.9))
+
+
+def test_a_reference_that_is_not_there_is_refused():
+  with pytest.raises(ValueError, match=r"reference\.weighting='elbow' must be of"):
+    ablate.expand(config_of(reference=dict(weighting='elbow'), **AXES))
 
 
 @pytest.mark.parametrize(
@@ -78,8 +94,10 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
     if trained == ['elbo+0', 'elbo+1']:
       return 75  # preempted
     (workdir / 'cards').mkdir(parents=True)
-    card = dict(step=4, value=2.0 + config.seed)
-    (workdir / 'cards' / 'bits_per_dim_ema_continuous_step4.json').write_text(json.dumps(card))
+    for step, loss in ((2, 5.0), (4, 3.0 + config.seed - (config.weighting.name == 'sigmoid'))):
+      card = dict(step=step, value=2.0 + config.seed, training_loss=dict(value=loss))
+      path = workdir / 'cards' / f'bits_per_dim_ema_continuous_step{step}.json'
+      path.write_text(json.dumps(card))
     return 0
 
   def score(config, workdir, steps):
@@ -92,7 +110,7 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   monkeypatch.setattr(ablate, 'score', score)
   monkeypatch.setattr(ablate.report, 'read_scalars', lambda path, tag: {1: 3.0, 2: 2.0})
   ablate.flags.FLAGS.mark_as_parsed()
-  config = config_of(**AXES)
+  config = config_of(reference=dict(weighting='elbo'), **AXES)
   assert ablate.run(config, tmp_path) == 75
   assert ablate.run(config, tmp_path) == 0
   assert trained == ['elbo+0', 'elbo+1', 'elbo+1', 'wide+0', 'wide+1']
@@ -102,7 +120,9 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
     ('elbo', '1', 3.0),
     ('wide', '1', 3.0),
   ]
+  # of wide+1: from 5 at step 2 to 3 at step 4, by way of elbo+1's last, 4
+  assert [float(r['steps_to_reference']) for r in rows] == [4.0, 4.0, 3.0]
   table = (tmp_path / 'results.md').read_text()
-  assert '| elbo | 2 | 2.500 ± 0.500 | 1.000 ± 0.000 | 1.000 ± 0.500 |' in table
-  for name in ('bits_per_dim', 'fd_pixels', 'loss', 'weight', 'density'):
+  assert '| elbo | 2 | 2.5 ± 0.5 | 3.5 ± 0.5 | 2 ± 0 | 4 ± 0 | 1 ± 0 | 1 ± 0.5 |' in table
+  for name in ('bits_per_dim', 'fd_pixels', 'loss', 'diffusion_cv', 'weight', 'density'):
     assert (tmp_path / f'{name}.png').stat().st_size > 1000

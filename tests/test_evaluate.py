@@ -101,6 +101,22 @@ def test_bound_of_the_exact_denoiser_is_the_exact_likelihood():
   assert abs(result.value - exact) < 3 * result.stderr, (result.value, exact)
 
 
+def test_training_loss_is_the_weighted_integral():
+  """1/2 int w(log_snr) sum_i a^2 c_i / (a^2 c_i + s^2) dlog_snr, for the exact denoiser."""
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 2000)
+  weighting = WEIGHTINGS['sigmoid'](bias=2.0)
+  model = exact_model(mean, covariance)._replace(weighting=weighting)
+  result = score(model, config_of(draws=32), images)
+  log_snr = np.linspace(LOG_SNR_MIN, LOG_SNR_MAX, 4001)
+  c = np.linalg.eigvalsh(covariance)[:, None]
+  error = (c / (c + np.exp(-log_snr))).sum(axis=0)
+  integral = np.trapezoid(error / 2 / (1 + np.exp(log_snr - 2)), log_snr) / len(c)
+  ends = sum(result.terms[term]['value'] for term in ('recon', 'prior')) * np.log(2)
+  assert result.loss[1] < 0.01 * integral
+  assert abs(result.loss[0] - ends - integral) < 4 * result.loss[1]
+
+
 def test_bound_of_a_wrong_denoiser_is_worse():
   mean, covariance = gaussian_data()
   images, exact = quantised(mean, covariance, 1000)

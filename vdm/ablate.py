@@ -5,7 +5,8 @@
 
 The config has `base`, any complete config; `axes`, a dict from the name of an axis to a dict from a
 label to the blocks and leaves that it changes in the base (a block with a `name` replaces the
-base's); and `evaluations`, the numbers of sampler steps at which samples are scored. Runs are the
+base's); `evaluations`, the numbers of sampler steps at which samples are scored; and `reference`,
+{axis: label} of the runs whose last loss the others are timed against, or {}. Runs are the
 product of the axes, each in a folder of its own; the same command goes on where it stopped. After
 every run DIR/results.csv, results.md and *.png are written anew from all that is there. An axis
 called `seed` is what means and spreads are over.
@@ -13,6 +14,7 @@ called `seed` is what means and spreads are over.
 
 import itertools
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -36,7 +38,11 @@ SCORES = 'scores.json'
 
 def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
   """The runs of an ablation: [({axis: label}, complete config)], seeds fastest."""
-  build.check('base' in config and 'axes' in config, 'base', None, 'there', 'see vdm/ablate.py')
+  for leaf in ('base', 'axes', 'evaluations', 'reference'):
+    build.check(leaf in config, leaf, None, 'given', 'vdm/ablate.py says what it is')
+  for axis, label in config.reference.items():
+    known = axis in config.axes and label in config.axes[axis]
+    build.check(known, f'reference.{axis}', label, 'of config.axes', 'name an axis and its label')
   axes = dict(sorted(config.axes.to_dict().items(), key=lambda item: item[0] == 'seed'))
   runs = []
   for labels in itertools.product(*axes.values()):
@@ -116,39 +122,74 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
-  """What the finished runs left: labels, curves {step: bits/dim}, loss, scores."""
+  """What the finished runs left: labels; curves {step: value}; scores.
+
+  `bits` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's.
+  """
   for labels, config in runs:
     path = workdir / folder(labels)
     if (path / SCORES).exists():
       params = config.eval.params.split(',')[-1]
       cards = map(report.load_json, (path / 'cards').glob(f'bits_per_dim_{params}_*.json'))
-      bits = dict(sorted((card['step'], card['value']) for card in cards))
-      loss = report.read_scalars(path / 'tensorboard', 'train/loss')
-      yield {'labels': labels, 'bits': bits, 'loss': loss} | report.load_json(path / SCORES)
+      cards = sorted(cards, key=lambda card: card['step'])
+      curves = {
+        'bits': {card['step']: card['value'] for card in cards},
+        'loss': {card['step']: card['training_loss']['value'] for card in cards},
+        'train_loss': report.read_scalars(path / 'tensorboard', 'train/loss'),
+        'train_cv': report.read_scalars(path / 'tensorboard', 'train/diffusion_cv'),
+      }
+      yield {'labels': labels} | curves | report.load_json(path / SCORES)
 
 
-def write_results(workdir: pathlib.Path, runs: list):
+def steps_to(curve: dict[int, float], loss: float) -> float:
+  """The step at which the curve first comes down to the loss, between two steps by a straight
+  line; nan where it never does."""
+  steps, values = (np.array(list(part), float) for part in (curve, curve.values()))
+  below = np.flatnonzero(values <= loss)
+  if not below.size:
+    return math.nan
+  i = below[0]
+  return float(np.interp(-loss, -values[i - 1 : i + 1], steps[i - 1 : i + 1]) if i else steps[0])
+
+
+def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]) -> dict:
+  """The columns of a run in the table, by name.
+
+  `diffusion_cv` is the standard deviation over the mean of the training loss of one example, the
+  mean over the last quarter of what was logged.
+  """
+  cv = list(run['train_cv'].values())
+  last = lambda curve: list(curve.values())[-1]
+  numbers = {
+    'bits_per_dim': last(run['bits']),
+    'loss': last(run['loss']),
+    'diffusion_cv': float(np.mean(cv[-max(1, len(cv) // 4) :])),
+  }
+  if reference:
+    wanted = run['labels'] | reference
+    losses = [last(other['loss']) for other in found if other['labels'] == wanted]
+    numbers['steps_to_reference'] = steps_to(run['loss'], losses[0]) if losses else math.nan
+  return numbers | {f'fd_pixels_{n}_evaluations': v for n, v in run['fd_pixels'].items()}
+
+
+def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   """results.csv, a line a run; results.md, a line a group of seeds; and the plots."""
   found = list(collect(workdir, runs))
   if not found:
     return
-  header = [*found[0]['labels'], 'bits_per_dim']
-  header += [f'fd_pixels_{n}_evaluations' for n in found[0]['fd_pixels']]
-  rows = [
-    [*run['labels'].values(), list(run['bits'].values())[-1], *run['fd_pixels'].values()]
-    for run in found
-  ]
-  report.write_table(workdir / 'results.csv', header, rows)
+  numbers = [numbers_of(run, found, reference) for run in found]
+  rows = [[*run['labels'].values(), *n.values()] for run, n in zip(found, numbers, strict=True)]
+  report.write_table(workdir / 'results.csv', [*found[0]['labels'], *numbers[0]], rows)
   groups = {}
-  for run, row in zip(found, rows, strict=True):
+  for run, n in zip(found, numbers, strict=True):
     own = tuple(v for k, v in run['labels'].items() if k != 'seed')
-    groups.setdefault(own, []).append((run, row[len(run['labels']) :]))
+    groups.setdefault(own, []).append((run, list(n.values())))
   axes = [axis for axis in found[0]['labels'] if axis != 'seed']
-  head = [*axes, 'runs', *(name.replace('_', ' ') for name in header[len(found[0]['labels']) :])]
+  head = [*axes, 'runs', *(name.replace('_', ' ') for name in numbers[0])]
   lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
   for own, members in sorted(groups.items(), key=lambda item: np.mean([m[1][0] for m in item[1]])):
     values = np.array([numbers for _, numbers in members])
-    cells = [f'{m:.3f} ± {s:.3f}' for m, s in zip(values.mean(0), values.std(0), strict=True)]
+    cells = [f'{m:.4g} ± {s:.2g}' for m, s in zip(values.mean(0), values.std(0), strict=True)]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
   (workdir / 'results.md').write_text('\n'.join(lines) + '\n')
   _plot(workdir, {', '.join(own): [run for run, _ in members] for own, members in groups.items()})
@@ -180,9 +221,10 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
     'fd_pixels', 'network evaluations', 'FD-pixels', lambda run: pairs(run['fd_pixels']), True, True
   )
   relative = lambda loss: (list(loss), np.array(list(loss.values())) / next(iter(loss.values())))
-  draw(
-    'loss', 'steps', 'training loss, of its first', lambda run: relative(run['loss']), log_y=True
-  )
+  label = 'training loss, of its first'
+  draw('loss', 'steps', label, lambda run: relative(run['train_loss']), log_y=True)
+  label = 'standard deviation over mean of the training loss'
+  draw('diffusion_cv', 'steps', label, lambda run: pairs(run['train_cv']))
   weight = lambda run: (run['log_snr'], np.array(run['weight']) / max(run['weight']))
   draw('weight', 'log-SNR', 'w, of its greatest', weight)
 
@@ -196,7 +238,7 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   """Runs what is left of the grid, or of run --index alone, and writes the results."""
-  runs = expand(config)
+  runs, reference = expand(config), config.reference.to_dict()
   index = _INDEX.value
   if index >= len(runs):
     raise ValueError(f'--index={index} must be below {len(runs)}, the number of runs; or -1.')
@@ -217,8 +259,8 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       return status
     score(run_config, path, config.evaluations)
     jax.clear_caches()  # of programs that no other run uses
-    write_results(workdir, runs)
-  write_results(workdir, runs)
+    write_results(workdir, runs, reference)
+  write_results(workdir, runs, reference)
   return 0
 
 

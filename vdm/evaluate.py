@@ -18,7 +18,6 @@ from vdm.likelihood import bits_per_dim
 from vdm.losses import DiffusionTerm, coefficients_of_variation, moments, variational_bound
 from vdm.state import named_params
 from vdm.times import stratified
-from vdm.weightings import elbo
 
 NUM_BINS = 20
 TERMS = ('recon', 'prior', 'diffusion')
@@ -41,8 +40,9 @@ def log_snr_bins(
 def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
   """step(params, batch, batch_number, seed) -> sums over the batch's real images, in bits per dim.
 
-  'terms' [draws, 3] over images; 'image' the sum, and 'image_squared' the sum of squares, of
-  each image's mean over draws; 'bins' and 'moments' [3] of the diffusion term.
+  'terms' [draws, 3] over images, 'loss' [draws] the training loss in nats/dim; 'image' the sum,
+  and 'image_squared' the sum of squares, of each image's mean over draws; 'bins' and 'moments' [3]
+  of the diffusion term.
   """
   num_dims = math.prod(model.image_shape)
   settings = config.eval
@@ -59,7 +59,7 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
       bound = variational_bound(
         denoiser,
         schedule,
-        elbo(),
+        model.weighting,
         u,
         stratified(jax.random.fold_in(key_t, batch_number), position, settings.batch_size),
         standard_normal(fold_in(key_recon, index), model.image_shape),
@@ -69,15 +69,17 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
       )
       terms = jnp.stack([bound.recon, bound.prior, bound.diffusion.elbo], axis=1)
       terms = bits_per_dim(terms, num_dims)  # [B, 3]
+      loss = (bound.recon + bound.prior + bound.diffusion.loss) / num_dims
       diffusion = bound.diffusion._replace(loss=terms[:, 2])
       spread = mask @ moments(diffusion, ends[0] - ends[1])
       bins = log_snr_bins(diffusion, ends, num_dims, mask)
-      return mask @ terms, terms.sum(axis=1), bins, spread
+      return mask @ terms, mask @ loss, terms.sum(axis=1), bins, spread
 
-    terms, image, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
+    terms, loss, image, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
     image = image.mean(axis=0)
     return {
       'terms': terms,
+      'loss': loss,
       'image': mask @ image,
       'image_squared': mask @ image**2,
       'bins': jax.tree.map(lambda a: a.sum(axis=0), bins),
@@ -97,6 +99,9 @@ class BitsPerDim(NamedTuple):
   stderr_images: float
   terms: dict[str, dict[str, float]]
   num_images: int
+  loss: tuple[
+    float, float
+  ]  # the training loss on these images, nats/dim, and its Monte Carlo error
   bins: np.ndarray  # [NUM_BINS] bits/dim per unit of log-SNR, nan where none fell
   cv: tuple[float, float]
 
@@ -118,6 +123,7 @@ def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
     return totals.mean(axis=1).sum() / num_images, math.sqrt(variance.sum()) / num_images
 
   value, stderr = mean_and_error(terms.sum(axis=2))
+  loss = mean_and_error(np.stack([s['loss'] for s in sums]).astype(np.float64))
   per_term = dict(zip(TERMS, map(mean_and_error, np.moveaxis(terms, 2, 0)), strict=True))
   mean = sum(s['image'].astype(np.float64) for s in sums) / num_images
   square = sum(s['image_squared'].astype(np.float64) for s in sums) / num_images
@@ -130,6 +136,7 @@ def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
     stderr_images=math.sqrt(max(0.0, square - mean**2) / max(1, num_images - 1)),
     terms={k: {'value': float(v), 'stderr': float(e)} for k, (v, e) in per_term.items()},
     num_images=num_images,
+    loss=tuple(map(float, loss)),
     bins=bins,
     cv=coefficients_of_variation(sum(s['moments'].astype(np.float64) for s in sums) / num_images),
   )
@@ -205,6 +212,7 @@ def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
     'bound': bound if schedule == 'schedule' else f'{bound}, {schedule} schedule',
     'num_images': result.num_images,
     'draws_per_image': config.eval.draws,
+    'training_loss': {'value': result.loss[0], 'stderr': result.loss[1]},
     'diffusion_cv': result.cv[0],
     'diffusion_cv_linear': result.cv[1],
     'bits_per_dim_per_log_snr': [None if math.isnan(b) else float(b) for b in result.bins],

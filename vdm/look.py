@@ -43,6 +43,7 @@ def make_look(
       for k, v in (
         ('bits_per_dim', result.value),
         ('stderr', result.stderr),
+        ('loss', result.loss[0]),
         ('diffusion_cv', result.cv[0]),
         ('diffusion_cv_linear', result.cv[1]),
         *((f'{term}_bpd', t['value']) for term, t in result.terms.items()),

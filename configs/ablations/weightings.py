@@ -12,7 +12,7 @@ from vdm.weightings import WEIGHTINGS
 
 
 def get_config(arg=''):
-  """`base`, and `axes`: each a dict from a label to what it changes in the base."""
+  """See vdm/ablate.py: `base`, `axes`, `evaluations`, `reference`."""
   base = digits_pp.get_config(arg)
   with base.unlocked():
     base.name = 'weightings'
@@ -27,4 +27,4 @@ def get_config(arg=''):
     weighting={name: dict(weighting=dict(name=name)) for name in weightings},
     seed={str(seed): dict(seed=seed) for seed in seeds},
   )
-  return ConfigDict(dict(base=base, axes=axes, evaluations=(4, 8, 16, 32))).lock()
+  return ConfigDict(dict(base=base, axes=axes, evaluations=(4, 8, 16, 32), reference={})).lock()

@@ -1,0 +1,36 @@
+"""The adaptive schedule against fixed ones on Fashion-MNIST, three seeds each.
+
+  python -m vdm.ablate --config=configs/ablations/schedules.py --workdir=runs/schedules \
+    --config.base.data.dir=DIR
+
+Nine runs of one weighted loss, whose expectation no schedule changes: what changes is the variance
+of its estimate (diffusion cv), and with it the steps to the loss that `cosine` ends at.
+--config=...:debug has one seed and four steps.
+"""
+
+from ml_collections import ConfigDict
+from vdm.configs import default, fashion_mnist_pp
+
+SCHEDULES = ('cosine', 'linear', 'adaptive')
+
+
+def get_config(arg=''):
+  """See vdm/ablate.py: `base`, `axes`, `evaluations`, `reference`."""
+  base = fashion_mnist_pp.get_config()
+  with base.unlocked():
+    base.name = 'schedules'
+    base.model.update(width=16, num_blocks=1)
+    base.optimizer.decay = 'constant'
+    base.train.update(num_steps=500, eval_every_steps=50, log_every_steps=25)
+    base.eval.update(max_images=1000, draws=2, params='ema')
+    base.sample.update(num_images=200, batch_size=200, num_steps=8)
+    base.checkpoint.update(every_steps=500, keep=1)
+    if arg == 'debug':
+      default.debug(base)
+  ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}
+  axes = dict(
+    schedule={name: dict(schedule=dict(name=name, **ends)) for name in SCHEDULES},
+    seed={str(seed): dict(seed=seed) for seed in range(3 if arg != 'debug' else 1)},
+  )
+  reference = dict(schedule='cosine')
+  return ConfigDict(dict(base=base, axes=axes, evaluations=(16,), reference=reference)).lock()
