@@ -45,6 +45,9 @@ def get_config(arg=''):
       resize=False,  # scale images of any size to cover image_shape, and crop the middle
       num_bits=0,  # 5: keep the 5 highest bits of 8-bit pixels, with num_values=32; 0: all bits
       num_classes=10,  # 0: the data has no labels
+      # Size of the float vector "embedding" stored with each image (of its caption, say), on which
+      # the network is conditioned in place of labels, with class_conditional=False; 0: none.
+      embedding_size=0,
       flip=False,  # random horizontal flips in training
       rotate=False,  # random quarter turns in half of training's images; needs augmentation_flag
     )

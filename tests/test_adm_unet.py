@@ -214,7 +214,7 @@ def test_embedding_conditions():
   moved = {'params': parameters['params'] | {'null_embedding': jnp.ones((1, 32))}}
   changed = jnp.abs(apply(moved, t, label) - out).max(1) > 0
   np.testing.assert_array_equal(changed, [False, True, False])
-  with pytest.raises(ValueError, match=r'config\.model\.embedding_size=5 must be that of the'):
+  with pytest.raises(ValueError, match=r'config\.data\.embedding_size=5 must be that of the'):
     module.init(jax.random.key(0), t, label[:, :4])
   with pytest.raises(ValueError, match=r'embedding_size=5 must be 0 for a network with classes'):
     module.clone(num_classes=3).init(jax.random.key(0), t)

@@ -247,7 +247,10 @@ def prepare(root, name, file_format, counts=COUNTS, labelled=True, num_shards=1,
 
   def rows(count):
     for i, image in enumerate(toy_images(count)):
-      yield i, {key: image.astype(features[key].np_dtype), **({'label': i % 5} if labelled else {})}
+      row = {key: image.astype(features[key].np_dtype), **({'label': i % 5} if labelled else {})}
+      if 'embedding' in features:
+        row['embedding'] = np.array([i, -i, 0.5], np.float32)
+      yield i, row
 
   name, _, config = name.partition('/')
   tfds.dataset_builders.store_as_tfds_dataset(
@@ -275,6 +278,9 @@ def root(tmp_path_factory):
   prepare(root, 'plain', 'array_record', image=tfds.features.Tensor(shape=SHAPE, dtype=np.uint8))
   prepare(root, 'wide', 'array_record', image=tfds.features.Tensor(shape=SHAPE, dtype=np.int32))
   prepare(root, 'pictures', 'array_record', picture=tfds.features.Image(shape=SHAPE))
+  embedding = tfds.features.Tensor(shape=(3,), dtype=np.float32)
+  image = tfds.features.Image(shape=SHAPE)
+  prepare(root, 'vectors', 'array_record', image=image, embedding=embedding)
   prepare(root, 'old', 'tfrecord', num_shards=3)
   return root
 
@@ -336,6 +342,34 @@ def test_tfds_images_are_those_stored(root, name, cached, monkeypatch):
   assert batch['image'].dtype == np.uint8 and batch['label'].dtype == np.int32
   epoch = np.concatenate([b['image'] for b in train(source, 23)])[:23]
   assert {x.tobytes() for x in epoch} == {x.tobytes() for x in toy_images(23)}
+
+
+@pytest.mark.parametrize('cached', [True, False])
+def test_embeddings_take_the_place_of_labels(root, cached, monkeypatch):
+  monkeypatch.setattr(vdm_data, 'CACHE_BYTES', 2**30 if cached else 0)
+  source = vdm_data.load(toy(root, name='vectors', embedding_size=3), 'train')
+  for _ in range(2):
+    batch = source.fetch(np.array([4, 2]))
+    assert batch['label'].dtype == np.float32
+    np.testing.assert_array_equal(batch['label'], [[4, -4, 0.5], [2, -2, 0.5]])
+    np.testing.assert_array_equal(batch['image'], toy_images(23)[[4, 2]])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(name='vectors', embedding_size=4), r'embedding_size=4 .*\(3,\); set .*embedding_size=3'),
+    (dict(embedding_size=4), r'embedding_size=4 .*found: none; set .*embedding_size=0'),
+  ],
+)
+def test_embeddings_that_are_not_there_are_refused(root, changes, message):
+  with pytest.raises(ValueError, match=message):
+    vdm_data.load(toy(root, **changes), 'train')
+
+
+def test_digits_have_no_embeddings():
+  with pytest.raises(ValueError, match=r'embedding_size=2 but digits has no embeddings'):
+    vdm_data.load(digits_with(embedding_size=2), 'train')
 
 
 def test_cache_is_not_what_a_batch_holds(root):

@@ -108,10 +108,25 @@ def test_labels_are_dropped_one_by_one_at_the_rate(key):
   label = jnp.arange(10_000) % 10
   keys = fold_in(key, jnp.arange(10_000))
   dropped = np.asarray(guidance.drop_labels(keys, label, 0.1))
-  lost = dropped == guidance.NULL_LABEL
+  lost = dropped == -1
   assert abs(lost.mean() - 0.1) < 5 * 0.003
   np.testing.assert_array_equal(dropped[~lost], label[~lost])
   np.testing.assert_array_equal(guidance.drop_labels(keys[7:], label[7:], 0.1), dropped[7:])
+
+
+def test_embeddings_are_withheld_as_zeros(key):
+  label = jnp.ones((1000, 3))
+  dropped = np.asarray(guidance.drop_labels(fold_in(key, jnp.arange(1000)), label, 0.1))
+  lost = (dropped == 0).all(axis=1)
+  assert abs(lost.mean() - 0.1) < 5 * 0.01
+  assert (dropped[~lost] == 1).all()
+
+  def denoiser_of(label):
+    return lambda z, log_snr: Prediction(z, label.sum(axis=1)[:, None] + z)
+
+  z = jnp.zeros((4, 2))
+  own, null = guidance.label_pair(denoiser_of, jnp.ones((4, 3)))(z, jnp.zeros(4))
+  assert (own.eps == 3).all() and (null.eps == 0).all()
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.5])
@@ -132,7 +147,7 @@ def test_training_withholds_labels(rate, key):
   with pytest.raises(Seen) as seen:
     train.make_loss(config, model)({'schedule': {}}, None, {}, batch, key, None)
   label = np.asarray(seen.value.args[0])
-  lost = label == guidance.NULL_LABEL
+  lost = label == -1
   assert abs(lost.mean() - rate) < 0.25 and lost.any() == (rate > 0)
   np.testing.assert_array_equal(label[~lost], batch['label'][~lost])
 
@@ -244,7 +259,7 @@ def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):
 
   def denoiser(params, label=None, key_dropout=None):
     def denoise(z, log_snr):
-      level = jnp.where(label == guidance.NULL_LABEL, 0.0, 0.1 * label)
+      level = jnp.where(label == -1, 0.0, 0.1 * label)
       x = jnp.broadcast_to(expand_to(level, z), z.shape)
       return Prediction(x, (z - expand_to(alpha(log_snr), z) * x) / expand_to(sigma(log_snr), z))
 

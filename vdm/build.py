@@ -249,6 +249,7 @@ def model(config: ConfigDict) -> Model:
     output in HEADS, 'model.output', output, f'one of {", ".join(HEADS)}', 'choose one of these'
   )
   num_classes = config.data.num_classes if class_conditional else 0
+  embedding_size = config.data.embedding_size
   flagged, scan = _flagged(config), scan_blocks(config)
   unrolled = _factory(
     NETWORKS,
@@ -259,6 +260,7 @@ def model(config: ConfigDict) -> Model:
     # z is nearly eps where noise dominates; x, v and F are nothing like it, the score is -z there,
     # and o = eps - x has the wrong sign of x
     residual=output == 'eps',
+    **(dict(embedding_size=embedding_size) if embedding_size else {}),
   )
   network = unrolled.clone(scan_blocks=True) if scan else unrolled
   learned, adapts = schedule(config)
@@ -276,6 +278,7 @@ def model(config: ConfigDict) -> Model:
   def init(key):
     z, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,))
     label = jnp.zeros((1,), jnp.int32) if class_conditional else None
+    label = jnp.zeros((1, embedding_size)) if embedding_size else label
 
     def params_of(network, key):
       return network.init(key, z, t, label, train=False)['params']
@@ -295,7 +298,7 @@ def model(config: ConfigDict) -> Model:
     else:
       ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
-    label = label if class_conditional else None
+    label = label if class_conditional or embedding_size else None
     kwargs = dict(train=key_dropout is not None, rngs=rngs) | (dict(flag=flag) if flagged else {})
 
     def denoise(z, log_snr):
@@ -416,12 +419,20 @@ def check_config(config: ConfigDict):
     'False for data without labels',
     'state config.data.num_classes, or set it to False',
   )
+  size = config.data.embedding_size
+  check(
+    size >= 0 and not (size and conditional),
+    'data.embedding_size',
+    size,
+    '0 for a network with classes, and never below',
+    'set config.model.class_conditional=False to condition on embeddings',
+  )
   label_dropout = config.train.label_dropout
   check(
-    0 <= label_dropout < 1 and (conditional or label_dropout == 0),
+    0 <= label_dropout < 1 and (conditional or size > 0 or label_dropout == 0),
     'train.label_dropout',
     label_dropout,
-    'in [0, 1), and 0 without labels',
+    'in [0, 1), and 0 without labels or embeddings',
     'give 0, or 0.1 with config.model.class_conditional=True',
   )
   check(

@@ -2,7 +2,8 @@
 
 Two kinds: `digits` (8x8, embedded in scikit-learn, for offline runs and tests), and any image data
 set of TensorFlow Datasets by name, read at random from ArrayRecord files through Grain. Nothing is
-ever downloaded here, and reading imports no TensorFlow. Images are uint8 [H, W, C], labels int32.
+ever downloaded here, and reading imports no TensorFlow. Images are uint8 [H, W, C], labels int32 or
+embeddings float32 [E].
 
   python -m vdm.data show --name=fashion_mnist --data_dir=DIR     # the lines for config.data
   python -m vdm.data convert --name=fashion_mnist --data_dir=DIR  # TFRecord -> ArrayRecord
@@ -36,7 +37,8 @@ class Source:
 
   Attributes:
     fetch: indices [b] -> {'image': uint8 [b, H, W, C], 'label': int32 [b]}; labels are 0 where
-      config.data.num_classes is 0.
+      config.data.num_classes is 0. With config.data.embedding_size E, 'label' is the embedding
+      stored with each image, float32 [b, E].
     identity: what was loaded, in plain values, for number cards.
     num_threads: threads that read ahead; 0 where the images are in memory already.
   """
@@ -113,7 +115,7 @@ def train_batches(
     process_count: number of hosts.
 
   Returns:
-    An iterator over {'image': uint8 [b, H, W, C], 'label': int32 [b]}.
+    An iterator over {'image': uint8 [b, H, W, C], 'label': int32 [b], or float32 [b, E]}.
   """
   local = _local_batch_size('train', batch_size, process_count)
   count = len(source)
@@ -220,7 +222,12 @@ def _check(data, split, full_name, fetch, num_images):
     image, label = batch['image'], batch['label']
     digest = digest or hashlib.sha256(image.tobytes()).hexdigest()[:16]
     low, high = min(low, int(image.min())), max(high, int(image.max()))
-    low_label, high_label = min(low_label, int(label.min())), max(high_label, int(label.max()))
+    if data.embedding_size:
+      field, fact = 'config.data.embedding_size', f'but {full_name} has embeddings of nan or inf'
+      remedy = f'correct those of images {start} .. {start + len(label) - 1}'
+      _require(np.isfinite(label).all(), field, data.embedding_size, fact, remedy)
+    else:
+      low_label, high_label = min(low_label, int(label.min())), max(high_label, int(label.max()))
 
   field, value = 'config.data.num_values', data.num_values
   fact = f'but {full_name} has values {low} .. {high} in its first {num_checked} images'
@@ -253,6 +260,8 @@ def _load_digits(data, split):
   field, name = f'config.data.{split}_split', data[f'{split}_split']
   good = name in ('train', 'test')
   _require(good, field, repr(name), 'is no split of digits', "choose 'train' or 'test'")
+  field, value = 'config.data.embedding_size', data.embedding_size
+  _require(not value, field, value, 'but digits has no embeddings', f'set --{field}=0')
   images, labels = load_digits(return_X_y=True)
   images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
   # RandomState, since its stream is frozen by numpy: the split must outlive this environment.
@@ -282,6 +291,11 @@ def _load_tfds(data, split):
     ) from error
   shape, count = tuple(data.image_shape), len(records)
 
+  def conditions(rows):
+    if data.embedding_size:
+      return np.stack([row['embedding'] for row in rows]).astype(np.float32)
+    return np.array([row['label'] if data.num_classes else 0 for row in rows], np.int32)
+
   def read(indices):
     rows = records.__getitems__(indices.tolist())
     images = [decode(row) for row in rows]
@@ -289,15 +303,15 @@ def _load_tfds(data, split):
       images = [centre_crop(image, *shape[:2]) for image in images]
     for image in images:
       _require_shape(data, info.full_name, image.shape)
-    labels = [row['label'] if data.num_classes else 0 for row in rows]
-    return {'image': np.stack(images), 'label': np.array(labels, np.int32)}
+    return {'image': np.stack(images), 'label': conditions(rows)}
 
   # Decoding holds the interpreter lock about half of the time: many threads gain nothing.
   num_threads = min(8, os.cpu_count() or 1)
-  if count * math.prod(shape) > CACHE_BYTES:
+  if count * (math.prod(shape) + 4 * data.embedding_size) > CACHE_BYTES:
     return read, info.full_name, count, num_threads
 
-  cache = {'image': np.zeros((count, *shape), np.uint8), 'label': np.zeros(count, np.int32)}
+  first = read(np.array([0]))
+  cache = {k: np.zeros((count, *value.shape[1:]), value.dtype) for k, value in first.items()}
   known = np.zeros(count, bool)
 
   def fetch(indices):
@@ -388,6 +402,12 @@ def _require_features(info, data):
   good = dtype == np.uint8 and len(shape) == 3
   fact = f'has images of {dtype} {shape}, must be uint8 [H, W, C]'
   _require(good, field, value, fact, 'choose a data set of 8-bit images')
+  if data.embedding_size:
+    field, value = 'config.data.embedding_size', data.embedding_size
+    found = features['embedding'].shape if 'embedding' in names else 'none'
+    fact = f'but {info.full_name} has no feature "embedding" of that size; found: {found}'
+    size = found[0] if found != 'none' and len(found) == 1 else 0
+    _require(found == (value,), field, value, fact, f'set --{field}={size}')
   if data.num_classes:
     field, value = 'config.data.num_classes', data.num_classes
     label = features['label'] if 'label' in names else None

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 Schedule = Callable[[Float[Array, '*b']], Float[Array, '*b']]  # t in [0, 1] -> log_snr
 Denoiser = Callable[[Array, Array], 'Prediction']  # (z [B ...], log_snr [B]) -> Prediction
@@ -32,7 +32,7 @@ def sigma(log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
   return jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 
-def expand_to(a: Float[Array, '*b'], z: Float[Array, '...']) -> Float[Array, '...']:
+def expand_to(a: Shaped[Array, '*b'], z: Shaped[Array, '...']) -> Shaped[Array, '...']:
   """Appends axes of length one to `a` ([B], or a scalar) until it broadcasts against z."""
   return a.reshape(a.shape + (1,) * (z.ndim - a.ndim))
 

@@ -12,10 +12,10 @@ from jaxtyping import Array, Float, Int
 
 from vdm.gaussian import Denoiser, Prediction, alpha, expand_to, sigma
 
-NULL_LABEL = -1  # what a class-conditional network takes for "no label"
 # (z, log_snr) -> (the model's own prediction, the guide's)
 Pair = Callable[[Array, Array], tuple[Prediction, Prediction]]
 Limit = float | Float[Array, '']
+Label = Int[Array, ' b'] | Float[Array, 'b e']  # the class, or the embedding, of each example
 
 
 def guide(
@@ -52,17 +52,24 @@ def pair(own: Denoiser, other: Denoiser) -> Pair:
   return lambda z, log_snr: (own(z, log_snr), other(z, log_snr))
 
 
-def label_pair(denoiser_of: Callable[[Array], Denoiser], label: Int[Array, ' b']) -> Pair:
+def no_label(label: Array) -> Array:
+  """What networks take for the absence of labels [B], -1, and of embeddings [B, E], zeros."""
+  return (
+    jnp.zeros_like(label) if jnp.issubdtype(label.dtype, jnp.floating) else jnp.full_like(label, -1)
+  )
+
+
+def label_pair(denoiser_of: Callable[[Array], Denoiser], label: Label) -> Pair:
   """One network with and without labels, in one call of twice the batch.
 
   Args:
     denoiser_of: labels -> Denoiser.
-    label: [B].
+    label: classes [B], or embeddings [B, E].
   """
 
   def both(z, log_snr):
     # Each example beside its copy: a batch that is split over devices stays where it is.
-    labels = jnp.stack([label, jnp.full_like(label, NULL_LABEL)], axis=1).reshape(-1)
+    labels = jnp.stack([label, no_label(label)], axis=1).reshape(-1, *label.shape[1:])
     prediction = denoiser_of(labels)(jnp.repeat(z, 2, axis=0), jnp.repeat(log_snr, 2))
     split = jax.tree.map(lambda a: a.reshape(len(z), 2, *a.shape[1:]), prediction)
     return tuple(jax.tree.map(lambda a, i=i: a[:, i], split) for i in (0, 1))
@@ -70,10 +77,10 @@ def label_pair(denoiser_of: Callable[[Array], Denoiser], label: Int[Array, ' b']
   return both
 
 
-def drop_labels(keys: Array, label: Int[Array, ' b'], rate: float) -> Int[Array, ' b']:
-  """Each label becomes `NULL_LABEL` with probability `rate`; one key per example."""
+def drop_labels(keys: Array, label: Label, rate: float) -> Label:
+  """Each label or embedding is withheld with probability `rate`; one key per example."""
   dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-  return jnp.where(dropped, NULL_LABEL, label)
+  return jnp.where(expand_to(dropped, label), no_label(label), label)
 
 
 def no_threshold() -> Callable[[Denoiser], Denoiser]:

@@ -275,9 +275,9 @@ class Conditioning(nn.Module):
   embedding of the label is added before the last swish. Labels -1 and `num_classes`, and no labels
   at all, are the null label, which has its own row in the table.
 
-  With `embedding_size` E the label is instead a vector of each image, float [B, E], such as another
-  network's; its projection is added. Zeros, and no labels at all, stand for its absence, for which
-  a vector is learned.
+  With `embedding_size` E > 0 the label is instead a vector of each image, float [B, E], such as
+  another network's; its projection is added. Zeros, and no labels at all, stand for its absence,
+  for which a vector is learned.
   """
 
   width: int
@@ -294,7 +294,7 @@ class Conditioning(nn.Module):
       )
     if self.num_classes and self.embedding_size:
       raise ValueError(
-        f'config.model.embedding_size={self.embedding_size} must be 0 for a network with classes; '
+        f'config.data.embedding_size={self.embedding_size} must be 0 for a network with classes; '
         'set config.model.class_conditional=False to condition on embeddings.'
       )
     if flag is not None and not self.augmentation_flag:
@@ -322,7 +322,7 @@ class Conditioning(nn.Module):
       label = jnp.zeros((len(t), self.embedding_size)) if label is None else label
       if label.shape != (len(t), self.embedding_size):
         raise ValueError(
-          f'config.model.embedding_size={self.embedding_size} must be that of the embeddings, '
+          f'config.data.embedding_size={self.embedding_size} must be that of the embeddings, '
           f'whose shape is {label.shape}.'
         )
       label = jnp.asarray(label, jnp.float32)

@@ -18,7 +18,8 @@ class MLP(nn.Module):
     num_blocks: residual blocks of two layers.
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
     dropout: rate in each block, rounded to 1/256.
-    num_classes: 0 for an unconditional network.
+    num_classes: 0 for a network without labels.
+    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.
     residual: adds z to the output, as in `VDMUNet`.
   """
@@ -28,6 +29,7 @@ class MLP(nn.Module):
   fourier_exponents: tuple[int, ...] = ()
   dropout: float = 0.0
   num_classes: int = 0
+  embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
   residual: bool = True
 
@@ -40,7 +42,9 @@ class MLP(nn.Module):
     shape = z.shape
     z = z.reshape(shape[0], -1)
     zeros = nn.initializers.zeros
-    cond = layers.Conditioning(self.width, self.num_classes, name='conditioning')(t, label)
+    cond = layers.Conditioning(
+      self.width, self.num_classes, embedding_size=self.embedding_size, name='conditioning'
+    )(t, label)
     own = layers.fourier_features(z[..., None], self.fourier_exponents)  # [B, D, F] of each element
     h = nn.Dense(self.width, dtype=self.dtype, name='dense_in')(own.reshape(len(z), -1))
     for i in range(self.num_blocks):

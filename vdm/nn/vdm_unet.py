@@ -66,7 +66,8 @@ class VDMUNet(nn.Module):
     num_heads: heads of each attention; VDM has one.
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
     dropout: rate in each residual block, rounded to 1/256.
-    num_classes: 0 for an unconditional network.
+    num_classes: 0 for a network without labels.
+    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.
     augmentation_flag: one more scalar conditioning input, `flag`, 1 where the image was augmented.
       The published checkpoints all have it.
@@ -84,6 +85,7 @@ class VDMUNet(nn.Module):
   fourier_exponents: tuple[int, ...] = (6, 7)
   dropout: float = 0.1
   num_classes: int = 0
+  embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
   augmentation_flag: bool = False
   residual: bool = True
@@ -121,7 +123,11 @@ class VDMUNet(nn.Module):
       )
 
     cond = layers.Conditioning(
-      self.width, self.num_classes, self.augmentation_flag, name='conditioning'
+      self.width,
+      self.num_classes,
+      self.augmentation_flag,
+      self.embedding_size,
+      name='conditioning',
     )(t, label, flag)
     h = layers.fourier_features(z, self.fourier_exponents)
     h = layers.Conv3x3(self.width, self.dtype, name='conv_in')(h)
