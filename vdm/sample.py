@@ -160,7 +160,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   Everything is in samples/<name>, with manifest.json; the grid is samples/<name>.png. A second run
   draws what is missing. The first process writes.
   """
-  shards.check(config.sample.format, config.data.image_shape[2])
+  shards.check(config.sample.format, config.data.image_shape[-1])
   model, mesh, train_state = checkpoint.read_run(config, workdir)
   settings, guidance = config.sample, make_guidance(config, model, mesh)
   params = named_params(train_state, settings.params)
