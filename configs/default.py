@@ -139,11 +139,13 @@ def get_config(arg=''):
   config.sample = ConfigDict(
     dict(
       num_images=64,
-      batch_size=64,
+      batch_size=64,  # the last one is cut; --mode=sample writes each as a shard
+      format='npz',  # of shards: 'npz', integers and labels; 'png', a folder of files 0 .. 255
       num_steps=250,
       denoise_last=False,  # the last of num_steps returns x_hat, EDM's step to noise level zero
       params='ema',  # 'raw', 'ema' or another average
-      label=-1,  # class to draw, for a class-conditional model; -1: each in turn
+      label=-1,  # class to draw, for a class-conditional model; -1: by the rule
+      label_rule='balanced',  # 'balanced': each in turn; 'uniform': from the image's own key
       seed=0,
     )
   )

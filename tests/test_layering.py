@@ -10,7 +10,7 @@ LEVELS = [
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'ode', 'state'},
   {'parallel', 'build', 'cards'},
-  {'checkpoint', 'evaluate_ode'},
+  {'checkpoint', 'evaluate_ode', 'shards'},
   {'evaluate', 'sample', 'report', 'progressive', 'import_vdm', 'reconstruct'},
   {'look'},
   {'train'},

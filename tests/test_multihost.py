@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import socket
 import subprocess
 import sys
@@ -110,3 +111,18 @@ def test_two_processes_of_two_devices_are_one_process_of_one(
   assert cards[0]['value'] == pytest.approx(cards[1]['value'], rel=1e-4)
   assert cards[1]['environment']['num_hosts'] == 2
   assert 'bits_per_dim' in outputs[0]
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('multihost')
+def test_two_processes_draw_the_shard_that_one_lacks_and_the_first_writes_it(one, tmp_path):
+  two, settings = tmp_path / 'two', ['--mode=sample', '--config.sample.num_images=12']
+  finish(start(one, 1, 1, *settings))
+  shutil.copytree(one, two)
+  paths = [sorted((w / 'samples').glob('step*/*')) for w in (one, two)]
+  assert [path.name for path in paths[0]] == ['00000000.npz', '00000008.npz', 'manifest.json']
+  paths[1][0].unlink()
+  outputs = finish(start(two, 2, 2, *settings))
+  assert '4 of 12 images are there already' in outputs[0]
+  for a, b in zip(*paths, strict=True):
+    assert a.read_bytes() == b.read_bytes(), a.name

@@ -193,7 +193,7 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
   card = json.loads((straight / 'cards/bits_per_dim_ema_T10_step00000004.json').read_text())
   assert card['bound'] == 'discrete-time ELBO, T = 10'
   assert sample.run(config, straight) == 0
-  (path,) = (straight / 'samples').glob('*.npz')
+  (path,) = (straight / 'samples').glob('*/*.npz')
   stored = np.load(path)
   assert stored['images'].shape == (config.sample.num_images, 8, 8, 1)
   assert stored['images'].dtype == np.uint8 and stored['images'].max() < 17

@@ -1,16 +1,69 @@
-"""Number cards: a reported value as JSON, with all that makes it comparable."""
+"""Number cards: a reported value as JSON, with all that makes it comparable.
 
+  python -m vdm.cards a.json b.json ...     a table, and what keeps the values from being compared
+
+Status 0 where nothing does, 1 otherwise.
+"""
+
+import argparse
+import functools
 import importlib.metadata
 import json
+import math
 import os
 import pathlib
 import platform
 import subprocess
-from typing import Any
+import sys
+from typing import Any, NamedTuple
 
 import jax
 
 import vdm
+
+
+class Field(NamedTuple):
+  """Of a card: where it is, its column in the table ('' for none), and what its value decides.
+
+  Values of cards in which it differs are not comparable, for the reason `why`; '' is a note.
+  """
+
+  path: str
+  column: str
+  why: str
+
+
+FIELDS = (
+  Field('metric', 'metric', 'another quantity'),
+  Field('estimate', 'estimate', 'bounds differ in how tight they are, and from the likelihood'),
+  # of the data
+  Field('data.full_name', 'data', 'another data set or version, with other pixels'),
+  Field('data.split', 'split', 'other images'),
+  Field('num_images', 'images', 'other images'),
+  Field('data.image_shape', '', 'images of another size'),
+  Field('data.num_values', '', 'another vocabulary: bits/dim of other symbols'),
+  Field('data.num_bits', '', 'other bits of the pixels'),
+  Field('data.resize', '', 'pixels scaled in another way'),
+  Field('data.sha256_first_64', '', 'other pixels'),
+  # of a distance between samples and data
+  Field('extractor', 'extractor', 'features of another network'),
+  Field('extractor_sha256', '', 'features of another network'),
+  Field('reference', '', 'other real images'),
+  Field('num_samples', 'samples', 'the fewer samples, the greater the distance'),
+  Field('flips', '', 'real images flipped, or not'),
+  # notes: what one may want to compare
+  Field('params', 'params', ''),
+  Field('step', 'step', ''),
+  Field('schedule', 'schedule', ''),
+  Field('draws_per_image', 'draws', ''),
+  Field('sampler', 'sampler', ''),
+  Field('network_evaluations', 'evaluations', ''),
+  Field('eval_seed', '', ''),
+  Field('stderr_over', '', ''),
+  Field('dtype', '', ''),
+  Field('environment.device', '', ''),
+  Field('revision', 'revision', ''),
+)
 
 
 def environment() -> dict[str, Any]:
@@ -67,3 +120,116 @@ def last_result(workdir: pathlib.Path) -> str:
   return (
     f'{split}: {card["value"]:.4f} +- {stderr:.4f} bits/dim at step {card["step"]} ({paths[-1]}).'
   )
+
+
+def load(path: str) -> dict[str, Any]:
+  """The card in a file.
+
+  Raises:
+    ValueError: there is none.
+  """
+  try:
+    card = json.loads(pathlib.Path(path).read_text())
+  except OSError as error:
+    raise ValueError(f'{path} cannot be read ({error.strerror}); give a JSON file.') from error
+  except ValueError as error:
+    raise ValueError(f'{path} is not JSON ({error}); give a number card.') from error
+  for field, kinds in (('metric', str), ('value', (int, float))):
+    if not isinstance(_at(card, field), kinds):
+      raise ValueError(f"{path} is not a number card: it has no {field}; see a run's cards folder.")
+  return card
+
+
+def _at(tree: Any, path: str) -> Any:
+  """tree['a']['b'] of 'a.b'; None where there is none."""
+  for name in path.split('.'):
+    tree = tree[name] if isinstance(tree, dict) and name in tree else None
+  return tree
+
+
+def facts(card: dict[str, Any]) -> dict[str, Any]:
+  """The value of each of FIELDS by its path; None where the card does not say."""
+  at = functools.partial(_at, card)
+  revision, plus, changes = str(at('environment.git_revision') or '').partition('+')
+  derived = {'revision': revision[:9] + plus + changes}
+  if isinstance(at('data'), dict):  # a card older than these two fields is of data as it was
+    derived['data'] = {'num_bits': 0, 'resize': False} | at('data')
+  own, other = at('config.schedule.name'), at('config.eval.schedule.name')
+  bound = str(at('bound') or '')
+  if bound.startswith('probability-flow ODE'):
+    ode = at('config.eval.ode') or {}
+    derived['estimate'] = (
+      f'ODE, {_at(ode, "dequantization")} dequantisation, K = {_at(ode, "importance_samples")}'
+    )
+    derived |= {'schedule': own, 'stderr_over': 'images'}
+  elif bound:
+    steps = at('config.eval.num_timesteps')
+    derived['estimate'] = f'ELBO, {f"T = {steps}" if steps else "continuous"}'
+    derived |= {'schedule': own if other in (None, 'schedule') else other, 'stderr_over': 'draws'}
+  return {field.path: _at(card | derived, field.path) for field in FIELDS}
+
+
+def compare(cards: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+  """Why the cards' values are not comparable, and what else they differ in: a line each."""
+  found, reasons, notes = [facts(card) for card in cards], [], []
+  for field in FIELDS:
+    groups = {}
+    for number, fact in enumerate(found, 1):
+      groups.setdefault(_text(fact[field.path]) or 'not said', []).append(str(number))
+    if len(groups) > 1:
+      values = '; '.join(f'{text} ({", ".join(numbers)})' for text, numbers in groups.items())
+      if field.why:
+        reasons.append(f'not comparable, {field.path}: {values}: {field.why}')
+      else:
+        notes.append(f'note, {field.path}: {values}')
+  return reasons, notes
+
+
+def _text(value: Any) -> str:
+  if value is None:
+    return ''
+  return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def table(paths: list[str], cards: list[dict[str, Any]]) -> str:
+  """The cards as a Markdown table, aligned, without the columns that none of them has."""
+  rows = [['', 'value', *(field.column for field in FIELDS if field.column), 'file']]
+  for number, (path, card) in enumerate(zip(paths, cards, strict=True), 1):
+    stderr = _at(card, 'stderr')
+    known = isinstance(stderr, int | float) and math.isfinite(stderr)
+    value = f'{card["value"]:.4f}' + (f' ± {stderr:.4f}' if known else '')
+    fact = facts(card)
+    cells = [_text(fact[field.path]) for field in FIELDS if field.column]
+    rows.append([str(number), value, *cells, path])
+  columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
+  widths = [max(map(len, column)) for column in columns]
+  lines = [
+    '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + ' |'
+    for row in zip(*columns, strict=True)
+  ]
+  rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
+  return '\n'.join([lines[0], rule, *lines[1:]])
+
+
+def main(argv: list[str] | None = None) -> int:
+  """The command line; returns the exit status."""
+  parser = argparse.ArgumentParser(
+    prog='python -m vdm.cards',
+    description='Sets number cards side by side, and says which of their values are not '
+    'comparable, and why. Status 0 where all are, 1 otherwise.',
+  )
+  parser.add_argument('cards', nargs='+', metavar='CARD.json', help="a run's cards/*.json")
+  paths = parser.parse_args(argv).cards
+  try:
+    cards = [load(path) for path in paths]
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  reasons, notes = compare(cards)
+  verdict = [] if reasons else ['The values are comparable.']
+  print('\n'.join([table(paths, cards), '', *reasons, *notes, *verdict]))
+  return 1 if reasons else 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

@@ -1,9 +1,11 @@
 """Draws images from a model; an image depends on its own number and the seed alone."""
 
 import functools
+import itertools
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -14,21 +16,32 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vdm import build, checkpoint, parallel
+from vdm import build, checkpoint, parallel, shards
 from vdm.gaussian import Denoiser, fold_in
 from vdm.guidance import guide, label_pair, pair
 from vdm.likelihood import from_grid
 from vdm.samplers import num_evaluations, sample, time_grid
 from vdm.state import named_params
 
+LABEL_RULES = ('balanced', 'uniform')
+LOG_EVERY_SECONDS = 10.0
+PREVIEW_IMAGES = 100
+
+# (params, guide's params, label) -> Denoiser, and the guide's params
+Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
+
 
 def make_sampler(
-  config: ConfigDict, model: build.Model, mesh: Mesh
-) -> Callable[[Any], Iterator[np.ndarray]]:
-  """params -> iterator over batches [B H W C] of integers, config.sample.num_images in all."""
+  config: ConfigDict, model: build.Model, mesh: Mesh, guidance: Guidance | None = None
+) -> Callable[..., Iterator[np.ndarray]]:
+  """run(params, starts=None) -> iterator over batches [B H W C] of integers.
+
+  All of config.sample.num_images, the last batch cut; or only the batches whose first image has one
+  of the numbers `starts`. `guidance` is config.sample.guidance where it was made already.
+  """
   settings = config.sample
   labels, sampler, threshold = labels_of(config), build.sampler(config), build.threshold(config)
-  guided, guide_params = make_guidance(config, model, mesh)
+  guided, guide_params = guidance or make_guidance(config, model, mesh)
 
   def draw(params, guide_params, log_snrs, index, label):
     x = sample(
@@ -44,25 +57,29 @@ def make_sampler(
   compiled = jax.jit(draw, out_shardings=parallel.replicated(mesh))
   sharding = parallel.batch_sharding(mesh)
 
-  def run(params):
+  def run(params, starts=None):
     grid = build.other_schedule(config, 'sample.grid', model.schedule(params))
     log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
-    for start in range(0, settings.num_images, settings.batch_size):
+
+    def launch(start):
       index = start + np.arange(settings.batch_size)
       inputs = (index.astype(np.int32), labels(index))
       placed = [
         jax.make_array_from_callback(a.shape, sharding, lambda part, a=a: a[part]) for a in inputs
       ]
-      images = compiled(params, guide_params, log_snrs, *placed)
+      return start, compiled(params, guide_params, log_snrs, *placed)
+
+    if starts is None:
+      starts = range(0, settings.num_images, settings.batch_size)
+    # the next batch is under way while the caller has this one
+    for start, images in parallel.prefetch(starts, launch, depth=1):
       yield np.asarray(images)[: settings.num_images - start]
 
   return run
 
 
-def make_guidance(
-  config: ConfigDict, model: build.Model, mesh: Mesh
-) -> tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]:
-  """config.sample.guidance: (params, guide's params, label) -> Denoiser, and the guide's params."""
+def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidance:
+  """config.sample.guidance."""
   settings = config.sample.guidance
   limits = (settings.log_snr_min, settings.log_snr_max)
   if settings.kind == 'none':
@@ -95,18 +112,25 @@ def make_guidance(
 
 
 def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
-  """Image number -> class: config.sample.label, or each class in turn where that is -1."""
-  label, classes = config.sample.label, max(1, config.data.num_classes)
-  build.check(
-    -1 <= label < classes,
-    'sample.label',
-    label,
-    f'a class, 0 .. {classes - 1}, or -1',
-    'use -1 for each class in turn',
-  )
-  return lambda index: (index % classes if label < 0 else np.full_like(index, label)).astype(
-    np.int32
-  )
+  """Image number -> class: config.sample.label; where that is -1, by config.sample.label_rule.
+
+  'balanced' takes each class in turn, 'uniform' draws one from the image's own key.
+  """
+  settings, classes = config.sample, max(1, config.data.num_classes)
+  label, rule = settings.label, settings.label_rule
+  fact, remedy = f'a class, 0 .. {classes - 1}, or -1', 'use -1 for config.sample.label_rule'
+  build.check(-1 <= label < classes, 'sample.label', label, fact, remedy)
+  choices = ' or '.join(map(repr, LABEL_RULES))
+  build.check(rule in LABEL_RULES, 'sample.label_rule', rule, choices, 'choose one')
+
+  def uniform(index):
+    keys = fold_in(jax.random.key(settings.seed), jnp.asarray(index))
+    keys = fold_in(keys, jnp.full(len(index), 2))  # `samplers.sample` splits them in two: 0 and 1
+    return np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(keys))
+
+  if label >= 0:
+    return lambda index: np.full(len(index), label, np.int32)
+  return uniform if rule == 'uniform' else lambda index: (index % classes).astype(np.int32)
 
 
 def grid(images: np.ndarray, num_values: int, columns: int = 0) -> np.ndarray:
@@ -114,7 +138,7 @@ def grid(images: np.ndarray, num_values: int, columns: int = 0) -> np.ndarray:
   columns = columns or math.ceil(math.sqrt(len(images)))
   rows = math.ceil(len(images) / columns)
   picture = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
-  picture[: len(images)] = np.round(images * (255 / (num_values - 1)))
+  picture[: len(images)] = shards.to_uint8(images, num_values)
   picture = np.pad(picture, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
   _, h, w, c = picture.shape
   return picture.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
@@ -131,30 +155,83 @@ def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
-  """--mode=sample: images from the newest checkpoint, as a PNG grid and as an NPZ file."""
+  """--mode=sample: images from the newest checkpoint, in shards, and the first of them as a grid.
+
+  Everything is in samples/<name>, with manifest.json; the grid is samples/<name>.png. A second run
+  draws what is missing. The first process writes.
+  """
+  shards.check(config.sample.format, config.data.image_shape[-1])
   model, mesh, train_state = checkpoint.read_run(config, workdir)
-  step, settings = int(train_state.step), config.sample
-  evaluations = num_evaluations(build.sampler(config), settings.num_steps, settings.denoise_last)
+  settings, guidance = config.sample, make_guidance(config, model, mesh)
+  params = named_params(train_state, settings.params)
+  draw, labels = make_sampler(config, model, mesh, guidance), labels_of(config)
+  manifest = manifest_of(
+    config, int(train_state.step), checkpoint.fingerprint((params, guidance[1]))
+  )
+  folder = workdir / 'samples' / folder_name(config, int(train_state.step))
+  starts = shards.open_folder(folder, manifest)
   logging.info(
     '%s, %d steps, %d network evaluations an image%s',
     settings.sampler.name,
     settings.num_steps,
-    evaluations,
+    manifest['network_evaluations'],
     '' if settings.guidance.kind == 'none' else ', each twice where guidance acts',
   )
-  batches = []
-  for batch in make_sampler(config, model, mesh)(named_params(train_state, settings.params)):
-    batches.append(batch)
-    logging.info('%d of %d images', sum(map(len, batches)), settings.num_images)
-  images = np.concatenate(batches)
+  batches = progress(draw(params, starts), starts, settings)
+  for start, images in zip(starts, batches, strict=True):
+    if jax.process_index() == 0:
+      of = labels(start + np.arange(len(images))) if config.model.class_conditional else None
+      shards.write(folder, settings.format, start, images, model.num_values, of)
   if jax.process_index() == 0:
-    way = settings.sampler.name
-    if settings.guidance.kind != 'none':
-      way += f'_{settings.guidance.kind}{settings.guidance.weight:g}'
-    name = f'step{step:08d}_{settings.params}_{way}_{settings.num_steps}steps_seed{settings.seed}'
-    path = workdir / 'samples' / f'{name}.png'
-    save_png(path, grid(images[:100], model.num_values))
-    labels = labels_of(config)(np.arange(len(images)))
-    np.savez_compressed(path.with_suffix('.npz'), images=images.astype(np.uint8), labels=labels)
-    logging.info('wrote %s and .npz', path)
+    few = itertools.islice(shards.read(folder), math.ceil(PREVIEW_IMAGES / settings.batch_size))
+    images = np.concatenate(list(few))[:PREVIEW_IMAGES]
+    stored_values = model.num_values if settings.format == 'npz' else 256
+    save_png(folder.with_name(f'{folder.name}.png'), grid(images, stored_values))
+    logging.info('%s and .png have %d images', folder, settings.num_images)
   return 0
+
+
+def folder_name(config: ConfigDict, step: int) -> str:
+  """Short, and another one for other settings: its end is a hash of step and config.sample."""
+  settings = config.sample
+  ending = shards.short_hash({'step': step} | settings.to_dict())
+  return f'step{step:08d}_{settings.params}_{settings.sampler.name}{settings.num_steps}_{ending}'
+
+
+def manifest_of(config: ConfigDict, step: int, fingerprint: str) -> dict[str, Any]:
+  """What the images of a folder are: config.sample, and of what."""
+  settings, classes, top = config.sample, config.data.num_classes, config.data.num_values - 1
+  of_rule = {'balanced': f'image number % {classes}', 'uniform': f'uniform over {classes} classes'}
+  labels = f'class {settings.label}' if settings.label >= 0 else of_rule[settings.label_rule]
+  sampler = build.sampler(config)
+  return settings.to_dict() | {
+    'step': step,
+    'fingerprint': fingerprint,  # of the parameters, and of the guide's
+    'labels': labels if config.model.class_conditional else 'none',
+    'pixels': f'u in 0 .. {top}' if settings.format == 'npz' else f'round(255 u / {top})',
+    'num_values': config.data.num_values,
+    'image_shape': list(config.data.image_shape),
+    'network_evaluations': num_evaluations(sampler, settings.num_steps, settings.denoise_last),
+    'dtype': str(build.dtype(config)),
+  }
+
+
+def progress(
+  batches: Iterable[np.ndarray], starts: list[int], settings: ConfigDict
+) -> Iterator[np.ndarray]:
+  """Passes the batches that begin at `starts` on, and logs how far they are and how fast."""
+  total = settings.num_images
+  left = sum(min(settings.batch_size, total - start) for start in starts)
+  if left < total:
+    logging.info('%d of %d images are there already', total - left, total)
+  clock = logged = timed = 0.0
+  for batch in batches:
+    now, left = time.monotonic(), left - len(batch)
+    timed += len(batch) if clock else 0
+    clock = clock or now  # the first batch is not timed: it was compiled
+    if now - logged > LOG_EVERY_SECONDS or not left:
+      rate = timed / max(now - clock, 1e-9)
+      speed = f', {rate:.3g} images/s, {left / rate:.0f} s left' if timed else ''
+      logging.info('%d of %d images%s', total - left, total, speed)
+      logged = now
+    yield batch

@@ -1,0 +1,183 @@
+"""Number cards side by side: what may be compared, and what is refused with its reason."""
+
+import copy
+import json
+
+import pytest
+
+from vdm import cards
+
+CARD = {
+  'metric': 'bits_per_dim',
+  'value': 2.65,
+  'stderr': 0.004,
+  'bound': 'continuous-time ELBO',
+  'num_images': 10_000,
+  'draws_per_image': 4,
+  'data': {
+    'name': 'imagenet_resized/32x32',
+    'full_name': 'imagenet_resized/32x32/0.1.0',
+    'split': 'validation',
+    'num_bits': 0,
+    'resize': False,
+    'image_shape': [32, 32, 3],
+    'num_values': 256,
+    'sha256_first_64': '0123',
+  },
+  'params': 'ema',
+  'step': 100,
+  'dtype': 'float32',
+  'config': {
+    'schedule': {'name': 'learned_net'},
+    'eval': {
+      'num_timesteps': 0,
+      'schedule': {'name': 'schedule'},
+      'ode': {'dequantization': 'uniform', 'importance_samples': 1},
+    },
+  },
+  'environment': {'git_revision': '0123456789abcdef+changes', 'device': 'cpu'},
+}
+FID = {
+  'metric': 'fid',
+  'value': 3.0,
+  'data': CARD['data'],
+  'extractor': 'inception',
+  'extractor_sha256': 'aa',
+  'reference': {'num_images': 50_000, 'data': {'split': 'train'}},
+  'num_samples': 50_000,
+  'flips': False,
+  'params': 'ema',
+}
+
+
+def changed(card, path, value):
+  card = copy.deepcopy(card)
+  *blocks, leaf = path.split('.')
+  inner = card
+  for block in blocks:
+    inner = inner[block]
+  inner[leaf] = value
+  return card
+
+
+@pytest.mark.parametrize(
+  ('card', 'path', 'value', 'reason'),
+  [
+    (CARD, 'metric', 'nats', 'metric: bits_per_dim (1, 3); nats (2): another quantity'),
+    (
+      CARD,
+      'data.full_name',
+      'downsampled_imagenet/32x32/2.0.0',
+      'data.full_name: imagenet_resized/32x32/0.1.0 (1, 3); downsampled_imagenet/32x32/2.0.0 (2): '
+      'another data set or version, with other pixels',
+    ),
+    (CARD, 'data.split', 'train', 'data.split: validation (1, 3); train (2): other images'),
+    (CARD, 'num_images', 500, 'num_images: 10000 (1, 3); 500 (2): other images'),
+    (CARD, 'data.num_values', 32, 'data.num_values: 256 (1, 3); 32 (2): another vocabulary'),
+    (CARD, 'data.num_bits', 5, 'data.num_bits: 0 (1, 3); 5 (2): other bits'),
+    (CARD, 'data.resize', True, 'data.resize: false (1, 3); true (2): pixels scaled'),
+    (CARD, 'data.image_shape', [32], 'data.image_shape: [32, 32, 3] (1, 3); [32] (2): images of'),
+    (CARD, 'data.sha256_first_64', 'ff', 'data.sha256_first_64: 0123 (1, 3); ff (2): other pixels'),
+    (
+      CARD,
+      'config.eval.num_timesteps',
+      1000,
+      'estimate: ELBO, continuous (1, 3); ELBO, T = 1000 (2): bounds differ',
+    ),
+    (
+      CARD,
+      'bound',
+      'probability-flow ODE, uniform dequantisation',
+      'estimate: ELBO, continuous (1, 3); ODE, uniform dequantisation, K = 1 (2): bounds differ',
+    ),
+    (FID, 'extractor', 'dino', 'extractor: inception (1, 3); dino (2): features of another'),
+    (FID, 'extractor_sha256', 'bb', 'extractor_sha256: aa (1, 3); bb (2): features of another'),
+    (FID, 'num_samples', 2000, 'num_samples: 50000 (1, 3); 2000 (2): the fewer samples'),
+    (FID, 'flips', True, 'flips: false (1, 3); true (2): real images flipped'),
+    (FID, 'reference.data.split', 'test', 'reference: {"data": {"split": "train"}, "num_images"'),
+    (FID, 'extractor', None, 'extractor: inception (1, 3); not said (2): features of another'),
+  ],
+)
+def test_what_is_not_comparable_is_one_reason(card, path, value, reason):
+  reasons, _ = cards.compare([card, changed(card, path, value), card])
+  (line,) = reasons
+  assert line.startswith(f'not comparable, {reason}'), line
+
+
+@pytest.mark.parametrize(
+  ('path', 'value', 'note'),
+  [
+    ('params', 'raw', 'params: ema (1); raw (2)'),
+    ('step', 200, 'step: 100 (1); 200 (2)'),
+    ('draws_per_image', 8, 'draws_per_image: 4 (1); 8 (2)'),
+    ('config.eval.schedule.name', 'cosine', 'schedule: learned_net (1); cosine (2)'),
+    ('environment.git_revision', 'abc', 'revision: 012345678+changes (1); abc (2)'),
+  ],
+)
+def test_what_one_may_want_to_compare_is_a_note(path, value, note):
+  assert cards.compare([CARD, changed(CARD, path, value)]) == ([], [f'note, {note}'])
+
+
+def test_equal_cards_and_older_ones_are_comparable():
+  older = copy.deepcopy(CARD)
+  del older['data']['num_bits'], older['data']['resize'], older['config']['eval']['schedule']
+  assert cards.compare([CARD, CARD, older]) == ([], [])
+
+
+def test_both_errors_of_an_exact_likelihood_are_named():
+  ode = changed(CARD, 'bound', 'probability-flow ODE, uniform dequantisation')
+  other = changed(ode, 'config.eval.ode.importance_samples', 8)
+  (reason,), _ = cards.compare([ode, other])
+  assert 'K = 1 (1); ODE, uniform dequantisation, K = 8 (2)' in reason
+  _, notes = cards.compare([CARD, ode])
+  assert 'note, stderr_over: draws (1); images (2)' in notes
+
+
+def write(folder, name, content):
+  path = folder / name
+  path.write_text(content if isinstance(content, str) else json.dumps(content))
+  return str(path)
+
+
+def test_the_command_prints_an_aligned_table_and_says_what_may_be_compared(tmp_path, capsys):
+  one = write(tmp_path, 'one.json', CARD)
+  two = write(tmp_path, 'two.json', changed(changed(CARD, 'value', 2.5), 'stderr', float('nan')))
+  assert cards.main([one, two]) == 0
+  header, rule, first, second, *rest = capsys.readouterr().out.splitlines()
+  cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in (header, first, second)]
+  assert len({len(line) for line in (header, rule, first, second)}) == 1
+  columns = dict(zip(cells[0], zip(*cells[1:], strict=True), strict=True))
+  assert columns['value'] == ('2.6500 ± 0.0040', '2.5000') and columns['file'] == (one, two)
+  assert columns['revision'][0] == '012345678+changes' and columns['schedule'][0] == 'learned_net'
+  assert 'extractor' not in columns  # no card has one
+  assert rest[-1] == 'The values are comparable.'
+  three = write(tmp_path, 'three.json', changed(CARD, 'data.split', 'train'))
+  assert cards.main([one, three]) == 1
+  out = capsys.readouterr().out
+  assert 'not comparable, data.split' in out and 'are comparable' not in out
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    (None, 'cannot be read (No such file or directory); give a JSON file.'),
+    ('# vdm', 'is not JSON (Expecting value: line 1 column 1 (char 0)); give a number card.'),
+    ('[1, 2]', "is not a number card: it has no metric; see a run's cards folder."),
+    ({'metric': 'fid'}, "is not a number card: it has no value; see a run's cards folder."),
+    ({'metric': 'fid', 'value': 'low'}, 'is not a number card: it has no value'),
+  ],
+)
+def test_a_file_that_is_no_card_is_refused_in_one_line(content, message, tmp_path, capsys):
+  good = write(tmp_path, 'good.json', CARD)
+  bad = str(tmp_path / 'bad.json') if content is None else write(tmp_path, 'bad.json', content)
+  assert cards.main([good, bad]) == 1
+  captured = capsys.readouterr()
+  assert captured.err.startswith(f'error: {bad} {message}') and captured.err.count('\n') == 1
+  assert not captured.out
+
+
+def test_help_helps(capsys):
+  with pytest.raises(SystemExit) as stop:
+    cards.main(['--help'])
+  assert stop.value.code == 0
+  assert 'CARD.json' in capsys.readouterr().out

@@ -1,0 +1,253 @@
+"""Drawing in shards: what is killed goes on, to the same bytes; nothing is mixed."""
+
+import json
+import os
+import types
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from PIL import Image
+from vdm.configs import default
+
+from vdm import build, checkpoint, parallel, sample, shards
+from vdm.gaussian import Prediction, expand_to, fold_in
+from vdm.schedules import SCHEDULES
+
+SHAPE, VALUES = (3, 2, 1), 17
+
+
+def config_of(**settings):
+  config = default.get_config('debug')
+  with config.unlocked():
+    config.data.update(image_shape=SHAPE, num_values=VALUES, num_classes=10)
+  config.model.class_conditional = True
+  config.sample.update(dict(num_images=28, batch_size=8, num_steps=3) | settings)
+  return config
+
+
+def stub_model():
+  """x_hat is z and the class: images differ, and follow their labels."""
+
+  def denoiser(params, label=None, key_dropout=None):
+    return lambda z, log_snr: Prediction(0.8 * z + params * expand_to(label / 30.0, z), z)
+
+  own = SCHEDULES['linear'](-5.0, 8.0)
+  return build.Model(None, lambda params: own, denoiser, None, SHAPE, VALUES)
+
+
+@pytest.fixture
+def read_run(monkeypatch):
+  """A run on disk; the parameter of its newest state is `state.ema_params`."""
+  state = types.SimpleNamespace(step=3, params=None, ema_params=jnp.ones(()), averages={})
+  monkeypatch.setattr(
+    checkpoint, 'read_run', lambda config, workdir: (stub_model(), parallel.make_mesh(), state)
+  )
+  return state
+
+
+def files(workdir):
+  return {
+    str(path.relative_to(workdir)): path.read_bytes()
+    for path in workdir.rglob('*')
+    if path.is_file()
+  }
+
+
+class Killed(BaseException):
+  """Nothing catches it, as nothing catches SIGKILL."""
+
+
+def die_at(monkeypatch, number):
+  """Stops before the number-th rename that completes a file."""
+  replace, calls = os.replace, []
+
+  def dying(source, target):
+    calls.append(target)
+    if len(calls) == number:
+      raise Killed
+    replace(source, target)
+
+  monkeypatch.setattr(shards.os, 'replace', dying)
+
+
+@pytest.mark.parametrize('image_format', ['npz', 'png'])
+def test_killed_at_any_rename_and_run_again_the_files_are_the_same_bytes(
+  image_format, read_run, tmp_path, monkeypatch
+):
+  config = config_of(format=image_format)
+  assert sample.run(config, tmp_path / 'straight') == 0
+  expected = files(tmp_path / 'straight')
+  for number in range(1, 6):  # of the manifest and of the four shards
+    workdir = tmp_path / f'killed_{number}'
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+      die_at(patch, number)
+      sample.run(config, workdir)
+    left = files(workdir)
+    assert len(left) < len(expected) and any('.part' in name for name in left)
+    kept = {p: p.stat().st_mtime_ns for p in workdir.glob('samples/*/[0-9]*')}
+    assert sample.run(config, workdir) == 0
+    assert files(workdir) == expected
+    assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
+
+
+def test_a_half_written_shard_and_a_lost_one_are_drawn_again(read_run, tmp_path):
+  config = config_of()
+  sample.run(config, tmp_path)
+  expected = files(tmp_path)
+  (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
+  (folder / '00000008.npz').unlink()
+  shard = folder / '00000024.npz'
+  shard.rename(folder / '.00000024.npz.part')
+  (folder / '.00000024.npz.part').write_bytes(b'half')
+  sample.run(config, tmp_path)
+  assert files(tmp_path) == expected
+
+
+def test_shards_hold_every_image_once_in_order_with_its_label(read_run, tmp_path):
+  config = config_of()
+  sample.run(config, tmp_path)
+  run = sample.make_sampler(config, stub_model(), parallel.make_mesh())
+  images = np.concatenate(list(run(read_run.ema_params)))
+  assert images.shape == (28, *SHAPE) and len(np.unique(images, axis=0)) == 28
+  (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
+  np.testing.assert_array_equal(np.concatenate(list(shards.read(folder))), images)
+  assert [len(batch) for batch in shards.read(folder)] == [8, 8, 8, 4]
+  labels = np.concatenate([np.load(path)['labels'] for path in sorted(folder.glob('*.npz'))])
+  np.testing.assert_array_equal(labels, np.arange(28) % 10)
+  np.testing.assert_array_equal(next(run(read_run.ema_params, [16])), images[16:24])
+
+
+def test_png_files_are_scaled_and_say_their_class(read_run, tmp_path):
+  config = config_of(format='png', label_rule='uniform')
+  sample.run(config, tmp_path)
+  (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
+  images = np.concatenate(
+    list(sample.make_sampler(config, stub_model(), parallel.make_mesh())(jnp.ones(())))
+  )
+  labels = sample.labels_of(config)(np.arange(28))
+  for i in (0, 7, 8, 27):
+    (path,) = folder.glob(f'*/{i:08d}_class{labels[i]}.png')
+    np.testing.assert_array_equal(Image.open(path), np.round(images[i, ..., 0] * 255 / 16))
+  read = np.concatenate(list(shards.read(folder)))
+  np.testing.assert_array_equal(read, np.round(images * 255 / 16))
+
+
+def test_the_bytes_of_a_shard_hold_no_time(tmp_path):
+  images = np.arange(12, dtype=np.int32).reshape(2, 3, 2, 1)
+  shards.write(tmp_path, 'npz', 0, images, 300, np.arange(2))
+  with zipfile.ZipFile(tmp_path / '00000000.npz') as archive:
+    assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
+  assert np.load(tmp_path / '00000000.npz')['images'].dtype == np.uint16
+  shards.write(tmp_path, 'npz', 0, images, 17)
+  stored = np.load(tmp_path / '00000000.npz')
+  assert stored['images'].dtype == np.uint8 and 'labels' not in stored
+
+
+def test_one_device_and_eight_draw_the_same_images():
+  config = config_of(label_rule='uniform')
+  drawn = [
+    np.concatenate(list(sample.make_sampler(config, stub_model(), mesh)(jnp.ones(()))))
+    for mesh in (Mesh(np.array(jax.devices()[:n])[:, None], parallel.BATCH_AXES) for n in (1, 8))
+  ]
+  np.testing.assert_array_equal(*drawn)
+
+
+def test_another_setting_is_another_folder_and_another_state_is_refused(read_run, tmp_path):
+  sample.run(config_of(), tmp_path)
+  sample.run(config_of(seed=1), tmp_path)
+  folders = sorted(path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
+  assert len(folders) == 2
+  for leaf, value in {'eta': 0.5, 'name': 'ddim', 's_churn': 1.0}.items():
+    changed = config_of()
+    changed.sample.sampler[leaf] = value
+    assert sample.folder_name(changed, 3) != sample.folder_name(config_of(), 3)
+  before = files(tmp_path)
+  read_run.ema_params = jnp.full((), 1.5)  # trained anew, to the same step
+  with pytest.raises(ValueError, match=r"holds images of fingerprint='\w{8}', not '\w{8}'; remove"):
+    sample.run(config_of(), tmp_path)
+  assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+  ('content', 'message'),
+  [
+    ('{"step": 4}', r"holds images of batch_size='nothing', not 8; remove"),
+    ('{', r'manifest.json cannot be read \(.*\); remove'),
+    ('[1]', r'manifest.json cannot be read \(.*\); remove'),
+    (None, r'holds images without manifest.json; remove'),
+  ],
+)
+def test_a_folder_that_says_something_else_is_refused(content, message, read_run, tmp_path):
+  sample.run(config_of(), tmp_path)
+  (manifest,) = tmp_path.glob('samples/*/manifest.json')
+  manifest.write_text(content) if content else manifest.unlink()
+  with pytest.raises(ValueError, match=message):
+    sample.run(config_of(), tmp_path)
+
+
+def test_the_manifest_says_what_the_images_are(read_run, tmp_path):
+  config = config_of(denoise_last=True, label_rule='uniform')
+  config.sample.sampler.update(name='heun', s_churn=2.0)
+  sample.run(config, tmp_path)
+  (path,) = tmp_path.glob('samples/*/manifest.json')
+  manifest = json.loads(path.read_text())
+  expected = dict(
+    step=3,
+    params='ema',
+    num_images=28,
+    num_steps=3,
+    seed=0,
+    denoise_last=True,
+    grid={'name': 'schedule'},
+    labels='uniform over 10 classes',
+    num_values=VALUES,
+    image_shape=list(SHAPE),
+    network_evaluations=5,
+    dtype='float32',
+  )
+  assert {k: manifest[k] for k in expected} == expected
+  assert manifest['sampler']['s_churn'] == 2.0 and 'weight' in manifest['guidance']
+  assert path.parent.name.startswith('step00000003_ema_heun3_')
+
+
+def test_label_rules():
+  index = np.arange(20_000)
+  uniform = sample.labels_of(config_of(label_rule='uniform'))
+  labels = uniform(index)
+  counts = np.bincount(labels, minlength=10)
+  assert labels.dtype == np.int32 and len(counts) == 10
+  assert np.abs(counts - 2000).max() < 5 * np.sqrt(2000)
+  np.testing.assert_array_equal(uniform(index[7:19]), labels[7:19])
+  assert (sample.labels_of(config_of(label_rule='uniform', seed=1))(index) != labels).mean() > 0.8
+  assert set(sample.labels_of(config_of(label_rule='uniform', label=4))(index)) == {4}
+  # the key of the label is none of those that `sample` splits off the image's own
+  keys = jax.vmap(jax.random.split)(fold_in(jax.random.key(0), jnp.arange(50)))
+  for used in (keys[:, 0], keys[:, 1]):
+    theirs = jax.vmap(lambda key: jax.random.randint(key, (), 0, 10))(used)
+    assert (np.asarray(theirs) != labels[:50]).mean() > 0.6
+
+
+@pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    (dict(format='jpg'), r"config.sample.format='jpg' must be 'npz' or 'png'; choose"),
+    (dict(label_rule='random'), r"config.sample.label_rule='random' must be 'balanced' or"),
+    (dict(label=10), r'config.sample.label=10 must be a class, 0 .. 9, or -1; use -1'),
+  ],
+)
+def test_bad_input_is_refused_before_anything_is_written(settings, message, read_run, tmp_path):
+  with pytest.raises(ValueError, match=message):
+    sample.run(config_of(**settings), tmp_path)
+  assert not files(tmp_path)
+
+
+def test_png_holds_one_or_three_channels():
+  for channels in (1, 3):
+    shards.check('png', channels)
+  with pytest.raises(ValueError, match=r"sample.format='png' must be 'npz' for images of 2 chan"):
+    shards.check('png', 2)
+  shards.check('npz', 2)

@@ -1,0 +1,136 @@
+"""A folder of drawn images: a manifest, and shards of one batch each.
+
+A shard is there whole or not at all, and its bytes are those of its images alone, so that a drawing
+that was killed goes on at the first shard that is missing, and ends in the same files.
+"""
+
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from PIL import Image
+
+from vdm import build
+
+FORMATS = ('npz', 'png')
+MANIFEST = 'manifest.json'
+
+
+def check(image_format: str, channels: int):
+  """Refuses a config.sample.format that cannot hold the images."""
+  field, choices = 'sample.format', "'npz' or 'png'"
+  build.check(image_format in FORMATS, field, image_format, choices, 'choose one')
+  held = image_format == 'npz' or channels in (1, 3)
+  fact = f"'npz' for images of {channels} channels"
+  build.check(held, field, image_format, fact, 'PNG files here hold 1 or 3')
+
+
+def short_hash(settings: dict[str, Any]) -> str:
+  """Eight hexadecimal digits that distinguish settings of plain values."""
+  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def open_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> list[int]:
+  """Makes the folder, or finds the same drawing in it; returns where the missing shards start.
+
+  To be called on every process: the first one looks, for it alone writes.
+
+  Args:
+    folder: of one drawing.
+    manifest: plain values, with num_images, batch_size and format of the drawing.
+
+  Raises:
+    ValueError: the folder holds images of which its manifest says something else, or nothing.
+  """
+  starts = range(0, manifest['num_images'], manifest['batch_size'])
+  missing, refusal = np.zeros(len(starts), np.int32), None
+  if jax.process_index() == 0:
+    try:
+      _claim(folder, manifest)
+    except ValueError as error:
+      refusal = error
+    missing[:] = [not _path(folder, manifest['format'], start).exists() for start in starts]
+  missing, refused = multihost_utils.broadcast_one_to_all((missing, np.int32(refusal is not None)))
+  if refused:
+    raise refusal or ValueError(f'{folder} is refused by the first process, which says why.')
+  return [start for start, absent in zip(starts, missing, strict=True) if absent]
+
+
+def _claim(folder: pathlib.Path, manifest: dict[str, Any]):
+  """Writes the manifest into a new folder, or compares it with that of an old one."""
+  file, wanted = folder / MANIFEST, json.loads(json.dumps(manifest))
+  remedy = 'remove the folder to draw anew'
+  if file.exists():
+    try:
+      found = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError) as error:
+      raise ValueError(f'{file} cannot be read ({error}); {remedy}.') from error
+    for field in sorted(found.keys() | wanted.keys()):
+      old, new = found.get(field, 'nothing'), wanted.get(field, 'nothing')
+      if old != new:
+        raise ValueError(f'{folder} holds images of {field}={old!r}, not {new!r}; {remedy}.')
+    return
+  if any(folder.glob('[0-9]*')):
+    raise ValueError(f'{folder} holds images without {MANIFEST}; {remedy}.')
+  folder.mkdir(parents=True, exist_ok=True)
+  part = folder / f'.{MANIFEST}.part'
+  part.write_text(json.dumps(manifest, indent=2) + '\n')
+  os.replace(part, file)
+
+
+def _path(folder: pathlib.Path, image_format: str, start: int) -> pathlib.Path:
+  """<number of the first image>.npz, or a folder of PNG files of that name."""
+  return folder / (f'{start:08d}.npz' if image_format == 'npz' else f'{start:08d}')
+
+
+def write(
+  folder: pathlib.Path,
+  image_format: str,
+  start: int,
+  images: np.ndarray,
+  num_values: int,
+  labels: np.ndarray | None = None,
+):
+  """Writes the images [N H W C] of integers from number `start` on, and their classes.
+
+  'npz' holds `images`, as they are, and `labels` where there are any. 'png' is a folder of files
+  <number>.png, or <number>_class<label>.png, with pixels scaled to 0 .. 255.
+  """
+  path = _path(folder, image_format, start)
+  part = path.with_name(f'.{path.name}.part')
+  if image_format == 'npz':
+    arrays = {'images': images.astype(np.min_scalar_type(num_values - 1))}
+    arrays |= {} if labels is None else {'labels': labels}
+    with part.open('wb') as file:
+      np.savez_compressed(file, **arrays)
+  else:
+    shutil.rmtree(part, ignore_errors=True)  # what a kill left there
+    part.mkdir()
+    for i, pixels in enumerate(to_uint8(images, num_values)):
+      label = '' if labels is None else f'_class{labels[i]}'
+      pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+      Image.fromarray(pixels).save(part / f'{start + i:08d}{label}.png')
+  os.replace(part, path)
+
+
+def read(folder: pathlib.Path) -> Iterator[np.ndarray]:
+  """The images [N H W C] of each shard in turn, as they are stored."""
+  for path in sorted(folder.glob('[0-9]*')):
+    if path.suffix == '.npz':
+      with np.load(path) as arrays:
+        yield arrays['images']
+    else:
+      images = np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob('*.png'))])
+      yield images.reshape(*images.shape[:3], -1)
+
+
+def to_uint8(images: np.ndarray, num_values: int) -> np.ndarray:
+  """Integers 0 .. num_values - 1 as 0 .. 255."""
+  return np.round(images * (255 / (num_values - 1))).astype(np.uint8)
