@@ -145,6 +145,7 @@ def get_config(arg=''):
       denoise_last=False,  # the last of num_steps returns x_hat, EDM's step to noise level zero
       params='ema',  # 'raw', 'ema' or another average
       label=-1,  # class to draw, for a class-conditional model; -1: by the rule
+      embeddings='',  # file of np.save, [N, E], taken in turn; '': those of the evaluation split
       label_rule='balanced',  # 'balanced': each in turn; 'uniform': from the image's own key
       seed=0,
     )

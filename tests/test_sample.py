@@ -57,6 +57,21 @@ def files(workdir):
   }
 
 
+def test_embeddings_are_taken_in_turn(tmp_path):
+  rows = np.random.default_rng(0).normal(size=(5, 3))
+  np.save(tmp_path / 'e.npy', rows)
+  config = config_of(embeddings=str(tmp_path / 'e.npy'))
+  config.model.class_conditional, config.data.embedding_size = False, 3
+  labels = sample.labels_of(config)(np.array([3, 4, 5, 11]))
+  np.testing.assert_array_equal(labels, rows[[3, 4, 0, 1]].astype(np.float32))
+  config.data.embedding_size = 4
+  with pytest.raises(ValueError, match=r'sample.embeddings=.* an array \[N, 4\]'):
+    sample.labels_of(config)
+  config.sample.embeddings = str(tmp_path / 'none.npy')
+  with pytest.raises(ValueError, match=r'sample.embeddings=.*none.npy.* cannot be read'):
+    sample.labels_of(config)
+
+
 class Killed(BaseException):
   """Nothing catches it, as nothing catches SIGKILL."""
 

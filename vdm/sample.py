@@ -1,6 +1,7 @@
 """Draws images from a model; an image depends on its own number and the seed alone."""
 
 import functools
+import hashlib
 import itertools
 import math
 import pathlib
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vdm import build, checkpoint, parallel, shards
+from vdm import build, checkpoint, data, parallel, shards
 from vdm.gaussian import Denoiser, fold_in
 from vdm.guidance import guide, label_pair, pair
 from vdm.likelihood import from_grid
@@ -114,8 +115,11 @@ def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidanc
 def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
   """Image number -> class: config.sample.label; where that is -1, by config.sample.label_rule.
 
-  'balanced' takes each class in turn, 'uniform' draws one from the image's own key.
+  'balanced' takes each class in turn, 'uniform' draws one from the image's own key. For a model of
+  embeddings: image number -> row of config.sample.embeddings, in turn.
   """
+  if config.data.embedding_size:
+    return embeddings_of(config)
   settings, classes = config.sample, max(1, config.data.num_classes)
   label, rule = settings.label, settings.label_rule
   fact, remedy = f'a class, 0 .. {classes - 1}, or -1', 'use -1 for config.sample.label_rule'
@@ -131,6 +135,25 @@ def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
   if label >= 0:
     return lambda index: np.full(len(index), label, np.int32)
   return uniform if rule == 'uniform' else lambda index: (index % classes).astype(np.int32)
+
+
+def embeddings_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
+  """Image numbers [b] -> embeddings float32 [b, E]: each in turn of the file [N, E] of
+  config.sample.embeddings, or of the evaluation split."""
+  path, size = config.sample.embeddings, config.data.embedding_size
+  if not path:
+    source = data.load(config.data, 'eval')
+    return lambda index: source.fetch(index % len(source))['label']
+  try:
+    rows = np.load(path)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f'config.sample.embeddings={path!r} cannot be read ({error}); name a file of np.save.'
+    ) from error
+  good = rows.ndim == 2 and rows.shape[1] == size and len(rows) > 0 and np.isfinite(rows).all()
+  fact = f'an array [N, {size}] of finite numbers, not {rows.dtype} {list(rows.shape)}'
+  build.check(good, 'sample.embeddings', path, fact, 'see config.data.embedding_size')
+  return lambda index: rows[index % len(rows)].astype(np.float32)
 
 
 def grid(images: np.ndarray, num_values: int, columns: int = 0) -> np.ndarray:
@@ -203,11 +226,14 @@ def manifest_of(config: ConfigDict, step: int, fingerprint: str) -> dict[str, An
   settings, classes, top = config.sample, config.data.num_classes, config.data.num_values - 1
   of_rule = {'balanced': f'image number % {classes}', 'uniform': f'uniform over {classes} classes'}
   labels = f'class {settings.label}' if settings.label >= 0 else of_rule[settings.label_rule]
+  if config.data.embedding_size:
+    rows = embeddings_of(config)(np.arange(min(settings.num_images, PREVIEW_IMAGES)))
+    labels = f'embeddings, the first {len(rows)} {hashlib.sha256(rows.tobytes()).hexdigest()[:16]}'
   sampler = build.sampler(config)
   return settings.to_dict() | {
     'step': step,
     'fingerprint': fingerprint,  # of the parameters, and of the guide's
-    'labels': labels if config.model.class_conditional else 'none',
+    'labels': labels if config.model.class_conditional or config.data.embedding_size else 'none',
     'pixels': f'u in 0 .. {top}' if settings.format == 'npz' else f'round(255 u / {top})',
     'num_values': config.data.num_values,
     'image_shape': list(config.data.image_shape),
