@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from vdm.configs import default
 
 from vdm import build, checkpoint, guidance, parallel, sample, train
@@ -248,6 +249,12 @@ def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
     config.data.update(num_values=256)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* a model of 256 values'):
     sample.make_guidance(config, build.model(config), mesh)
+  config = config_of(kind='auto', checkpoint=str(workdir), log_snr_max=-8.0, log_snr_min=-9.0)
+  with pytest.raises(ValueError, match=r'guidance.checkpoint=.* overlap nowhere, -5 to -8;'):
+    sample.make_guidance(config, build.model(config), mesh)
+  config.model = ConfigDict(config.model.to_dict() | dict(name='mlp'))
+  with pytest.raises(ValueError, match=r"guidance.checkpoint=.* model.name='mlp', not 'vdm_unet'"):
+    checkpoint.read_guide(config, None, mesh)
 
 
 def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):

@@ -261,21 +261,35 @@ def read_run(config: ConfigDict, workdir: str) -> tuple[build.Model, Mesh, Any]:
   return model, mesh, _newest(workdir, config, model, mesh)
 
 
-def read_guide(workdir: str, mesh: Mesh) -> tuple[build.Model, Any]:
-  """The model and the newest state of another run, by its own `config.json`.
+def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[build.Model, Any]:
+  """The model and newest state of the run config.sample.guidance.checkpoint, by its own config.
 
   Raises:
-    ValueError: there is no such run, or it cannot be restored.
+    ValueError: there is no such run, it cannot be restored, or its network is of another kind or
+      makes other images than the model of `config`.
   """
+  workdir = config.sample.guidance.checkpoint
   file = epath.Path(workdir) / 'config.json'
   if not (file.exists() and (epath.Path(workdir) / 'checkpoints').exists()):
     raise ValueError(
       f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
       'with config.json and checkpoints; train it first, or name another.'
     )
-  config = ConfigDict(_with_tuples(json.loads(file.read_text())))
-  model = build.model(config)
-  return model, _newest(workdir, config, model, mesh)
+  guide_config = ConfigDict(_with_tuples(json.loads(file.read_text())))
+  own, other = config.model.name, guide_config.model.name
+  field, remedy = 'sample.guidance.checkpoint', 'name another run'
+  # A guide is to make the model's own mistakes, only more of them (arXiv 2406.02507, section 3).
+  build.check(own == other, field, workdir, f'a run of model.name={own!r}, not {other!r}', remedy)
+  guide = build.model(guide_config)
+  build.check(
+    (guide.image_shape, guide.num_values) == (model.image_shape, model.num_values),
+    field,
+    workdir,
+    f'a model of {model.num_values} values and images {model.image_shape}, '
+    f'not {guide.num_values} and {guide.image_shape}',
+    remedy,
+  )
+  return guide, _newest(workdir, guide_config, guide, mesh)
 
 
 def _newest(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh) -> Any:

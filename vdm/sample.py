@@ -92,21 +92,21 @@ def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidanc
       return guide(of(label), label_pair(of, label), settings.weight, *limits)
 
     return classifier_free, None
-  other, guide_state = checkpoint.read_guide(settings.checkpoint, mesh)
+  other, guide_state = checkpoint.read_guide(config, model, mesh)
+  high, low = map(float, other.schedule(guide_state.ema_params)(jnp.array([0.0, 1.0])))
+  low, high = max(low, limits[0]), min(high, limits[1])  # only where the guide, too, was trained
+  own = config.schedule.log_snr_min, config.schedule.log_snr_max
   build.check(
-    (other.image_shape, other.num_values) == (model.image_shape, model.num_values),
+    max(low, own[0]) < min(high, own[1]),
     'sample.guidance.checkpoint',
     settings.checkpoint,
-    f'a model of {model.num_values} values and images {model.image_shape}, '
-    f'not {other.num_values} and {other.image_shape}',
-    'name another run',
+    f"trained where the model is, at log-SNR {own[0]:g} to {own[1]:g} and within guidance's "
+    f'limits: the two overlap nowhere, {low:g} to {high:g}',
+    'name another run, or other limits',
   )
 
   def auto(params, guide_params, label):
     own, weak = model.denoiser(params, label), other.denoiser(guide_params, label)
-    # only where the guide, too, was trained
-    high, low = other.schedule(guide_params)(jnp.array([0.0, 1.0]))
-    low, high = jnp.maximum(low, limits[0]), jnp.minimum(high, limits[1])
     return guide(own, pair(own, weak), settings.weight, low, high)
 
   return auto, guide_state.ema_params
