@@ -138,7 +138,8 @@ def get_config(arg=''):
   )
   config.sample = ConfigDict(
     dict(
-      num_images=64,
+      num_images=64,  # of --mode=sample
+      preview_images=64,  # of them in the picture, which training, too, draws at each evaluation
       batch_size=64,  # the last one is cut; --mode=sample writes each as a shard
       format='npz',  # of shards: 'npz', integers and labels; 'png', a folder of files 0 .. 255
       num_steps=250,

@@ -365,6 +365,7 @@ def check_config(config: ConfigDict):
     'eval.batch_size',
     'eval.draws',
     'sample.num_images',
+    'sample.preview_images',
     'sample.batch_size',
     'sample.num_steps',
     'checkpoint.every_steps',

@@ -50,7 +50,10 @@ def make_look(
       )
     }
     writer.write_scalars(step, scalars)
-    images = np.concatenate(list(sampler(named_params(train_state, config.sample.params))))
+    params = named_params(train_state, config.sample.params)
+    images = np.concatenate(list(sampler(params, sample.preview_starts(config.sample))))[
+      : config.sample.preview_images
+    ]
     curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
     shown = pictures(train_state, curves)
     if jax.process_index() == 0:

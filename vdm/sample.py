@@ -26,7 +26,6 @@ from vdm.state import named_params
 
 LABEL_RULES = ('balanced', 'uniform')
 LOG_EVERY_SECONDS = 10.0
-PREVIEW_IMAGES = 100
 
 # (params, guide's params, label) -> Denoiser, and the guide's params
 Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
@@ -206,18 +205,28 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       of = labels(start + np.arange(len(images))) if config.model.class_conditional else None
       shards.write(folder, settings.format, start, images, model.num_values, of)
   if jax.process_index() == 0:
-    few = itertools.islice(shards.read(folder), math.ceil(PREVIEW_IMAGES / settings.batch_size))
-    images = np.concatenate(list(few))[:PREVIEW_IMAGES]
+    few = itertools.islice(shards.read(folder), len(preview_starts(settings)))
+    images = np.concatenate(list(few))[: settings.preview_images]
     stored_values = model.num_values if settings.format == 'npz' else 256
     save_png(folder.with_name(f'{folder.name}.png'), grid(images, stored_values))
     logging.info('%s and .png have %d images', folder, settings.num_images)
   return 0
 
 
+def preview_starts(settings: ConfigDict) -> range:
+  """The batches that hold the first config.sample.preview_images images."""
+  return range(0, min(settings.preview_images, settings.num_images), settings.batch_size)
+
+
+def _what_is_drawn(settings: ConfigDict) -> dict[str, Any]:
+  """config.sample, but for what no image depends on."""
+  return {k: v for k, v in settings.to_dict().items() if k != 'preview_images'}
+
+
 def folder_name(config: ConfigDict, step: int) -> str:
   """Short, and another one for other settings: its end is a hash of step and config.sample."""
   settings = config.sample
-  ending = shards.short_hash({'step': step} | settings.to_dict())
+  ending = shards.short_hash({'step': step} | _what_is_drawn(settings))
   return f'step{step:08d}_{settings.params}_{settings.sampler.name}{settings.num_steps}_{ending}'
 
 
@@ -227,10 +236,10 @@ def manifest_of(config: ConfigDict, step: int, fingerprint: str) -> dict[str, An
   of_rule = {'balanced': f'image number % {classes}', 'uniform': f'uniform over {classes} classes'}
   labels = f'class {settings.label}' if settings.label >= 0 else of_rule[settings.label_rule]
   if config.data.embedding_size:
-    rows = embeddings_of(config)(np.arange(min(settings.num_images, PREVIEW_IMAGES)))
+    rows = embeddings_of(config)(np.arange(min(settings.num_images, 100)))
     labels = f'embeddings, the first {len(rows)} {hashlib.sha256(rows.tobytes()).hexdigest()[:16]}'
   sampler = build.sampler(config)
-  return settings.to_dict() | {
+  return _what_is_drawn(settings) | {
     'step': step,
     'fingerprint': fingerprint,  # of the parameters, and of the guide's
     'labels': labels if config.model.class_conditional or config.data.embedding_size else 'none',

@@ -21,10 +21,10 @@ def get_config(arg=''):
     base.name = 'schedules'
     base.model.update(width=16, num_blocks=1)
     base.optimizer.decay = 'constant'
-    base.train.update(num_steps=500, eval_every_steps=50, log_every_steps=25)
-    base.eval.update(max_images=1000, draws=2, params='ema')
-    base.sample.update(num_images=200, batch_size=200, num_steps=8)
-    base.checkpoint.update(every_steps=500, keep=1)
+    base.train.update(num_steps=400, eval_every_steps=50, log_every_steps=25)
+    base.eval.update(max_images=500, draws=2, params='ema')
+    base.sample.update(num_images=200, batch_size=50, preview_images=50, num_steps=16)
+    base.checkpoint.update(every_steps=400, keep=1)
     if arg == 'debug':
       default.debug(base)
   ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}

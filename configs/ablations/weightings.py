@@ -17,9 +17,9 @@ def get_config(arg=''):
   with base.unlocked():
     base.name = 'weightings'
     if arg != 'debug':
-      base.train.update(num_steps=300, eval_every_steps=100, log_every_steps=20)
+      base.train.update(num_steps=300, eval_every_steps=150, log_every_steps=20)
       base.eval.update(draws=4, params='ema')
-      base.sample.update(num_images=360, batch_size=360)
+      base.sample.update(num_images=360, batch_size=90, preview_images=36)
       base.checkpoint.update(every_steps=300, keep=1)
   weightings = [name for name in WEIGHTINGS if arg != 'debug' or name in ('elbo', 'sigmoid')]
   seeds = range(3 if arg != 'debug' else 1)
