@@ -87,7 +87,8 @@ COMMANDS = {'convert': (convert, 1, 2), 'stats': (stats, 1, 2), 'score': (score,
 def parse_flags(argv):
   """The flags of vdm.main; without --config, Inception on 8-bit images."""
   if not any(arg.startswith(('--config=', '-config=')) or arg == '--config' for arg in argv):
-    argv = [argv[0], *_DEFAULTS, *argv[1:]]
+    sys.argv[1:1] = _DEFAULTS  # where ml_collections looks for overrides
+    argv = sys.argv
   return main.parse_flags(argv)
 
 

@@ -70,6 +70,8 @@ def kid(
 ) -> tuple[float, float]:
   """Unbiased KID: mean and standard deviation over random subsets, at most all images each."""
   size, random = min(subset_size, len(x), len(y)), np.random.RandomState(seed)
+  if size == len(x) == len(y):
+    subsets = 1  # all would be the same
   values = []
   for _ in range(subsets):
     a, b = (np.float64(z[random.choice(len(z), size, replace=False)]) for z in (x, y))
