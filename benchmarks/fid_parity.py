@@ -1,6 +1,6 @@
 """Our Inception metrics beside torch-fidelity's, with the same random weights: a Markdown table.
 
-  pip install -e '.[parity]' && python -m benchmarks.fid_parity --num_images=24 > docs/fid.md
+  pip install -e '.[parity]' && python -m benchmarks.fid_parity --num_images=24
 
 The published weights are not needed: both networks get the same random ones, whose batch
 normalisation is set by a batch of images, so that activations vary. Two sets of images of every

@@ -21,6 +21,8 @@ MATHS = (
   'times',
   'adaptive',
   'augmented',
+  'fid.metrics',
+  'fid.statistics',
   'guidance',
   'likelihood',
   'losses',

@@ -1,6 +1,7 @@
 import csv
 import json
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from vdm.configs import digits

@@ -92,10 +92,6 @@ def collected(rows, logits):
   return fid.Collected({'features': statistics.of_rows(rows)}, parts)
 
 
-class Named:
-  label = 'inception'
-
-
 def test_intervals_are_as_wide_as_fresh_draws_spread():
   real = normal(999, (300, 4), 0.5)
   reference = Reference({'features': fid.fit(real)}, {'features': real}, {'num_images': 300})
@@ -103,7 +99,7 @@ def test_intervals_are_as_wide_as_fresh_draws_spread():
   values, errors = [], []
   for seed in range(24):
     rows = normal(seed, (300, 4))
-    found = fid.measure(collected(rows, rows @ weights), reference, Named, halves=12)
+    found = fid.measure(collected(rows, rows @ weights), reference, 'inception', halves=12)
     values.append([entry['value'] for entry in found.values()])
     errors.append([(e['high'] - e['low']) / (2 * 1.96) for e in found.values()])
   assert list(found) == ['fid', 'inception_score', 'kid', 'precision', 'recall']
@@ -112,15 +108,12 @@ def test_intervals_are_as_wide_as_fresh_draws_spread():
 
 
 def test_only_inceptions_distances_are_called_fid():
-  class Other:
-    label = 'classifier'
-
   rows = normal(0, (40, 4))
   reference = Reference({'features': fid.fit(rows)}, {'features': rows}, {'num_images': 40})
-  found = fid.measure(collected(rows, rows), reference, Other, halves=0)
+  found = fid.measure(collected(rows, rows), reference, 'classifier', halves=0)
   names = 'fd_classifier score_classifier kd_classifier precision_classifier recall_classifier'
   assert sorted(found) == sorted(names.split())
   assert set(found['fd_classifier']) == {'value', 'num_images', 'reference_images'}
   without_rows = reference._replace(rows={})
-  found = fid.measure(collected(rows, rows), without_rows, Other, halves=0)
+  found = fid.measure(collected(rows, rows), without_rows, 'classifier', halves=0)
   assert sorted(found) == ['fd_classifier', 'score_classifier']

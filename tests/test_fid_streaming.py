@@ -44,7 +44,7 @@ def score(mesh, batch_size):
   gaussians = {k: fid.statistics.finish(part) for k, part in real.statistics.items()}
   reference = fid.Reference(gaussians, real.rows, {'num_images': COUNT})
   assert samples.statistics['features'].count == COUNT and len(samples.rows['logits']) == COUNT
-  return {k: v['value'] for k, v in fid.measure(samples, reference, extractor, 3).items()}
+  return {k: v['value'] for k, v in fid.measure(samples, reference, extractor.label, 3).items()}
 
 
 @pytest.fixture(scope='module')

@@ -5,7 +5,7 @@ extractor = fid.make(config, mesh)            # refuses at once what is missing
 reference = fid.of_config(config, extractor)
 batches = fid.batches_of(arrays_of_images, extractor, config.fid.batch_size)
 samples = fid.collect(extractor, batches, keep=config.fid.num_images)
-fid.measure(samples, reference, extractor, config.fid.halves)   # {'fid': {'value', 'low', ...}}
+fid.measure(samples, reference, extractor.label, config.fid.halves)  # {'fid': {'value', ...}}
 """
 
 from vdm.fid.extractor import Extractor, make

@@ -69,7 +69,7 @@ def score(config, path: str, reference_path: str) -> str:
     process_count=jax.process_count(),
   )
   samples = streaming.collect(extractor, batches, wanted)
-  found = metrics.measure(samples, reference, extractor, settings.halves)
+  found = metrics.measure(samples, reference, extractor.label, settings.halves)
   card = {'metrics': found, 'images': source.identity, 'reference': reference.facts}
   card |= {'extractor': extractor.name, 'extractor_sha256': extractor.sha256}
   if _OUT.value:

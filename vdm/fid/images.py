@@ -27,7 +27,7 @@ def load(path: str) -> data.Source:
   root = pathlib.Path(path)
   if not root.exists():
     raise ValueError(f'{path} does not exist; give a folder of PNG files, an NPZ file or shards.')
-  files = [root] if root.is_file() else sorted(p for p in root.rglob('*') if p.is_file())
+  files = [root] if root.is_file() else sorted(p for p in root.rglob('*') if _counts(root, p))
   shards = [file for file in files if file.suffix == '.npz']
   pictures = [file for file in files if file.suffix.lower() in PICTURES]
   if shards and pictures:
@@ -49,6 +49,11 @@ def load(path: str) -> data.Source:
     return {'image': fetch(index), 'label': np.zeros(len(index), np.int32)}
 
   return data.Source(fetch_batch, identity, 0 if shards else 8)
+
+
+def _counts(root: pathlib.Path, path: pathlib.Path) -> bool:
+  """Whether it is a file, and not a part of one that `vdm.shards` was writing."""
+  return path.is_file() and not any(p.startswith('.') for p in path.relative_to(root).parts)
 
 
 def _of_pictures(files):

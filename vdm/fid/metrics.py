@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Float
 
 from vdm.fid import statistics
-from vdm.fid.extractor import Extractor
 from vdm.fid.network import Features
 from vdm.fid.references import Reference
 from vdm.fid.streaming import Collected
@@ -28,7 +27,7 @@ PAIRS = (
 NEIGHBOUR = 3
 SEED = 2020  # of the order of images in splits, and of KID's subsets: torch-fidelity's
 
-Metric = Callable[[np.ndarray], Float[np.ndarray, ' M']]  # rows of some images -> M values
+Metric = Callable[[np.ndarray], Any]  # numbers of some images -> a value, or several
 
 
 def inception_score(
@@ -105,24 +104,24 @@ def precision_recall(
   return float(precision), float((across <= radius_generated[:, None]).any(axis=0).mean())
 
 
-def spread(metric: Metric, num_images: int, halves: int, seed: int = 0) -> Float[np.ndarray, ' M']:
+def spread(metric: Metric, num_images: int, halves: int, seed: int = 0) -> Float[np.ndarray, '*M']:
   """Standard error of metric(all rows), from random halves of them."""
   random = np.random.RandomState(seed)
   draws = [metric(random.permutation(num_images)[: num_images // 2]) for _ in range(halves)]
   rest = num_images - num_images // 2  # halves of odd n: scaled to n exactly
-  return np.std(draws, axis=0, ddof=1) * np.sqrt((num_images // 2) / rest)
+  return np.asarray(np.std(draws, axis=0, ddof=1) * np.sqrt((num_images // 2) / rest))
 
 
 def measure(
-  samples: Collected, reference: Reference, extractor: Extractor, halves: int
+  samples: Collected, reference: Reference, label: str, halves: int
 ) -> dict[str, dict[str, Any]]:
   """{name: {'value', 'low', 'high', 'num_images', ...}}, 95 % intervals where halves is 2 or more.
 
-  With Inception: fid, sfid, inception_score, kid, precision, recall; with a network called L, fd_L,
-  fd_spatial_L, score_L, kd_L, precision_L, recall_L. What the network, or a reference that has only
-  statistics, has nothing for is left out.
+  `label` is the extractor's. With Inception's: fid, sfid, inception_score, kid, precision, recall;
+  with any other, L: fd_L, fd_spatial_L, score_L, kd_L, precision_L, recall_L. What the network, or
+  a reference that has only statistics, has nothing for is left out.
   """
-  names = _names(extractor.label)
+  names = _names(label)
   rows, found = samples.rows, {}
   for kind in sorted(set(reference.gaussians) & set(samples.statistics)):
     found[names[kind]] = _frechet(samples, reference, kind, halves)
@@ -143,7 +142,9 @@ def _names(label: str) -> dict[str, str]:
   return dict(zip(kinds, own, strict=True))
 
 
-def _estimate(value: float, error: float | None, num_images: int, **facts) -> dict[str, Any]:
+def _estimate(
+  value: float, error: np.ndarray | float | None, num_images: int, **facts
+) -> dict[str, Any]:
   interval = {}
   if error is not None:
     interval = {'low': value - 1.96 * float(error), 'high': value + 1.96 * float(error)}
@@ -189,7 +190,7 @@ def _precision_recall(rows: Features, reference: Features, halves: int, names: d
   x, y = rows['features'][:PAIRS], reference['features'][:PAIRS]
   generated, real, across = distances(x, x), distances(y, y), distances(x, y)
   values = precision_recall(generated, real, across)
-  errors = (None, None)
+  errors = [None, None]
   if halves > 1:
 
     def of_some(index):

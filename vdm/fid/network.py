@@ -81,5 +81,6 @@ def check_range(images: np.ndarray, num_values: int):
   if num_values < 256 and images.size and images.max() >= num_values:
     raise ValueError(
       f'images have values up to {images.max()}, must be below '
-      f'config.data.num_values={num_values}; set it to 256 for 8-bit images.'
+      f'config.data.num_values={num_values}; give an NPZ of values as drawn, or, for 8-bit '
+      'pictures and Inception, set it to 256.'
     )
