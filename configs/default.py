@@ -183,6 +183,21 @@ def get_config(arg=''):
       percentile=0.995,
     )
   )
+  # Fréchet distance and its relatives, between samples and real images: see vdm/fid.
+  config.fid = ConfigDict(
+    dict(
+      # 'classifier', trained on this data set (FD-classifier, which is no FID); 'inception' (FID;
+      # its weights are yours to fetch: python -m vdm.fid convert); or package.module.function
+      features='classifier',
+      weights='',  # NPZ of `convert`, or where the classifier is kept; '': in ~/.cache/vdm
+      reference='',  # NPZ of `python -m vdm.fid stats`, ADM's or EDM's, or images; '': all of train
+      num_images=50_000,  # that are scored; published numbers use 50 000
+      batch_size=256,  # over all devices and hosts
+      halves=20,  # random halves that 95 % intervals are made of; 0: no intervals
+      allow_few=False,  # fewer images than features: a singular covariance, for tests only
+      replicate_grey=False,  # grey images into Inception as three equal channels
+    )
+  )
   config.checkpoint = ConfigDict(
     dict(
       every_steps=500,
@@ -209,4 +224,5 @@ def debug(config):
   config.eval.update(batch_size=8, draws=2, max_images=16)
   config.eval.ode.update(rtol=1e-2, atol=1e-2)
   config.sample.update(num_images=8, batch_size=8, num_steps=4)
+  config.fid.update(num_images=8, batch_size=8, halves=2, allow_few=True)
   config.checkpoint.every_steps = 2

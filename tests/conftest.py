@@ -9,6 +9,9 @@ os.environ['XLA_FLAGS'] = (
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
+# Nothing is kept in, or found in, the cache of whoever runs the tests.
+os.environ['XDG_CACHE_HOME'] = tempfile.mkdtemp()
+
 from jaxtyping import install_import_hook
 
 MATHS = (
@@ -18,6 +21,8 @@ MATHS = (
   'times',
   'adaptive',
   'augmented',
+  'fid.metrics',
+  'fid.statistics',
   'guidance',
   'likelihood',
   'losses',

@@ -10,7 +10,7 @@ LEVELS = [
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'ode', 'state'},
   {'parallel', 'build', 'cards'},
-  {'checkpoint', 'evaluate_ode', 'shards'},
+  {'checkpoint', 'evaluate_ode', 'fid', 'shards'},
   {'evaluate', 'sample', 'report', 'progressive', 'import_vdm', 'reconstruct'},
   {'look'},
   {'train'},
@@ -38,6 +38,22 @@ def test_every_file_imports_only_from_lower_levels():
     for name in set(imports(path)) - {'configs'}:
       if path.stem != '__init__' and (path.stem, name) not in ALLOWED_SIDEWAYS:
         assert LEVEL[name] < LEVEL[path.stem], f'{path.stem} imports {name}'
+
+
+def test_fid_imports_only_from_lower_levels_and_its_own_files_in_order():
+  """Its command line, __main__, is above everything, and nothing imports that."""
+  files = 'statistics inception weights network classifier extractor streaming images references'
+  order = [*files.split(), 'metrics', '__init__']
+  assert {path.stem for path in (ROOT / 'fid').glob('*.py')} == {*order, '__main__'}
+  for number, name in enumerate(order):
+    path = ROOT / 'fid' / f'{name}.py'
+    for module in set(imports(path)) - {'fid'}:
+      assert LEVEL[module] < LEVEL['fid'], f'fid/{name} imports {module}'
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.ImportFrom) and (node.module or '').startswith('vdm.fid'):
+        _, _, *inner = node.module.split('.')
+        for other in inner or [alias.name for alias in node.names]:
+          assert order.index(other) < number, f'fid/{name} imports fid/{other}'
 
 
 def test_maths_files_hold_no_jit_config_io_or_logging():

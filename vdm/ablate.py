@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from vdm import build, checkpoint, data, main, parallel, report, sample, train
+from vdm import build, checkpoint, data, fid, main, parallel, report, sample, train
 from vdm.likelihood import to_grid
 from vdm.samplers import num_evaluations
 from vdm.state import named_params
@@ -85,12 +85,12 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
   source = data.load(config.data, 'eval')
   reference = source.fetch(np.arange(len(source)))['image']
   params = named_params(state, config.sample.params)
-  distances = {}
+  fitted, distances = _fit(reference, model), {}
   for count in steps:
     config.sample.num_steps = count
     images = np.concatenate(list(sample.make_sampler(config, model, mesh)(params)))
     evaluations = num_evaluations(build.sampler(config), count, config.sample.denoise_last)
-    distances[evaluations] = frechet_distance(*(_vectors(a, model) for a in (images, reference)))
+    distances[evaluations] = fid.frechet_distance(_fit(images, model), fitted)
   schedule = model.training_schedule(state.params, state.adaptive)
   log_snr = schedule(jnp.linspace(0.0, 1.0, 101))
   result = {
@@ -103,22 +103,9 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
   os.replace(part, workdir / SCORES)
 
 
-def _vectors(images: np.ndarray, model: build.Model) -> np.ndarray:
+def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
   x = to_grid(jnp.asarray(images, jnp.int32), model.num_values)
-  return np.asarray(x, np.float64).reshape(len(images), -1)
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-  """Between Gaussians fitted to the rows of a and of b: |difference of means|^2 + tr(A + B - 2 R).
-
-  R = (A^1/2 B A^1/2)^1/2 by symmetric eigen-decompositions in float64.
-  """
-  (mean_a, cov_a), (mean_b, cov_b) = ((x.mean(axis=0), np.cov(x, rowvar=False)) for x in (a, b))
-  values, vectors = np.linalg.eigh(cov_a)
-  root = (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
-  cross = np.sqrt(np.maximum(np.linalg.eigvalsh(root @ cov_b @ root), 0)).sum()
-  squared = ((mean_a - mean_b) ** 2).sum()
-  return float(squared + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+  return fid.fit(np.asarray(x).reshape(len(images), -1))
 
 
 def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:

@@ -34,7 +34,16 @@ from vdm.configs import default
 from vdm.nn import blocks
 
 # Leaves that may differ between two starts of one run: they do not change what is trained.
-_FREE_BLOCKS = ('eval.', 'sample.', 'checkpoint.', 'parallel.', 'log.', 'profile.', 'data.eval_')
+_FREE_BLOCKS = (
+  'eval.',
+  'sample.',
+  'fid.',
+  'checkpoint.',
+  'parallel.',
+  'log.',
+  'profile.',
+  'data.eval_',
+)
 _FREE_LEAVES = (
   'name',
   'data.dir',

@@ -1,0 +1,114 @@
+"""Converts Inception's weights, makes reference statistics, scores images.
+
+  python -m vdm.fid convert FILE [OUT.npz]           Inception's weights, once: .pth or .pb -> ours
+  python -m vdm.fid stats OUT.npz --config=FILE      statistics of the whole training split
+  python -m vdm.fid stats OUT.npz IMAGES             or of a folder or NPZ of images
+  python -m vdm.fid score IMAGES REFERENCE           metrics of IMAGES, as JSON
+
+IMAGES is a folder of PNG files, an NPZ file with uint8 [N, H, W, C] as arr_0 or images, or a folder
+of such files. REFERENCE is a file of `stats`, one of ADM's or EDM's, or images. Without --config it
+is Inception on 8-bit images; any leaf can be overridden, --config.fid.num_images=10000.
+"""
+
+import json
+import pathlib
+import sys
+
+import jax
+from absl import app, flags, logging
+
+from vdm import cards, data, main, parallel, report
+from vdm.fid import extractor as extractors
+from vdm.fid import images, metrics, references, streaming, weights
+
+_ALLOW_UNKNOWN = flags.DEFINE_bool('allow_unknown', False, 'convert: take weights of any sha256.')
+_OUT = flags.DEFINE_string('out', '', 'score: also write the JSON, with all facts, to this file.')
+_SPLIT = flags.DEFINE_enum('split', 'train', ['train', 'eval'], 'stats: of config.data.')
+_DEFAULTS = (
+  '--config=configs/default.py',
+  '--config.data.num_values=256',
+  '--config.fid.features=inception',
+)
+
+
+def convert(config, path: str, out: str = '') -> str:
+  """See `weights.convert`."""
+  del config
+  return weights.convert(path, out, _ALLOW_UNKNOWN.value)
+
+
+def stats(config, out: str, path: str = '') -> str:
+  """Writes the statistics of the split that the config names, or of the images in `path`."""
+  if not out.endswith('.npz'):
+    raise ValueError(f'{out} must end in .npz; stats takes OUT.npz, then IMAGES or --config=FILE.')
+  source = images.load(path) if path else data.load(config.data, _SPLIT.value)
+  extractor = _extractor(config, source)
+  streaming.check_count(config.fid, len(source), extractor)
+  reference = references.of_source(source, extractor, config.fid.batch_size)
+  references.write(pathlib.Path(out), reference)
+  return f'wrote {out}: {reference.facts["num_images"]} images, {extractor.name}'
+
+
+def score(config, path: str, reference_path: str) -> str:
+  """All metrics of the images in `path`, as JSON."""
+  settings, source = config.fid, images.load(path)
+  wanted = settings.num_images or len(source)
+  if len(source) < wanted:
+    raise ValueError(
+      f'config.fid.num_images={wanted} must be at most the {len(source)} images of {path}; '
+      f'draw more, or say --config.fid.num_images={len(source)}: that is another number.'
+    )
+  extractor = _extractor(config, source)
+  streaming.check_count(settings, wanted, extractor)
+  reference = references.read(reference_path, extractor, settings.batch_size)
+  batches = data.eval_batches(
+    source,
+    batch_size=extractor.batch_size(settings.batch_size),
+    max_images=wanted,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  samples = streaming.collect(extractor, batches, wanted)
+  found = metrics.measure(samples, reference, extractor.label, settings.halves)
+  card = {'metrics': found, 'images': source.identity, 'reference': reference.facts}
+  card |= {'extractor': extractor.name, 'extractor_sha256': extractor.sha256}
+  if _OUT.value:
+    cards.write(pathlib.Path(_OUT.value), card)
+  return json.dumps(found, indent=2)
+
+
+def _extractor(config, source: data.Source) -> extractors.Extractor:
+  return extractors.make(config, parallel.make_mesh(), source.identity['image_shape'])
+
+
+COMMANDS = {'convert': (convert, 1, 2), 'stats': (stats, 1, 2), 'score': (score, 2, 2)}
+
+
+def parse_flags(argv):
+  """The flags of vdm.main; without --config, Inception on 8-bit images."""
+  if not any(arg.startswith(('--config=', '-config=')) or arg == '--config' for arg in argv):
+    sys.argv[1:1] = _DEFAULTS  # where ml_collections looks for overrides
+    argv = sys.argv
+  return main.parse_flags(argv)
+
+
+def _main(argv):
+  report.set_up_logging()
+  name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ('', [])
+  command, least, most = COMMANDS[name] if name in COMMANDS else (None, 0, 0)
+  if command is None or not least <= len(arguments) <= most:
+    sys.exit(__doc__.strip())
+
+  def run(config, workdir):
+    del workdir
+    text = command(config, *arguments)
+    if jax.process_index() == 0:
+      print(text)
+    logging.flush()
+    return 0
+
+  main.in_one_line(run, lambda config: f'runs/{config.name}')
+
+
+if __name__ == '__main__':
+  app.run(_main, flags_parser=parse_flags)
