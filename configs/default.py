@@ -121,6 +121,7 @@ def get_config(arg=''):
       # Of the bound: the model's own schedule, or a fixed one by its name between its end points.
       schedule=dict(name='schedule'),
       augmented_elbo=False,  # --mode=eval: the weighted loss as bounds of data with noise, by level
+      fid=False,  # --mode=eval: scores fid.num_images samples, by config.sample and config.fid
       likelihood='elbo',  # of --mode=eval: 'elbo', 'ode', or 'elbo,ode' for both; training: elbo
       # The exact likelihood by the probability-flow ODE: see vdm.ode. One solve an image and draw.
       ode=dict(
@@ -191,7 +192,9 @@ def get_config(arg=''):
       features='classifier',
       weights='',  # NPZ of `convert`, or where the classifier is kept; '': in ~/.cache/vdm
       reference='',  # NPZ of `python -m vdm.fid stats`, ADM's or EDM's, or images; '': all of train
-      num_images=50_000,  # that are scored; published numbers use 50 000
+      num_images=50_000,  # that --mode=eval scores; published numbers use 50 000
+      train_every_steps=0,  # training scores samples too, a multiple of its eval_every_steps ...
+      train_images=2000,  # ... so many; 0 steps: never
       batch_size=256,  # over all devices and hosts
       halves=20,  # random halves that 95 % intervals are made of; 0: no intervals
       allow_few=False,  # fewer images than features: a singular covariance, for tests only
@@ -224,5 +227,7 @@ def debug(config):
   config.eval.update(batch_size=8, draws=2, max_images=16)
   config.eval.ode.update(rtol=1e-2, atol=1e-2)
   config.sample.update(num_images=8, batch_size=8, num_steps=4)
-  config.fid.update(num_images=8, batch_size=8, halves=2, allow_few=True)
+  config.fid.update(
+    num_images=8, train_every_steps=0, train_images=8, batch_size=8, halves=2, allow_few=True
+  )
   config.checkpoint.every_steps = 2

@@ -16,7 +16,9 @@ def get_config(arg=''):
     config.ema.halflife_images = 5_000
     config.train.update(batch_size=64, num_steps=1200, log_every_steps=100, eval_every_steps=400)
     config.eval.update(batch_size=360, draws=32)
-    config.sample.num_steps = 200
+    config.sample.sampler.name = 'dpmpp_2m'
+    config.sample.num_steps = 50
+    config.fid.update(train_every_steps=400, train_images=360)
     config.checkpoint.every_steps = 400
     if arg == 'debug':
       default.debug(config)

@@ -20,7 +20,6 @@ def get_config(arg=''):
     config.schedule = ConfigDict(dict(name='adaptive', log_snr_min=-8.0, log_snr_max=8.0))
     config.weighting = ConfigDict(dict(name='sigmoid', bias=2.0))
     config.train.label_dropout = 0.1
-    config.sample.sampler.name = 'dpmpp_2m'
     config.sample.num_steps = 32
     config.sample.grid = ConfigDict(dict(name='cosine'))
     if arg == 'debug':

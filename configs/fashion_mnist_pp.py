@@ -39,8 +39,8 @@ def get_config(arg=''):
     config.train.update(
       batch_size=64, num_steps=1500, log_every_steps=50, eval_every_steps=500, label_dropout=0.1
     )
-    config.sample.sampler.name = 'dpmpp_2m'
     config.sample.num_steps = 32
+    config.fid.train_every_steps = 500
     config.sample.grid = ConfigDict(dict(name='cosine'))
     config.checkpoint.every_steps = 500
     if arg == 'debug':

@@ -36,6 +36,7 @@ def get_config(arg=''):
     )
     config.ema.halflife_images = 20_000
     config.train.update(num_steps=3000, log_every_steps=200, eval_every_steps=1500)
+    config.fid.train_every_steps = 1500
     config.eval.ode.update(rtol=1e-2, atol=1e-2)
     config.checkpoint.every_steps = 1500
     if arg == 'debug':

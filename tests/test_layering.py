@@ -11,7 +11,7 @@ LEVELS = [
   {'losses', 'ode', 'state'},
   {'parallel', 'build', 'cards'},
   {'checkpoint', 'evaluate_ode', 'fid', 'shards'},
-  {'evaluate', 'sample', 'report', 'progressive', 'import_vdm', 'reconstruct'},
+  {'evaluate', 'sample', 'score', 'report', 'progressive', 'import_vdm', 'reconstruct'},
   {'look'},
   {'train'},
   {'main'},

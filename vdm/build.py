@@ -370,6 +370,9 @@ def check_config(config: ConfigDict):
     'sample.num_steps',
     'checkpoint.every_steps',
     'checkpoint.keep',
+    'fid.batch_size',
+    'fid.num_images',
+    'fid.train_images',
     'data.num_values',
     'parallel.fsdp',
     'optimizer.learning_rate',
@@ -411,6 +414,14 @@ def check_config(config: ConfigDict):
     config.data.num_values,
     '2 or more',
     '256 for 8-bit pixels',
+  )
+  every, evaluations = config.fid.train_every_steps, config.train.eval_every_steps
+  check(
+    every >= 0 and every % evaluations == 0,
+    'fid.train_every_steps',
+    every,
+    f'a multiple of config.train.eval_every_steps={evaluations}, or 0',
+    f'try {evaluations}, or 0 for never',
   )
   conditional, classes = config.model.class_conditional, config.data.num_classes
   check(

@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, checkpoint, data, evaluate, progressive, report, sample
+from vdm import build, checkpoint, data, evaluate, progressive, report, sample, score
 from vdm.augmented import augmented
 from vdm.likelihood import to_grid
 from vdm.state import named_params
@@ -33,6 +33,9 @@ def make_look(
   evaluator = evaluate.make_evaluator(config, model, mesh)
   sampler = sample.make_sampler(config, model, mesh)
   pictures = make_pictures(config, model, mesh, source, workdir)
+  score_images = config.fid.train_images if config.fid.train_every_steps else 0
+  if score_images:
+    scorer = score.make_scorer(config, model, mesh, workdir, score_images)
 
   def look(train_state, writer, train_bins):
     step = int(train_state.step)
@@ -51,12 +54,16 @@ def make_look(
     }
     writer.write_scalars(step, scalars)
     params = named_params(train_state, config.sample.params)
-    images = np.concatenate(list(sampler(params, sample.preview_starts(config.sample))))[
-      : config.sample.preview_images
-    ]
+    scores = score_images and step % config.fid.train_every_steps == 0
+    num_images = max(config.sample.preview_images, score_images if scores else 0)
+    images = np.concatenate(list(sampler(params, num_images)))
+    if scores:
+      found = scorer(step, [images])
+      writer.write_scalars(step, {f'eval/{name}': part['value'] for name, part in found.items()})
     curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
     shown = pictures(train_state, curves)
     if jax.process_index() == 0:
+      images = images[: config.sample.preview_images]
       shown['samples'] = sample.grid(images, model.num_values)
       sample.save_png(workdir / 'samples' / f'step_{step:08d}.png', shown['samples'])
       writer.write_images(step, {name: picture[None] for name, picture in shown.items()})
@@ -122,6 +129,11 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
           model.schedule(named_params(train_state, name))(jnp.array([1.0, 0.0]))
         )
         write_augmented(config, model, name, step, ends, result, workdir)
+  if config.eval.fid:
+    sampler = sample.make_sampler(config, model, mesh)
+    scorer = score.make_scorer(config, model, mesh, workdir, config.fid.num_images)
+    batches = sampler(named_params(train_state, config.sample.params), config.fid.num_images)
+    score.say(scorer(step, batches), config.sample.params, step)
   if 'ode' in config.eval.likelihood:
     result = evaluate.evaluate_ode_and_write(config, model, mesh, source, train_state, workdir)
     logging.info(

@@ -34,10 +34,11 @@ Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
 def make_sampler(
   config: ConfigDict, model: build.Model, mesh: Mesh, guidance: Guidance | None = None
 ) -> Callable[..., Iterator[np.ndarray]]:
-  """run(params, starts=None) -> iterator over batches [B H W C] of integers.
+  """run(params, num_images=0, starts=None) -> iterator over batches [B H W C] of integers.
 
-  All of config.sample.num_images, the last batch cut; or only the batches whose first image has one
-  of the numbers `starts`. `guidance` is config.sample.guidance where it was made already.
+  The first `num_images` of them, 0: of config.sample.num_images, the last batch cut; where `starts`
+  are given only the batches whose first image has one of these numbers. `guidance` is
+  config.sample.guidance where it was made already.
   """
   settings = config.sample
   labels, sampler, threshold = labels_of(config), build.sampler(config), build.threshold(config)
@@ -57,7 +58,8 @@ def make_sampler(
   compiled = jax.jit(draw, out_shardings=parallel.replicated(mesh))
   sharding = parallel.batch_sharding(mesh)
 
-  def run(params, starts=None):
+  def run(params, num_images=0, starts=None):
+    num_images = num_images or settings.num_images
     grid = build.other_schedule(config, 'sample.grid', model.schedule(params))
     log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
 
@@ -70,10 +72,10 @@ def make_sampler(
       return start, compiled(params, guide_params, log_snrs, *placed)
 
     if starts is None:
-      starts = range(0, settings.num_images, settings.batch_size)
+      starts = range(0, num_images, settings.batch_size)
     # the next batch is under way while the caller has this one
     for start, images in parallel.prefetch(starts, launch, depth=1):
-      yield np.asarray(images)[: settings.num_images - start]
+      yield np.asarray(images)[: num_images - start]
 
   return run
 
@@ -199,23 +201,20 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     manifest['network_evaluations'],
     '' if settings.guidance.kind == 'none' else ', each twice where guidance acts',
   )
-  batches = progress(draw(params, starts), starts, settings)
+  batches = progress(draw(params, starts=starts), starts, settings)
   for start, images in zip(starts, batches, strict=True):
     if jax.process_index() == 0:
       of = labels(start + np.arange(len(images))) if config.model.class_conditional else None
       shards.write(folder, settings.format, start, images, model.num_values, of)
   if jax.process_index() == 0:
-    few = itertools.islice(shards.read(folder), len(preview_starts(settings)))
+    few = itertools.islice(
+      shards.read(folder), math.ceil(settings.preview_images / settings.batch_size)
+    )
     images = np.concatenate(list(few))[: settings.preview_images]
     stored_values = model.num_values if settings.format == 'npz' else 256
     save_png(folder.with_name(f'{folder.name}.png'), grid(images, stored_values))
     logging.info('%s and .png have %d images', folder, settings.num_images)
   return 0
-
-
-def preview_starts(settings: ConfigDict) -> range:
-  """The batches that hold the first config.sample.preview_images images."""
-  return range(0, min(settings.preview_images, settings.num_images), settings.batch_size)
 
 
 def _what_is_drawn(settings: ConfigDict) -> dict[str, Any]:

@@ -19,8 +19,9 @@ def get_config(arg=''):
   base = fashion_mnist_pp.get_config()
   with base.unlocked():
     base.name = 'schedules'
-    base.model.update(width=16, num_blocks=1)
+    base.model.update(widths=(32,), transformer_width=64, transformer_depth=2)
     base.optimizer.decay = 'constant'
+    base.fid.train_every_steps = 0
     base.train.update(num_steps=400, eval_every_steps=50, log_every_steps=25)
     base.eval.update(max_images=500, draws=2, params='ema')
     base.sample.update(num_images=200, batch_size=50, preview_images=50, num_steps=16)

@@ -17,6 +17,7 @@ def get_config(arg=''):
   with base.unlocked():
     base.name = 'weightings'
     if arg != 'debug':
+      base.fid.train_every_steps = 0  # runs are scored at their end
       base.train.update(num_steps=300, eval_every_steps=150, log_every_steps=20)
       base.eval.update(draws=4, params='ema')
       base.sample.update(num_images=360, batch_size=90, preview_images=36)

@@ -1,0 +1,90 @@
+"""Fréchet distance and its relatives for samples of a model, each in a number card."""
+
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build, cards, fid
+from vdm.samplers import num_evaluations
+
+
+def make_scorer(
+  config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path, num_images: int
+) -> Callable[[int, Iterable[np.ndarray]], dict[str, dict[str, Any]]]:
+  """score(step, batches) of samples [B H W C], as integers -> {metric: {'value', 'low', ...}}.
+
+  It takes the first `num_images` of them, and writes a card for each metric:
+  cards/<metric>_<params>_<number>_step<step>.json. What it lacks, weights or a reference, it says
+  at once.
+  """
+  settings = config.fid
+  extractor = fid.make(config, mesh)
+  fid.check_count(settings, num_images, extractor)
+  reference = fid.of_config(config, extractor)
+
+  def score(step, batches):
+    rows = fid.batches_of(_first(batches, num_images), extractor, settings.batch_size)
+    samples = fid.collect(extractor, rows, keep=num_images)
+    found = fid.measure(samples, reference, extractor.label, settings.halves)
+    for name, estimate in found.items():
+      file = f'{name}_{config.sample.params}_{num_images}_step{step:08d}.json'
+      facts = card_fields(config, name, estimate, extractor, reference)
+      cards.write(workdir / 'cards' / file, facts | {'step': step})
+    return found
+
+  return score
+
+
+def say(found: dict[str, dict[str, Any]], params: str, step: int):
+  """Logs the metrics, a line each."""
+  for name, part in found.items():
+    interval = f' (95 %: {part["low"]:.4f} to {part["high"]:.4f})' if 'low' in part else ''
+    logging.info(
+      '%s parameters, step %d, %d samples: %s %.4f%s',
+      params,
+      step,
+      part['num_images'],
+      name,
+      part['value'],
+      interval,
+    )
+
+
+def _first(batches: Iterable[np.ndarray], count: int):
+  """uint8 images, `count` in all."""
+  for images in batches:
+    if count <= 0:
+      return
+    yield images[:count].astype(np.uint8)
+    count -= len(images)
+
+
+def card_fields(
+  config: ConfigDict,
+  name: str,
+  estimate: dict[str, Any],
+  extractor: fid.Extractor,
+  reference: fid.Reference,
+) -> dict[str, Any]:
+  """What a number card says of a distance: the protocol, so that two can be compared."""
+  settings, sampler = config.sample, build.sampler(config)
+  facts = dict(estimate)
+  return {
+    'metric': name,
+    'num_samples': facts.pop('num_images'),
+    **facts,
+    'extractor': extractor.name,
+    'extractor_sha256': extractor.sha256,
+    'reference': reference.facts,
+    'flips': False,
+    'params': settings.params,
+    'sampler': settings.sampler.name,
+    'network_evaluations': num_evaluations(sampler, settings.num_steps, settings.denoise_last),
+    'dtype': str(build.dtype(config)),
+    'config': config.to_dict(),
+  }
