@@ -133,7 +133,7 @@ def test_shards_hold_every_image_once_in_order_with_its_label(read_run, tmp_path
   assert [len(batch) for batch in shards.read(folder)] == [8, 8, 8, 4]
   labels = np.concatenate([np.load(path)['labels'] for path in sorted(folder.glob('*.npz'))])
   np.testing.assert_array_equal(labels, np.arange(28) % 10)
-  np.testing.assert_array_equal(next(run(read_run.ema_params, [16])), images[16:24])
+  np.testing.assert_array_equal(next(run(read_run.ema_params, starts=[16])), images[16:24])
 
 
 def test_png_files_are_scaled_and_say_their_class(read_run, tmp_path):
