@@ -154,10 +154,10 @@ def test_stats_and_score_from_the_command_line(tmp_path):
   config = default.get_config()
   config.data.num_values = 256
   config.fid.features = 'test_fid_files.statistics_network'
-  out, card = str(tmp_path / 'reference.npz'), tmp_path / 'card.json'
+  out, folder_of_cards = str(tmp_path / 'reference.npz'), tmp_path / 'cards'
   assert 'reference.npz: 40 images, pixels' in cli.stats(config, out, str(real))
   # without --config it is Inception on 8-bit images, here with another network in its place
-  command = [sys.executable, '-m', 'vdm.fid', 'score', folder, out, f'--out={card}']
+  command = [sys.executable, '-m', 'vdm.fid', 'score', folder, out, f'--out={folder_of_cards}']
   command += [f'--config.fid.features={config.fid.features}', '--config.fid.num_images=25']
   env = os.environ | {'PYTHONPATH': str(ROOT / 'tests')}
   run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
@@ -167,7 +167,9 @@ def test_stats_and_score_from_the_command_line(tmp_path):
   want = fid.frechet_distance(fid.fit(rows[0][:25]), fid.fit(rows[1]))
   assert found['fd_pixels']['value'] == pytest.approx(want, rel=1e-5)
   assert found['fd_pixels']['low'] < want < found['fd_pixels']['high']
-  assert json.loads(card.read_text())['extractor'] == 'pixels'
+  card = json.loads((folder_of_cards / 'fd_pixels.json').read_text())
+  assert card['extractor'] == 'pixels' and card['num_samples'] == 25
+  assert card['value'] == found['fd_pixels']['value']
 
 
 def test_too_few_images_are_refused(tmp_path, extractor):

@@ -22,7 +22,14 @@ def make_scorer(
   cards/<metric>_<params>_<number>_step<step>.json. What it lacks, weights or a reference, it says
   at once.
   """
-  settings = config.fid
+  settings, how = config.fid, config.sample
+  drawn = {
+    'params': how.params,
+    'sampler': how.sampler.name,
+    'network_evaluations': num_evaluations(build.sampler(config), how.num_steps, how.denoise_last),
+    'dtype': str(build.dtype(config)),
+    'config': config.to_dict(),
+  }
   extractor = fid.make(config, mesh)
   fid.check_count(settings, num_images, extractor)
   reference = fid.of_config(config, extractor)
@@ -33,8 +40,8 @@ def make_scorer(
     found = fid.measure(samples, reference, extractor.label, settings.halves)
     for name, estimate in found.items():
       file = f'{name}_{config.sample.params}_{num_images}_step{step:08d}.json'
-      facts = card_fields(config, name, estimate, extractor, reference)
-      cards.write(workdir / 'cards' / file, facts | {'step': step})
+      facts = fid.card_fields(name, estimate, extractor, reference) | drawn | {'step': step}
+      cards.write(workdir / 'cards' / file, facts)
     return found
 
   return score
@@ -62,29 +69,3 @@ def _first(batches: Iterable[np.ndarray], count: int):
       return
     yield images[:count].astype(np.uint8)
     count -= len(images)
-
-
-def card_fields(
-  config: ConfigDict,
-  name: str,
-  estimate: dict[str, Any],
-  extractor: fid.Extractor,
-  reference: fid.Reference,
-) -> dict[str, Any]:
-  """What a number card says of a distance: the protocol, so that two can be compared."""
-  settings, sampler = config.sample, build.sampler(config)
-  facts = dict(estimate)
-  return {
-    'metric': name,
-    'num_samples': facts.pop('num_images'),
-    **facts,
-    'extractor': extractor.name,
-    'extractor_sha256': extractor.sha256,
-    'reference': reference.facts,
-    'flips': False,
-    'params': settings.params,
-    'sampler': settings.sampler.name,
-    'network_evaluations': num_evaluations(sampler, settings.num_steps, settings.denoise_last),
-    'dtype': str(build.dtype(config)),
-    'config': config.to_dict(),
-  }

@@ -9,7 +9,7 @@ fid.measure(samples, reference, extractor.label, config.fid.halves)  # {'fid': {
 """
 
 from vdm.fid.extractor import Extractor, make
-from vdm.fid.metrics import measure
+from vdm.fid.metrics import card_fields, measure
 from vdm.fid.network import Network
 from vdm.fid.references import Reference, of_config, of_source, read, write
 from vdm.fid.statistics import Gaussian, Statistics, fit, frechet_distance
@@ -23,6 +23,7 @@ __all__ = [
   'Reference',
   'Statistics',
   'batches_of',
+  'card_fields',
   'check_count',
   'collect',
   'fit',

@@ -22,7 +22,9 @@ from vdm.fid import extractor as extractors
 from vdm.fid import images, metrics, references, streaming, weights
 
 _ALLOW_UNKNOWN = flags.DEFINE_bool('allow_unknown', False, 'convert: take weights of any sha256.')
-_OUT = flags.DEFINE_string('out', '', 'score: also write the JSON, with all facts, to this file.')
+_OUT = flags.DEFINE_string(
+  'out', '', 'score: also write a number card for each metric into this folder.'
+)
 _SPLIT = flags.DEFINE_enum('split', 'train', ['train', 'eval'], 'stats: of config.data.')
 _DEFAULTS = (
   '--config=configs/default.py',
@@ -70,10 +72,10 @@ def score(config, path: str, reference_path: str) -> str:
   )
   samples = streaming.collect(extractor, batches, wanted)
   found = metrics.measure(samples, reference, extractor.label, settings.halves)
-  card = {'metrics': found, 'images': source.identity, 'reference': reference.facts}
-  card |= {'extractor': extractor.name, 'extractor_sha256': extractor.sha256}
   if _OUT.value:
-    cards.write(pathlib.Path(_OUT.value), card)
+    for name, estimate in found.items():
+      facts = metrics.card_fields(name, estimate, extractor, reference)
+      cards.write(pathlib.Path(_OUT.value) / f'{name}.json', facts | {'samples': source.identity})
   return json.dumps(found, indent=2)
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vdm.fid import statistics
+from vdm.fid.extractor import Extractor
 from vdm.fid.network import Features
 from vdm.fid.references import Reference
 from vdm.fid.streaming import Collected
@@ -115,7 +116,7 @@ def spread(metric: Metric, num_images: int, halves: int, seed: int = 0) -> Float
 def measure(
   samples: Collected, reference: Reference, label: str, halves: int
 ) -> dict[str, dict[str, Any]]:
-  """{name: {'value', 'low', 'high', 'num_images', ...}}, 95 % intervals where halves is 2 or more.
+  """{name: {'value', 'stderr', 'low', 'high', 'num_images', ...}}; intervals, 95 %, where halves >= 2.
 
   `label` is the extractor's. With Inception's: fid, sfid, inception_score, kid, precision, recall;
   with any other, L: fd_L, fd_spatial_L, score_L, kd_L, precision_L, recall_L. What the network, or
@@ -133,6 +134,22 @@ def measure(
   return found
 
 
+def card_fields(
+  name: str, estimate: dict[str, Any], extractor: Extractor, reference: Reference
+) -> dict[str, Any]:
+  """What a number card says of one of the metrics of `measure`, so that two can be compared."""
+  facts = dict(estimate)
+  return {
+    'metric': name,
+    'num_samples': facts.pop('num_images'),
+    **facts,
+    'extractor': extractor.name,
+    'extractor_sha256': extractor.sha256,
+    'reference': reference.facts,
+    'flips': False,
+  }
+
+
 def _names(label: str) -> dict[str, str]:
   if label == 'inception':
     own = ('fid', 'sfid', 'inception_score', 'kid', 'precision', 'recall')
@@ -147,7 +164,8 @@ def _estimate(
 ) -> dict[str, Any]:
   interval = {}
   if error is not None:
-    interval = {'low': value - 1.96 * float(error), 'high': value + 1.96 * float(error)}
+    error = float(error)
+    interval = {'stderr': error, 'low': value - 1.96 * error, 'high': value + 1.96 * error}
   return {'value': value, **interval, 'num_images': num_images, **facts}
 
 
