@@ -116,7 +116,7 @@ def spread(metric: Metric, num_images: int, halves: int, seed: int = 0) -> Float
 def measure(
   samples: Collected, reference: Reference, label: str, halves: int
 ) -> dict[str, dict[str, Any]]:
-  """{name: {'value', 'stderr', 'low', 'high', 'num_images', ...}}; intervals, 95 %, where halves >= 2.
+  """{name: {value, stderr, low, high, num_images, ...}}; intervals, of 95 %, where halves >= 2.
 
   `label` is the extractor's. With Inception's: fid, sfid, inception_score, kid, precision, recall;
   with any other, L: fd_L, fd_spatial_L, score_L, kd_L, precision_L, recall_L. What the network, or
