@@ -1,13 +1,16 @@
-"""Parameters of every config beside those of VDM's public code: a Markdown table.
+"""Parameters and FLOPs of configs, beside the parameters of VDM's public code: a Markdown table.
 
-  python -m benchmarks.parameters
+  python -m benchmarks.parameters                  # of all
+  python -m benchmarks.parameters imagenet64       # of these
 
-Ours differ by what a config leaves out: the public networks all read an augmentation flag, here
-only those of `augmentation_flag` do (4 x width parameters). Nothing is computed but shapes.
+FLOPs are XLA's count of one image through the network, before it optimises the program. Ours
+differ in parameters by what a config leaves out: the public networks all read an augmentation flag,
+here only those of `augmentation_flag` do (4 x width parameters). Nothing is run.
 """
 
 import importlib
 import pathlib
+import sys
 
 import jax
 from ml_collections import ConfigDict
@@ -29,16 +32,41 @@ def count(config: ConfigDict) -> dict[str, int]:
   return {name: sum(leaf.size for leaf in jax.tree.leaves(part)) for name, part in params.items()}
 
 
-def table() -> str:
-  """The table, a line for each file of configs/."""
-  lines = ['| config | network | schedule | in all | public code |', '|---|---|---|---|---|']
-  for path in sorted(pathlib.Path(configs.__file__).parent.glob('[a-z]*.py')):
-    counts = count(importlib.import_module(f'vdm.configs.{path.stem}').get_config())
-    public = f'{PUBLIC[path.stem]:,}' if path.stem in PUBLIC else ''
+def forward_flops(config: ConfigDict) -> float:
+  """Of one image through the network; blocks in a loop, which XLA counts once, are unrolled."""
+  config = config.copy_and_resolve_references()
+  if 'scan_blocks' in config.model:
+    config.model.scan_blocks = 'off'
+  model = build.model(config)
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  z = jax.ShapeDtypeStruct((1, *model.image_shape), 'float32')
+  label = jax.ShapeDtypeStruct((1,), 'int32') if config.model.class_conditional else None
+  run = jax.jit(lambda params, z, label: model.denoiser(params, label)(z, z[:, 0, 0, 0]).eps)
+  return run.lower(params, z, label).cost_analysis()['flops']
+
+
+def table(names: list[str]) -> str:
+  """The table, a line for each config."""
+  columns = ['config', 'network', 'schedule', 'in all', 'public code', 'GFLOP an image forward']
+  lines = [f'| {" | ".join(columns)} |', '|' + '---|' * len(columns)]
+  for name in names:
+    config = importlib.import_module(f'vdm.configs.{name}').get_config()
+    counts = count(config)
+    public = f'{PUBLIC[name]:,}' if name in PUBLIC else ''
     numbers = [f'{n:,}' for n in (*counts.values(), sum(counts.values()))]
-    lines.append(f'| {" | ".join([path.stem, *numbers, public])} |')
+    flops = f'{forward_flops(config) / 1e9:.4g}'
+    lines.append(f'| {" | ".join([name, *numbers, public, flops])} |')
   return '\n'.join(lines)
 
 
+def main(argv: list[str]):
+  """Prints the table of the configs named, or of all."""
+  known = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
+  unknown = set(argv) - set(known)
+  if unknown:
+    sys.exit(f'{unknown.pop()} is no config; choose from {", ".join(known)}.')
+  print(table(argv or known))
+
+
 if __name__ == '__main__':
-  print(table())
+  main(sys.argv[1:])

@@ -45,6 +45,7 @@ def get_config(arg=''):
     )
     config.eval.update(batch_size=1024, draws=4)
     config.sample.num_steps = 1000
+    config.fid.features = 'inception'
     config.checkpoint.every_steps = 10_000
     if arg == 'debug':
       default.debug(config)

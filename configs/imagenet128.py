@@ -70,6 +70,7 @@ def get_config(arg=''):
     config.sample.guidance.update(
       kind='classifier_free', weight=1.5, log_snr_min=-4.0, log_snr_max=6.0
     )
+    config.fid.features = 'inception'
     config.checkpoint.every_steps = 2500
     if arg == 'debug':
       default.debug(config)

@@ -66,6 +66,7 @@ def get_config(arg=''):
     config.sample.grid = ConfigDict(
       dict(name='edm_sample', sigma_min=0.002, sigma_max=80.0, rho=7.0)
     )
+    config.fid.features = 'inception'
     config.checkpoint.every_steps = 2500
     if arg == 'debug':
       default.debug(config)

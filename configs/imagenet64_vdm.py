@@ -37,6 +37,7 @@ def get_config(arg=''):
     )
     config.eval.update(batch_size=128, draws=1)
     config.sample.num_steps = 1000
+    config.fid.features = 'inception'
     config.checkpoint.every_steps = 10_000
     if arg == 'debug':
       default.debug(config)

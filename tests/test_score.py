@@ -43,6 +43,8 @@ def test_training_and_eval_score_the_same_samples(tmp_path):
   in_training = json.loads(path.read_text())
   assert in_training['value'] == pytest.approx(scalars[4])
   assert in_training['network_evaluations'] == config.sample.num_steps
+  curve = report.distance_cards(tmp_path)['fd_classifier', 'ema', 12]
+  assert [card['value'] for card in curve] == [in_training['value']]
   path.unlink()
   config.eval.fid = True
   assert look.run(config, tmp_path) == 0

@@ -132,14 +132,40 @@ def write_table(path: pathlib.Path, header: tuple[str, ...], rows: Iterable[tupl
 
 
 def plot_history(workdir: pathlib.Path, path: pathlib.Path):
-  """Bits per dimension against steps, from the workdir's number cards; returns the picture."""
-  figure, axes = plt.subplots(figsize=(6, 3.5), layout='constrained')
+  """Bits/dim and Fréchet distances against steps, from the workdir's number cards; returns the
+  picture."""
+  distances = distance_cards(workdir)
+  count = 1 + bool(distances)
+  figure, panels = plt.subplots(
+    1, count, figsize=(6 * count, 3.5), layout='constrained', squeeze=False
+  )
+  axes = panels[0, 0]
   for (params, bound), cards in _bound_cards(workdir).items():
     steps, values, errors = ([card[k] for card in cards] for k in ('step', 'value', 'stderr'))
     axes.errorbar(steps, values, errors, marker='.', label=f'{params}, {bound}')
   axes.set(xlabel='steps', ylabel='bits/dim')
   axes.legend(fontsize='small')
+  for (metric, params, images), cards in distances.items():
+    axes = panels[0, 1]
+    steps, values = ([card[k] for card in cards] for k in ('step', 'value'))
+    errors = [card['stderr'] if 'stderr' in card else 0.0 for card in cards]
+    name = 'FID' if metric == 'fid' else f'FD-{metric.removeprefix("fd_")}'
+    label = f'{name}, {params}, {images} samples'
+    axes.errorbar(steps, values, errors, marker='.', label=label)
+    axes.set(xlabel='steps', ylabel='Fréchet distance', yscale='log')
+    axes.legend(fontsize='small')
   return save_figure(figure, path)
+
+
+def distance_cards(workdir: pathlib.Path) -> dict[tuple[str, str, int], list[dict]]:
+  """(metric, parameters, number of samples) -> cards of Fréchet distances by step."""
+  found = {}
+  for path in sorted((workdir / 'cards').glob('f*d*.json')):
+    card = load_json(path)
+    if card['metric'] == 'fid' or card['metric'].startswith('fd_'):
+      key = card['metric'], card['params'], card['num_samples']
+      found.setdefault(key, []).append(card)
+  return {key: sorted(cards, key=lambda card: card['step']) for key, cards in found.items()}
 
 
 def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path):
