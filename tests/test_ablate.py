@@ -1,5 +1,6 @@
 import csv
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,37 @@ def test_the_shipped_grids_build(grid, count):
   assert len(runs) == count
   for _, config in runs[::3]:
     build.model(config)
+
+
+@pytest.mark.parametrize('index', ['36', '-1', 'x'])
+def test_a_run_that_is_not_in_the_grid_is_refused(index, monkeypatch):
+  monkeypatch.setattr(ablate, '_INDEX', SimpleNamespace(value=['0', index]))
+  with pytest.raises(ValueError, match=f'--index={index} must be from 0 to 35'):
+    ablate._indices(36)
+
+
+def test_workers_share_the_runs_that_are_left(monkeypatch):
+  started = []
+
+  class Child:
+    def __init__(self, command):
+      started.append(command[1:])
+      self.status = 75 if command[-1] == '--index=4' else 0
+
+    def wait(self):
+      return self.status
+
+    def terminate(self):
+      pass
+
+  monkeypatch.setattr(ablate.subprocess, 'Popen', Child)
+  monkeypatch.setattr(ablate.signal, 'signal', lambda *_: None)
+  monkeypatch.setattr(ablate.sys, 'argv', ['ablate', '--workdir=W', '--workers=3', '--index=0'])
+  monkeypatch.setattr(ablate, '_WORKERS', SimpleNamespace(value=3))
+  assert ablate._share([1, 4, 5, 7]) == 75
+  hands = [command[-1] for command in started]
+  assert hands == ['--index=1,7', '--index=4', '--index=5']
+  assert all(command[:3] == ['-m', 'vdm.ablate', '--workdir=W'] for command in started)
 
 
 def test_steps_to_a_loss():

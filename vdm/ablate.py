@@ -1,7 +1,8 @@
 """Trains a grid of variations of one config, and sets their results side by side.
 
   python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR
-  python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR --index=7    # one run
+  python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR --workers=2
+  python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR --index=7
 
 The config has `base`, any complete config; `axes`, a dict from the name of an axis to a dict from a
 label to the blocks and leaves that it changes in the base (a block with a `name` replaces the
@@ -17,6 +18,9 @@ import json
 import math
 import os
 import pathlib
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -32,7 +36,12 @@ from vdm.likelihood import to_grid
 from vdm.samplers import num_evaluations
 from vdm.state import named_params
 
-_INDEX = flags.DEFINE_integer('index', -1, 'Which run of the grid, for arrays of jobs; -1: all.')
+_INDEX = flags.DEFINE_list('index', None, 'Runs of the grid, for arrays of jobs: 7, or 0,2,4.')
+_WORKERS = flags.DEFINE_integer(
+  'workers',
+  1,
+  'Processes that share the runs, on CPUs: a small model does not keep two cores busy.',
+)
 SCORES = 'scores.json'
 
 
@@ -223,18 +232,55 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
   draw('density', 'log-SNR', 'density of training times', density, most=1)
 
 
+def _indices(count: int) -> list[int]:
+  """The runs that --index names, or all."""
+  if _INDEX.value is None:
+    return list(range(count))
+  for text in _INDEX.value:
+    if not text.isdecimal() or int(text) >= count:
+      raise ValueError(
+        f'--index={text} must be from 0 to {count - 1}, one of the runs; or left out.'
+      )
+  return [int(text) for text in _INDEX.value]
+
+
+def _share(indices: list[int]) -> int:
+  """Deals the runs out to --workers processes of this command; the first status that is not 0."""
+  argv = [arg for arg in sys.argv[1:] if not arg.startswith(('--workers', '--index'))]
+  hands = (indices[k :: _WORKERS.value] for k in range(_WORKERS.value))
+  children = [
+    subprocess.Popen(
+      [sys.executable, '-m', 'vdm.ablate', *argv, f'--index={",".join(map(str, hand))}']
+    )
+    for hand in hands
+    if hand
+  ]
+  signal.signal(signal.SIGTERM, lambda *_: sys.exit(train.EXIT_PREEMPTED))
+  try:
+    return next((status for status in [child.wait() for child in children] if status), 0)
+  finally:
+    for child in children:  # where this process is stopped, they save and stop as well
+      child.terminate()
+      child.wait()
+
+
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   """Runs what is left of the grid, or of run --index alone, and writes the results."""
   runs, reference = expand(config), config.reference.to_dict()
-  index = _INDEX.value
-  if index >= len(runs):
-    raise ValueError(f'--index={index} must be below {len(runs)}, the number of runs; or -1.')
+  indices = _indices(len(runs))
+  if _WORKERS.value < 1:
+    raise ValueError(f'--workers={_WORKERS.value} must be at least 1; give 2 for two cores.')
   for _, run_config in runs:
     build.model(run_config)  # a bad one is refused before the first is trained
+  if _WORKERS.value > 1:
+    status = _share([i for i in indices if not (workdir / folder(runs[i][0]) / SCORES).exists()])
+    write_results(workdir, runs, reference)
+    return status
   parallel.keep_compiled(workdir / 'xla_cache')  # one for all: most programs are the same
-  for number, (labels, run_config) in enumerate(runs):
+  for number in indices:
+    labels, run_config = runs[number]
     path = workdir / folder(labels)
-    if index not in (-1, number) or (path / SCORES).exists():
+    if (path / SCORES).exists():
       continue
     logging.info('run %d of %d: %s', number, len(runs), folder(labels))
     try:

@@ -1,7 +1,7 @@
 """The adaptive schedule against fixed ones on Fashion-MNIST, three seeds each.
 
   python -m vdm.ablate --config=configs/ablations/schedules.py --workdir=runs/schedules \
-    --config.base.data.dir=DIR
+    --config.base.data.dir=DIR --workers=2
 
 Nine runs of one weighted loss, whose expectation no schedule changes: what changes is the variance
 of its estimate (diffusion cv), and with it the steps to the loss that `cosine` ends at.
