@@ -1,6 +1,6 @@
 """Every weighting on `digits_pp`, three seeds each: which loss makes which samples and bits/dim.
 
-  python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=runs/weightings --workers=2
+  python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR --workers=2
 
 36 runs of 300 steps. --config=...:debug has two weightings, one seed and four steps.
 """

@@ -1,0 +1,102 @@
+"""Images/s of every sampler and of FID's features, beside torch-fidelity's: two Markdown tables.
+
+  python -m benchmarks.throughput --config=configs/fashion_mnist_uvit.py
+  python -m benchmarks.throughput --config=configs/fashion_mnist_uvit.py --features_images=16
+
+Samplers run on random parameters, --num_steps steps, one batch after another on all devices, as
+--mode=sample does. Features are Inception's with random weights, of the same uint8 images on the
+same devices; torch-fidelity's column needs `pip install -e '.[parity]'`. After one call that
+compiles, every figure is the median of --repeats, with the least and the greatest.
+"""
+
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from absl import app, flags
+from ml_collections import ConfigDict, config_flags
+
+from benchmarks import fid_parity
+from vdm import build, parallel, sample
+from vdm.samplers import SAMPLERS, num_evaluations
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Whose network and sample batch.')
+_NUM_STEPS = flags.DEFINE_integer('num_steps', 8, 'Of every sampler.')
+_REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed calls.')
+_FEATURES_IMAGES = flags.DEFINE_integer('features_images', 0, 'A batch for features; 0: no table.')
+SIZES = ((32, 32), (64, 64), (299, 299))
+
+
+def rate(call: Callable[[], object], count: int, repeats: int) -> str:
+  """Images/s of a call that makes `count`: median (least to greatest)."""
+  call()
+  rates = []
+  for _ in range(repeats):
+    start = time.perf_counter()
+    call()
+    rates.append(count / (time.perf_counter() - start))
+  return f'{statistics.median(rates):.3g} ({min(rates):.3g} to {max(rates):.3g})'
+
+
+def samplers(config: ConfigDict, num_steps: int, repeats: int):
+  """Prints the table of samplers."""
+  print('| sampler | steps | evaluations an image | images/s |\n|---|---|---|---|')
+  mesh, count = parallel.make_mesh(), config.sample.batch_size
+  for name in SAMPLERS:
+    with config.unlocked():
+      config.sample.sampler = ConfigDict(dict(name=name))
+      config.sample.update(num_steps=num_steps, denoise_last=False)
+    model = build.model(config)
+    params = jax.jit(model.init)(jax.random.key(0))
+    run = sample.make_sampler(config, model, mesh)
+    speed = rate(lambda run=run, params=params: list(run(params, count)), count, repeats)
+    evaluations = num_evaluations(build.sampler(config), num_steps, False)
+    print(f'| {name} | {num_steps} | {evaluations} | {speed} |', flush=True)
+
+
+def features(count: int, repeats: int):
+  """Prints the table of Inception's features."""
+  torch, _ = fid_parity.import_torch_fidelity()
+  from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+  print('\n| size | features, images/s | torch-fidelity |\n|---|---|---|')
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'random.pth'
+    fid_parity.random_weights(path, torch)
+    device = 'cuda' if torch.cuda.is_available() and jax.default_backend() == 'gpu' else 'cpu'
+    theirs = FeatureExtractorInceptionV3('theirs', ['2048', 'logits_unbiased'], str(path))
+    theirs = theirs.to(device)
+
+    def run_theirs(images):
+      with torch.no_grad():
+        return [part.cpu().numpy() for part in theirs(images.to(device))]
+
+    for height, width in SIZES:
+      images = fid_parity.smooth_noise(0, count, (height, width), 20)
+      ours = fid_parity.extractor(path, (height, width))
+      tensor = torch.tensor(images).permute(0, 3, 1, 2)
+      speeds = [
+        rate(lambda ours=ours, images=images: ours(images), count, repeats),
+        rate(lambda tensor=tensor: run_theirs(tensor), count, repeats),
+      ]
+      print(f'| {height}x{width} | {" | ".join(speeds)} |', flush=True)
+
+
+def main(_):
+  """Prints what was measured, and on what."""
+  if _CONFIG.value is None:
+    sys.exit('--config is missing; give a file, such as configs/digits.py.')
+  device = jax.devices()[0].device_kind
+  print(f'{jax.device_count()} x {device}, jax {jax.__version__}, numpy {np.__version__}\n')
+  samplers(_CONFIG.value, _NUM_STEPS.value, _REPEATS.value)
+  if _FEATURES_IMAGES.value:
+    features(_FEATURES_IMAGES.value, _REPEATS.value)
+
+
+if __name__ == '__main__':
+  app.run(main)
