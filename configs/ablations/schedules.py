@@ -3,7 +3,7 @@
   python -m vdm.ablate --config=configs/ablations/schedules.py --workdir=runs/schedules \
     --config.base.data.dir=DIR --workers=2
 
-Nine runs of one weighted loss, whose expectation no schedule changes: what changes is the variance
+Nine runs of a perceptron and one weighted loss, whose expectation no schedule changes: what changes is the variance
 of its estimate (diffusion cv), and with it the steps to the loss that `cosine` ends at.
 --config=...:debug has one seed and four steps.
 """
@@ -19,13 +19,25 @@ def get_config(arg=''):
   base = fashion_mnist_pp.get_config()
   with base.unlocked():
     base.name = 'schedules'
-    base.model.update(widths=(32,), transformer_width=64, transformer_depth=2)
+    base.model = ConfigDict(
+      dict(
+        name='mlp',
+        output='v',
+        width=256,
+        num_blocks=2,
+        fourier_exponents=(),
+        dropout=0.0,
+        class_conditional=True,
+        condition_on='live',
+        dtype='auto',
+      )
+    )
     base.optimizer.decay = 'constant'
     base.fid.train_every_steps = 0
-    base.train.update(num_steps=400, eval_every_steps=50, log_every_steps=25)
-    base.eval.update(max_images=500, draws=2, params='ema')
+    base.train.update(batch_size=128, num_steps=1500, eval_every_steps=250, log_every_steps=50)
+    base.eval.update(max_images=2000, batch_size=500, draws=4, params='raw')
     base.sample.update(num_images=200, batch_size=50, preview_images=50, num_steps=16)
-    base.checkpoint.update(every_steps=400, keep=1)
+    base.checkpoint.update(every_steps=1500, keep=1)
     if arg == 'debug':
       default.debug(base)
   ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}
