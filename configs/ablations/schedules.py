@@ -3,8 +3,8 @@
   python -m vdm.ablate --config=configs/ablations/schedules.py --workdir=runs/schedules \
     --config.base.data.dir=DIR --workers=2
 
-Nine runs of a perceptron and one weighted loss, whose expectation no schedule changes: what changes is the variance
-of its estimate (diffusion cv), and with it the steps to the loss that `cosine` ends at.
+Nine runs of a perceptron and one weighted loss, whose expectation no schedule changes: what changes
+is the variance of its estimate (diffusion cv), and with it the steps to `cosine`'s last loss.
 --config=...:debug has one seed and four steps.
 """
 
