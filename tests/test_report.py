@@ -46,6 +46,17 @@ def test_meter_writes_means_over_its_interval():
   assert bins[0] == 2.5 and np.isnan(bins[1])
 
 
+def test_the_first_step_which_compiles_has_no_speed():
+  writer = Writer()
+  meter = report.Meter(writer, every=1, batch_size=8, start=4, total=6)
+  for step in (5, 6):
+    meter.push(step, metrics(1.0), fetch=lambda m: m)
+  meter.drain()
+  meter.close()
+  assert 'train/images_per_second' not in writer.scalars[5]
+  assert 0 < writer.scalars[6]['train/images_per_second'] < 1e7
+
+
 def test_meter_reads_a_step_only_after_the_next_one_was_dispatched():
   fetched = []
   meter = report.Meter(Writer(), every=100, batch_size=8, start=0, total=4)

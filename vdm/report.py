@@ -267,12 +267,12 @@ class Meter:
     now = time.monotonic()
     if self._begin is None:
       self._begin = self._clock = now
-      self._start = step
+      self._start = self._clock_step = step
     self._bins.append(metrics.pop('bins'))
     self._window.append(metrics)
     left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
     bits = metrics['bits_per_dim']
-    status = f'{bits:.3f} bits/dim, {self._rate(now):.0f} images/s, {_duration(left)} left'
+    status = f'{bits:.3f} bits/dim, {self._rate(step, now):.0f} images/s, {_duration(left)} left'
     self._line.update(self._task, description=f'step {step}', completed=step, status=status)
     if step % self._every == 0:
       self._write(step, now, left)
@@ -290,9 +290,9 @@ class Meter:
     """Takes the progress line away."""
     self._line.stop()
 
-  def _rate(self, now: float) -> float:
+  def _rate(self, step: int, now: float) -> float:
     """Images per second since the last write."""
-    return len(self._window) * self._batch_size / max(now - self._clock, 1e-9)
+    return (step - self._clock_step) * self._batch_size / max(now - self._clock, 1e-9)
 
   def _write(self, step: int, now: float, left: float):
     means = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *self._window)
@@ -301,9 +301,13 @@ class Meter:
     means |= dict(zip(('diffusion_cv', 'diffusion_cv_linear'), cv, strict=True))
     means['square_reduction'] = square / square_linear
     scalars = {f'train/{k}': float(v) for k, v in means.items()}
-    scalars |= {'train/images_per_second': self._rate(now), 'train/minutes_left': left / 60}
+    if step > self._start:  # the first was not timed: it was compiled
+      scalars |= {
+        'train/images_per_second': self._rate(step, now),
+        'train/minutes_left': left / 60,
+      }
     self._writer.write_scalars(step, scalars)
-    self._window, self._clock = [], now
+    self._window, self._clock, self._clock_step = [], now, step
 
   def take_bins(self) -> np.ndarray:
     """Bits/dim per unit of log-SNR in each bin since the last call; nan where no example fell."""
