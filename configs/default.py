@@ -213,6 +213,12 @@ def get_config(arg=''):
       fsdp=1,  # devices that share one copy of the parameters (jit only)
     )
   )
+  config.profile = ConfigDict(
+    dict(
+      first_step=10,  # of the steps that are traced, for XProf and TensorBoard, in workdir/profile
+      num_steps=0,  # 0: none
+    )
+  )
   if arg == 'debug':
     debug(config)
   return config.lock()

@@ -6,12 +6,12 @@ import pathlib
 import vdm
 
 LEVELS = [
-  {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data'},
+  {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data', 'files'},
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'ode', 'state'},
   {'parallel', 'build', 'cards'},
   {'checkpoint', 'evaluate_ode', 'fid', 'shards'},
-  {'evaluate', 'sample', 'score', 'report', 'progressive', 'import_vdm', 'reconstruct'},
+  {'evaluate', 'sample', 'score', 'report', 'progressive', 'import_vdm', 'profile', 'reconstruct'},
   {'look'},
   {'train'},
   {'main'},

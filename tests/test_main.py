@@ -83,6 +83,21 @@ BAD_INPUT = {
   ),
   'unknown mode': ([DIGITS, '--mode=trian'], '--mode=trian', 'train'),
   'unknown flag': ([DIGITS, '--wrkdir=/tmp/x'], 'wrkdir', 'workdir'),
+  'process without a coordinator': (
+    [DIGITS, '--process_id=1'],
+    '--process_id=1 needs --coordinator=host:port',
+    'JAX finds the job itself',
+  ),
+  'coordinator alone': (
+    [DIGITS, '--coordinator=localhost:9876'],
+    '--coordinator=localhost:9876 needs --num_processes and --process_id',
+    '--process_id=0, 1',
+  ),
+  'profile': (
+    [DIGITS, '--config.profile.num_steps=3', '--config.profile.first_step=3'],
+    'config.profile.first_step=3 must be at most 2',
+    'choose an earlier one',
+  ),
   'dtype': ([DIGITS, '--config.model.dtype=float8'], "config.model.dtype='float8'", 'bfloat16'),
 }
 

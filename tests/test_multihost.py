@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -13,7 +15,7 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, checkpoint, parallel
+from vdm import build, checkpoint, parallel, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDES = [
@@ -26,10 +28,19 @@ OVERRIDES = [
   '--config.optimizer.warmup_steps=1',
   '--config.model.dropout=0.0',
 ]
+STARTED = []  # processes of the test that runs
+# of a run that only a signal ends
+ENDLESS = [
+  '--config.train.num_steps=1000000',
+  '--config.train.log_every_steps=1',
+  '--config.train.eval_every_steps=1000000',
+  '--config.checkpoint.every_steps=1000000',
+  '--config.optimizer.decay=constant',  # so that the next start may stop elsewhere
+]
 
 
-def start(workdir, num_processes, devices, *more):
-  """Starts the processes of one job; returns them."""
+def start(workdir, num_processes, devices, *more, slurm=False):
+  """Starts the processes of one job, by hand or as SLURM would, and returns them."""
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     port = probe.getsockname()[1]
@@ -45,18 +56,47 @@ def start(workdir, num_processes, devices, *more):
     *OVERRIDES,
     *more,
   ]
-  by_hand = [f'--coordinator=localhost:{port}', f'--num_processes={num_processes}']
-  return [
+
+  def by_hand(i):
+    job = [f'--coordinator=localhost:{port}', f'--num_processes={num_processes}']
+    return [*job, f'--process_id={i}'] if num_processes > 1 and not slurm else []
+
+  def by_slurm(i):
+    job = {'JOB_ID': 1, 'STEP_NODELIST': 'localhost', 'NTASKS': num_processes, 'LOCALID': 0}
+    names = {f'SLURM_{name}': str(value) for name, value in (job | {'PROCID': i}).items()}
+    return names | {'JAX_COORDINATOR_PORT': str(port)} if slurm else {}
+
+  STARTED.extend(
     subprocess.Popen(
-      command + ([*by_hand, f'--process_id={i}'] if num_processes > 1 else []),
+      command + by_hand(i),
       cwd=ROOT,
-      env=env,
+      env=env | by_slurm(i),
       stdout=subprocess.PIPE,
       stderr=subprocess.STDOUT,
       text=True,
     )
     for i in range(num_processes)
-  ]
+  )
+  return STARTED[-num_processes:]
+
+
+@pytest.fixture(autouse=True)
+def _none_is_left_behind():
+  yield
+  for process in STARTED:
+    process.kill()
+    process.communicate()
+  STARTED.clear()
+
+
+def wait_for_steps(process, step):
+  """Returns when a process that logs every step has logged this one."""
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if f'[{step}] ' in line:
+      return
+  raise AssertionError(''.join(lines))
 
 
 def finish(processes):
@@ -126,3 +166,27 @@ def test_two_processes_draw_the_shard_that_one_lacks_and_the_first_writes_it(one
   assert '4 of 12 images are there already' in outputs[0]
   for a, b in zip(*paths, strict=True):
     assert a.read_bytes() == b.read_bytes(), a.name
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('multihost')
+def test_a_lost_process_ends_the_other_in_time_and_with_a_message(tmp_path):
+  left, lost = start(tmp_path, 2, 1, *ENDLESS, '--heartbeat_seconds=5')
+  wait_for_steps(left, 2)
+  lost.kill()
+  text = left.communicate(timeout=5 + 55)[0]  # Python itself takes a while to end
+  assert left.returncode not in (0, train.EXIT_PREEMPTED)
+  assert 'This most likely indicates that another task died' in text
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group('multihost')
+def test_sigterm_to_one_process_of_a_slurm_job_saves_on_both_and_one_process_goes_on(tmp_path):
+  first, second = start(tmp_path, 2, 1, *ENDLESS, slurm=True)
+  wait_for_steps(first, 2)
+  second.send_signal(signal.SIGTERM)
+  texts = [process.communicate(timeout=500)[0] for process in (first, second)]
+  assert [first.returncode, second.returncode] == [train.EXIT_PREEMPTED] * 2, texts
+  (step,) = {int(re.search(r'stopped and saved at step (\d+)', text)[1]) for text in texts}
+  (output,) = finish(start(tmp_path, 1, 1, *ENDLESS, f'--config.train.num_steps={step + 2}'))
+  assert f'step {step} of {step + 2}' in output and 'is done' in output

@@ -1,5 +1,7 @@
 """One step, run every way there is: the parameters must come out the same."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -67,6 +69,23 @@ def final_state(num_devices, **settings):
 
 def flat(params):
   return np.concatenate([np.ravel(np.float64(leaf)) for leaf in jax.tree.leaves(params)])
+
+
+@pytest.mark.parametrize(
+  'job, message',
+  [
+    (('', 2, None, 100), '--num_processes=2 needs --coordinator=host:port'),
+    (('', 1, 0, 100), '--process_id=0 needs --coordinator=host:port'),
+    (('10.0.0.1', 2, 0, 100), '--coordinator=10.0.0.1 must be host:port; try 10.0.0.1:8476'),
+    (('a:1', 2, None, 100), '--coordinator=a:1 needs --num_processes and --process_id'),
+    (('a:1', 2, 2, 100), '--process_id=2 must be in 0 .. --num_processes=2 - 1'),
+    (('a:1', 0, 0, 100), '--process_id=0 must be in 0 .. --num_processes=0 - 1'),
+    (('', None, None, 0), '--heartbeat_seconds=0 must be at least 1; try 100'),
+  ],
+)
+def test_flags_that_name_no_process_of_a_job_are_refused(job, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    parallel.initialize(*job)
 
 
 @pytest.fixture(scope='module')

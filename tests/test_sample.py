@@ -86,7 +86,7 @@ def die_at(monkeypatch, number):
       raise Killed
     replace(source, target)
 
-  monkeypatch.setattr(shards.os, 'replace', dying)
+  monkeypatch.setattr(os, 'replace', dying)
 
 
 @pytest.mark.parametrize('image_format', ['npz', 'png'])

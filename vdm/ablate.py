@@ -16,7 +16,6 @@ called `seed` is what means and spreads are over.
 import itertools
 import json
 import math
-import os
 import pathlib
 import signal
 import subprocess
@@ -31,7 +30,7 @@ from absl import app, flags, logging
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from vdm import build, checkpoint, data, fid, main, parallel, report, sample, train
+from vdm import build, checkpoint, data, fid, files, main, parallel, report, sample, train
 from vdm.likelihood import to_grid
 from vdm.samplers import num_evaluations
 from vdm.state import named_params
@@ -107,9 +106,7 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
     'log_snr': np.asarray(log_snr).tolist(),
     'weight': np.asarray(model.weighting(log_snr)).tolist(),
   }
-  part = workdir / f'{SCORES}.part'
-  part.write_text(json.dumps(result, indent=2))
-  os.replace(part, workdir / SCORES)
+  files.write(workdir / SCORES, json.dumps(result, indent=2))
 
 
 def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
@@ -187,7 +184,7 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
     values = np.array([numbers for _, numbers in members])
     cells = [f'{m:.4g} ± {s:.2g}' for m, s in zip(values.mean(0), values.std(0), strict=True)]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
-  (workdir / 'results.md').write_text('\n'.join(lines) + '\n')
+  files.write(workdir / 'results.md', '\n'.join(lines) + '\n')
   _plot(workdir, {', '.join(own): [run for run, _ in members] for own, members in groups.items()})
 
 

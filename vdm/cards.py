@@ -10,7 +10,6 @@ import functools
 import importlib.metadata
 import json
 import math
-import os
 import pathlib
 import platform
 import subprocess
@@ -18,8 +17,10 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+from etils import epath
 
 import vdm
+from vdm import files
 
 
 class Field(NamedTuple):
@@ -102,17 +103,13 @@ def write(path: pathlib.Path, card: dict[str, Any]):
   """Writes the card atomically; only the first process of a job does."""
   if jax.process_index():
     return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_suffix('.part')
-  part.write_text(json.dumps(card | {'environment': environment()}, indent=2) + '\n')
-  os.replace(part, path)
+  files.write(path, json.dumps(card | {'environment': environment()}, indent=2) + '\n')
 
 
 def last_result(workdir: pathlib.Path) -> str:
   """The newest bits/dim of the averaged parameters, in a sentence; '' where there is none."""
-  paths = sorted(
-    (workdir / 'cards').glob('bits_per_dim_ema_*.json'), key=lambda path: path.stat().st_mtime
-  )
+  found = (epath.Path(workdir) / 'cards').glob('bits_per_dim_ema_*.json')
+  paths = sorted(found, key=lambda path: path.stat().mtime)
   if not paths:
     return ''
   card = json.loads(paths[-1].read_text())

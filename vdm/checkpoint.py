@@ -29,7 +29,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from vdm import build, parallel
+from vdm import build, files, parallel
 from vdm.configs import default
 from vdm.nn import blocks
 
@@ -98,9 +98,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> None:
         'choose another --workdir, or restore these values.'
       )
   if jax.process_index() == 0:
-    new = path / 'config.json.new'
-    new.write_text(text)
-    new.replace(file)  # atomic: a reader finds the old file or the new one, never half of one
+    files.write(file, text)
 
 
 def _flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
@@ -154,7 +152,7 @@ def manager(
   """
   if keep is not None and keep < 1:
     raise ValueError(f'config.checkpoint.keep={keep} must be at least 1.')
-  directory = epath.Path(workdir).absolute() / folder
+  directory = files.absolute(workdir) / folder
 
   def should_preserve(checkpoints, *, context):
     del context

@@ -25,6 +25,7 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 from absl import app, flags
+from etils import epath
 from ml_collections import config_flags
 
 import vdm
@@ -34,9 +35,14 @@ _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs
 _MODES = ['train', 'eval', 'sample', 'reconstruct', 'import_vdm']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Of the public VDM code, for import_vdm.')
-_COORDINATOR = flags.DEFINE_string('coordinator', '', 'host:port of the first process, by hand.')
-_NUM_PROCESSES = flags.DEFINE_integer('num_processes', 1, 'Processes, with --coordinator.')
-_PROCESS_ID = flags.DEFINE_integer('process_id', 0, 'This process, with --coordinator.')
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'host:port of process 0, where JAX does not find the job itself.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes, with --coordinator.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This process, with --coordinator.')
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  'heartbeat_seconds', 100, 'A process that is silent for so long ends the job.'
+)
 
 
 def main(_):
@@ -60,9 +66,11 @@ def in_one_line(command: Callable, default_workdir: Callable[[Any], str]):
   from vdm import parallel
 
   try:
-    parallel.initialize(_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    parallel.initialize(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
+    )
     config = _CONFIG.value
-    workdir = pathlib.Path(_WORKDIR.value or default_workdir(config))
+    workdir = epath.Path(_WORKDIR.value or default_workdir(config))
     sys.exit(command(config, workdir))
   except (ValueError, FloatingPointError) as error:
     # What our own code refused is one line; what broke inside a library keeps its traceback.

@@ -5,23 +5,78 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vdm import files
 
 BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mesh
 
 
-def initialize(coordinator: str, num_processes: int, process_id: int):
-  """Joins the processes of a job that JAX cannot find by itself, and loopback ones on CPUs."""
-  if not coordinator:
+def initialize(
+  coordinator: str, num_processes: int | None, process_id: int | None, heartbeat_seconds: int
+):
+  """Joins the processes of one job; to be called before anything asks JAX for a device.
+
+  JAX itself finds the jobs of Cloud TPU, GKE, SLURM and Open MPI; where it finds none, this process
+  is alone. A job that is started by hand says its coordinator, num_processes and process_id;
+  num_processes=1 and no coordinator looks for no job.
+
+  From then on JAX ends every process (SIGABRT, status 134) once one has been silent for
+  `heartbeat_seconds`, wherever the others wait for it.
+
+  Raises:
+    ValueError: the arguments do not name one process of a job.
+  """
+  _check_job(coordinator, num_processes, process_id, heartbeat_seconds)
+  job = dict(heartbeat_timeout_seconds=heartbeat_seconds)
+  if coordinator:
+    by_hand = dict(coordinator_address=coordinator, cluster_detection_method='deactivate')
+    job |= dict(num_processes=num_processes, process_id=process_id) | by_hand
+    logging.info('process %d of %d joins %s', process_id, num_processes, coordinator)
+  elif num_processes == 1:
     return
-  if num_processes < 1 or not 0 <= process_id < num_processes:
+  try:
+    jax.distributed.initialize(**job)
+  except ValueError as error:
+    if 'coordinator_address should be defined' not in str(error):  # JAX for: found no job
+      raise
+  if jax.process_count() > 1:
+    logging.info(
+      'process %d of %d; the job ends when one is silent for %d s',
+      jax.process_index(),
+      jax.process_count(),
+      heartbeat_seconds,
+    )
+
+
+def _check_job(
+  coordinator: str, num_processes: int | None, process_id: int | None, heartbeat_seconds: int
+):
+  """Raises ValueError where the flags of the same names do not belong together."""
+  if heartbeat_seconds < 1:
+    raise ValueError(f'--heartbeat_seconds={heartbeat_seconds} must be at least 1; try 100.')
+  if not coordinator:
+    if process_id is not None or num_processes not in (None, 1):
+      given = f'{num_processes=}' if process_id is None else f'{process_id=}'
+      raise ValueError(
+        f'--{given} needs --coordinator=host:port; leave both out where JAX finds the job itself.'
+      )
+    return
+  host, _, port = coordinator.rpartition(':')
+  if not (host and port.isdigit()):
+    raise ValueError(f'--coordinator={coordinator} must be host:port; try {host or port}:8476.')
+  if num_processes is None or process_id is None:
+    raise ValueError(
+      f'--coordinator={coordinator} needs --num_processes and --process_id, the same command on '
+      'each process but for --process_id=0, 1, ...'
+    )
+  if not 0 <= process_id < num_processes:
     raise ValueError(
       f'--process_id={process_id} must be in 0 .. --num_processes={num_processes} - 1; '
       'start each process with its own.'
     )
-  jax.config.update('jax_cpu_collectives_implementation', 'gloo')
-  jax.distributed.initialize(coordinator, num_processes, process_id)
 
 
 def keep_compiled(directory: epath.Path):
@@ -31,7 +86,7 @@ def keep_compiled(directory: epath.Path):
   there is something to keep.
   """
   if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(directory.absolute()))
+    jax.config.update('jax_compilation_cache_dir', str(files.absolute(directory)))
 
 
 def make_mesh(fsdp: int = 1) -> Mesh:

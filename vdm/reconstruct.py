@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, checkpoint, ema, parallel
@@ -32,7 +33,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   model, mesh, state = checkpoint.read_run(config, workdir)
   ema.exponent(std)
   build.check(
-    len(power_averages(state)) > 0 and (pathlib.Path(workdir) / FOLDER).exists(),
+    len(power_averages(state)) > 0 and (epath.Path(workdir) / FOLDER).exists(),
     'ema.power_stds',
     tuple(config.ema.power_stds),
     'two lengths, such as (0.05, 0.1), in a run that stored snapshots',
@@ -50,7 +51,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       stored, _ = checkpoint.restore(reader, abstract, step)
       for name, weight in zip(names, row, strict=True):
         total = add(total, np.float32(weight), stored[name])
-  out = pathlib.Path(f'{workdir}_std{std:g}')
+  out = epath.Path(f'{workdir}_std{std:g}')
   checkpoint.open_workdir(out, config)
   with checkpoint.manager(out, config.checkpoint.keep) as writer:
     checkpoint.save(writer, int(state.step), state.replace(ema_params=total))

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import pathlib
@@ -19,7 +20,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from vdm import data
+from vdm import data, files
 from vdm.augmented import Augmented
 from vdm.losses import coefficients_of_variation
 
@@ -126,9 +127,9 @@ def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathli
 
 def write_table(path: pathlib.Path, header: tuple[str, ...], rows: Iterable[tuple]):
   """Writes a CSV file."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open('w', newline='') as file:
-    csv.writer(file).writerows([header, *rows])
+  text = io.StringIO(newline='')
+  csv.writer(text).writerows([header, *rows])
+  files.write(path, text.getvalue())
 
 
 def plot_history(workdir: pathlib.Path, path: pathlib.Path):
@@ -219,8 +220,7 @@ def load_json(path: pathlib.Path) -> Any:
 
 def save_figure(figure, path: pathlib.Path) -> np.ndarray:
   """Writes the figure as PNG and returns it as an image uint8 [H W 3]."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  figure.savefig(path, dpi=120)
+  files.write(path, files.content(lambda file: figure.savefig(file, format='png', dpi=120)))
   picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
   plt.close(figure)
   return picture

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 from PIL import Image
 
-from vdm import build, checkpoint, data, parallel, shards
+from vdm import build, checkpoint, data, files, parallel, shards
 from vdm.gaussian import Denoiser, fold_in
 from vdm.guidance import guide, label_pair, pair
 from vdm.likelihood import from_grid
@@ -170,12 +170,12 @@ def grid(images: np.ndarray, num_values: int, columns: int = 0) -> np.ndarray:
 
 def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
   """Writes a picture uint8 [H W C], enlarged by whole pixels where it is small."""
-  path.parent.mkdir(parents=True, exist_ok=True)
   if picture.shape[2] not in (1, 3):
     picture = picture[..., :1]
   image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
   scale = max(1, math.ceil(least_side / min(image.size)))
-  image.resize([side * scale for side in image.size], Image.NEAREST).save(path)
+  image = image.resize([side * scale for side in image.size], Image.NEAREST)
+  files.write(path, shards.png(image))
 
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> int:

@@ -5,19 +5,19 @@ that was killed goes on at the first shard that is missing, and ends in the same
 """
 
 import hashlib
+import io
 import json
-import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from vdm import build
+from vdm import build, files
 
 FORMATS = ('npz', 'png')
 MANIFEST = 'manifest.json'
@@ -79,10 +79,7 @@ def _claim(folder: pathlib.Path, manifest: dict[str, Any]):
     return
   if any(folder.glob('[0-9]*')):
     raise ValueError(f'{folder} holds images without {MANIFEST}; {remedy}.')
-  folder.mkdir(parents=True, exist_ok=True)
-  part = folder / f'.{MANIFEST}.part'
-  part.write_text(json.dumps(manifest, indent=2) + '\n')
-  os.replace(part, file)
+  files.write(file, json.dumps(manifest, indent=2) + '\n')
 
 
 def _path(folder: pathlib.Path, image_format: str, start: int) -> pathlib.Path:
@@ -103,32 +100,40 @@ def write(
   'npz' holds `images`, as they are, and `labels` where there are any. 'png' is a folder of files
   <number>.png, or <number>_class<label>.png, with pixels scaled to 0 .. 255.
   """
-  path = _path(folder, image_format, start)
-  part = path.with_name(f'.{path.name}.part')
+  path = _path(epath.Path(folder), image_format, start)
   if image_format == 'npz':
     arrays = {'images': images.astype(np.min_scalar_type(num_values - 1))}
     arrays |= {} if labels is None else {'labels': labels}
-    with part.open('wb') as file:
-      np.savez_compressed(file, **arrays)
+    files.write(path, files.content(lambda file: np.savez_compressed(file, **arrays)))
   else:
-    shutil.rmtree(part, ignore_errors=True)  # what a kill left there
+    part = path.with_name(f'.{path.name}.part')
+    part.rmtree(missing_ok=True)  # what a kill left there
     part.mkdir()
     for i, pixels in enumerate(to_uint8(images, num_values)):
       label = '' if labels is None else f'_class{labels[i]}'
       pixels = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
-      Image.fromarray(pixels).save(part / f'{start + i:08d}{label}.png')
-  os.replace(part, path)
+      (part / f'{start + i:08d}{label}.png').write_bytes(png(Image.fromarray(pixels)))
+    part.replace(path)  # on gs:// a folder is copied, and a kill may leave a part of it
+
+
+def png(image: Image.Image) -> bytes:
+  """The content of a PNG file."""
+  return files.content(lambda file: image.save(file, format='png'))
 
 
 def read(folder: pathlib.Path) -> Iterator[np.ndarray]:
   """The images [N H W C] of each shard in turn, as they are stored."""
   for path in sorted(folder.glob('[0-9]*')):
     if path.suffix == '.npz':
-      with np.load(path) as arrays:
+      with np.load(io.BytesIO(path.read_bytes())) as arrays:
         yield arrays['images']
     else:
-      images = np.stack([np.asarray(Image.open(file)) for file in sorted(path.glob('*.png'))])
+      images = np.stack([_pixels(file) for file in sorted(path.glob('*.png'))])
       yield images.reshape(*images.shape[:3], -1)
+
+
+def _pixels(path: pathlib.Path) -> np.ndarray:
+  return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
 
 
 def to_uint8(images: np.ndarray, num_values: int) -> np.ndarray:

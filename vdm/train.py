@@ -13,7 +13,18 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from vdm import build, cards, checkpoint, data, evaluate, parallel, reconstruct, report, state
+from vdm import (
+  build,
+  cards,
+  checkpoint,
+  data,
+  evaluate,
+  parallel,
+  profile,
+  reconstruct,
+  report,
+  state,
+)
 from vdm.adaptive import predicted_reduction
 from vdm.gaussian import fold_in, standard_normal
 from vdm.guidance import drop_labels
@@ -215,6 +226,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   """
   model, optimizer = build.model(config), build.optimizer(config)
   build.check_devices(config, jax.device_count())
+  traced = profile.steps(config)
   train_source = data.load(config.data, 'train')
   mesh = parallel.make_mesh(config.parallel.fsdp)
   look = make_look(config, model, mesh, workdir)
@@ -240,6 +252,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   )
   step_fn = make_train_step(config, model, optimizer)
   runner = parallel.runner(config.parallel.mode, step_fn, mesh, abstract)
+  run_step = profile.traced(runner.step, traced, start, workdir)
   train_state = runner.put_state(train_state or parallel.initial_state(mesh, init))
   batches = parallel.prefetch(_batches(config, train_source, start), runner.put_batch)
   writer = report.open_writer(workdir)
@@ -249,7 +262,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   stop = _StopSignal()
   try:
     for step in range(start + 1, num_steps + 1):
-      train_state, metrics = runner.step(train_state, next(batches))
+      train_state, metrics = run_step(train_state, next(batches))
       meter.push(step, metrics, runner.get_metrics)
       last = step == num_steps
       stopped = stop.agreed(step) and not last

@@ -1,0 +1,92 @@
+"""Files of a run on gs://, by a bucket that is a local directory."""
+
+import os
+import pathlib
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from etils import epath
+from vdm.configs import digits
+
+from vdm import cards, checkpoint, files, report, sample, shards
+
+
+class Bucket:
+  """In the place of the backend that etils uses for gs://."""
+
+  def __init__(self, root):
+    self._root = str(root)
+
+  def __getattr__(self, name):
+    method = getattr(epath.backend.os_backend, name)
+
+    def call(*args, **options):
+      local = [self._root + a[4:] if str(a).startswith('gs://') else a for a in args]
+      result = method(*local, **options)
+      return [f'gs:/{a.removeprefix(self._root)}' for a in result] if name == 'glob' else result
+
+    return call
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+  """gs://bucket/run; whoever takes that for a local name fails, or leaves it in the directory."""
+  here = tmp_path / 'here'
+  here.mkdir()
+  monkeypatch.chdir(here)
+  monkeypatch.setattr(epath.backend, 'tf_backend', Bucket(tmp_path))
+  yield epath.Path('gs://bucket/run')
+  assert not list(here.iterdir())
+
+
+def fails(*_):
+  raise OSError
+
+
+def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+  path = tmp_path / 'a' / 'b.txt'
+  files.write(path, 'old')
+  with monkeypatch.context() as patch, pytest.raises(OSError):
+    patch.setattr(os, 'replace', fails)
+    files.write(path, b'new')
+  assert path.read_text() == 'old'
+  files.write(path, b'new')
+  assert path.read_text() == 'new' and [p.name for p in path.parent.iterdir()] == ['b.txt']
+
+
+def test_a_path_on_gs_is_absolute_as_it_is(bucket):
+  assert str(files.absolute('gs://bucket/run')) == 'gs://bucket/run'
+  assert str(files.absolute('runs/x')) == f'{pathlib.Path.cwd()}/runs/x'
+  assert str(checkpoint.manager(bucket).directory) == 'gs://bucket/run/checkpoints'
+
+
+def test_config_and_cards_are_written_to_gs_and_read_again(bucket):
+  config = digits.get_config('debug')
+  checkpoint.open_workdir(str(bucket), config)
+  config.train.batch_size = 16
+  with pytest.raises(ValueError, match=r'holds a run with config\.train\.batch_size=8, not 16'):
+    checkpoint.open_workdir(str(bucket), config)
+  card = {'data': {'split': 'test'}, 'value': 3.0, 'stderr': 0.1, 'step': 4}
+  cards.write(bucket / 'cards' / 'bits_per_dim_ema_continuous_step00000004.json', card)
+  assert cards.last_result(bucket).startswith('test: 3.0000 +- 0.1000 bits/dim at step 4 (gs://')
+
+
+@pytest.mark.parametrize('image_format', ['npz', 'png'])
+def test_images_are_written_to_gs_and_read_again(image_format, bucket):
+  manifest = {'num_images': 4, 'batch_size': 4, 'format': image_format}
+  assert shards.open_folder(bucket / 'samples', manifest) == [0]
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+  shards.write(bucket / 'samples', image_format, 0, images, 256)
+  assert shards.open_folder(bucket / 'samples', manifest) == []
+  (found,) = shards.read(bucket / 'samples')
+  np.testing.assert_array_equal(found, images)
+  sample.save_png(bucket / 'grid.png', images[0])
+  assert (bucket / 'grid.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_figures_and_tables_are_written_to_gs(bucket):
+  report.save_figure(plt.figure(), bucket / 'plots' / 'a.png')
+  assert (bucket / 'plots' / 'a.png').read_bytes().startswith(b'\x89PNG')
+  report.write_table(bucket / 'tables' / 'a.csv', ('a', 'b'), [(1, 'x, y')])
+  assert (bucket / 'tables' / 'a.csv').read_bytes() == b'a,b\r\n1,"x, y"\r\n'
