@@ -26,7 +26,7 @@ def get_config(arg=''):
     config.train.update(batch_size=32, num_steps=1200, log_every_steps=50, eval_every_steps=300)
     config.eval.update(batch_size=200, draws=2, max_images=1000)
     config.sample.sampler.name = 'dpmpp_2m'
-    config.sample.update(batch_size=100, num_steps=25)
+    config.sample.update(batch_size=64, num_steps=25)
     config.fid.update(train_every_steps=300, train_images=500)
     config.checkpoint.every_steps = 300
     if arg == 'debug':

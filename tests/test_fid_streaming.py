@@ -109,5 +109,5 @@ def test_two_processes_are_one(expected):
 
 if __name__ == '__main__':
   sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-  parallel.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+  parallel.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]), 100)
   print(json.dumps(score(parallel.make_mesh(), 16)))

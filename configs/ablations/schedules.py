@@ -36,7 +36,7 @@ def get_config(arg=''):
     base.fid.train_every_steps = 0
     base.train.update(batch_size=128, num_steps=1500, eval_every_steps=250, log_every_steps=50)
     base.eval.update(max_images=2000, batch_size=500, draws=4, params='raw')
-    base.sample.update(num_images=200, batch_size=50, preview_images=50, num_steps=16)
+    base.sample.update(num_images=200, batch_size=40, preview_images=40, num_steps=16)
     base.checkpoint.update(every_steps=1500, keep=1)
     if arg == 'debug':
       default.debug(base)

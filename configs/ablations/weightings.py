@@ -20,7 +20,7 @@ def get_config(arg=''):
       base.fid.train_every_steps = 0  # runs are scored at their end
       base.train.update(num_steps=300, eval_every_steps=150, log_every_steps=20)
       base.eval.update(draws=4, params='ema')
-      base.sample.update(num_images=360, batch_size=90, preview_images=36)
+      base.sample.update(num_images=360, batch_size=72, preview_images=36)
       base.checkpoint.update(every_steps=300, keep=1)
   weightings = [name for name in WEIGHTINGS if arg != 'debug' or name in ('elbo', 'sigmoid')]
   seeds = range(3 if arg != 'debug' else 1)
