@@ -6,7 +6,7 @@ import pathlib
 import vdm
 
 LEVELS = [
-  {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data', 'files'},
+  {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data', 'files', 'chips', 'counts'},
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'ode', 'state'},
   {'parallel', 'build', 'cards'},
@@ -14,6 +14,7 @@ LEVELS = [
   {'evaluate', 'sample', 'score', 'report', 'progressive', 'import_vdm', 'profile', 'reconstruct'},
   {'look'},
   {'train'},
+  {'plan'},
   {'main'},
   {'ablate'},
 ]
