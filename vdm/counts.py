@@ -125,7 +125,7 @@ def _instruction(line: str) -> Instruction | None:
   shape, rest = _balanced(line[head.end() :])
   opcode = re.match(r'\s*([\w-]+)', rest)[1]
   operands, attributes = _balanced(rest[rest.index('(') :])
-  names = tuple(re.findall(r'%([\w.-]+)', operands)) or (operands.strip('()'),)
+  names = tuple(re.findall(r'%([\w.-]+)', operands)) or tuple(operands.strip('()').split())
   return Instruction(head[2], shape, opcode, names, attributes, bool(head[1]))
 
 
@@ -143,25 +143,33 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 def runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
-  """How often each computation that is not fused into another runs, for one run of the entry.
+  """How often each computation runs, for one run of the entry.
 
-  The body of a loop as often as its `known_trip_count`, or else once.
+  The body of a loop as often as its length, which its condition compares with; every branch of a
+  choice.
   """
   times = dict.fromkeys(computations, 0)
 
   def visit(name, count):
     times[name] += count
     for instruction in computations[name]:
-      length = 1
-      if instruction.opcode == 'while':
-        trips = re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes)
-        length = int(trips[1]) if trips else 1
-      if instruction.opcode in ('while', 'call', 'conditional', 'async-start'):
+      if instruction.opcode in ('while', 'call', 'conditional', 'fusion', 'async-start'):
         for called in _called(instruction):
-          visit(called, count * length)
+          visit(called, count * _length(instruction, computations))
 
   visit(entry, 1)
   return times
+
+
+def _length(instruction: Instruction, computations: dict[str, list[Instruction]]) -> int:
+  """How often an instruction runs what it calls; 1 for a loop whose length is not known."""
+  if instruction.opcode != 'while':
+    return 1
+  if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes):
+    return int(known[1])
+  condition = computations[re.search(r'condition=%?([\w.-]+)', instruction.attributes)[1]]
+  limits = [int(i.operands[0]) for i in condition if i.opcode == 'constant' and i.shape[0] in 'su']
+  return max(limits, default=1)
 
 
 def _called(instruction: Instruction) -> list[str]:
@@ -177,37 +185,51 @@ def traffic(text: str, num_devices: int) -> Traffic:
   An instruction that takes or replaces a slice of an array moves the slice alone.
   """
   computations, entry = parse(text)
-  total, collectives = 0.0, {}
+  fused = {
+    name
+    for body in computations.values()
+    for instruction in body
+    if instruction.opcode == 'fusion'
+    for name in _called(instruction)
+  }
+  total, collectives, channels = 0.0, {}, set()
   for name, times in runs(computations, entry).items():
     if not times:
       continue
     by_name = {instruction.name: instruction for instruction in computations[name]}
     for instruction in computations[name]:
-      total += times * _moved(instruction, by_name, computations)
+      if name not in fused:
+        total += times * _moved(instruction, by_name, computations)
       kind = instruction.opcode.removesuffix('-start')
-      if kind in COLLECTIVES:
-        count, sent = collectives.get(kind, (0, 0.0))
-        each = sent_bytes(kind, instruction, num_devices)
-        collectives[kind] = (count + times, sent + times * each)
+      channel = re.search(r'channel_id=\d+', instruction.attributes)
+      if kind not in COLLECTIVES or (channel and channel[0] in channels):
+        continue  # the start and the end of one may both be fused with other work
+      channels.add(channel and channel[0])
+      shape = instruction.shape
+      if instruction.opcode in ('all-gather-start', 'collective-permute-start'):
+        shape = shape[len(shape) // 2 :] if shape.startswith('((') else _elements(shape)[1]
+      group = group_size(instruction.attributes, num_devices)
+      count, sent = collectives.get(kind, (0, 0.0))
+      collectives[kind] = count + times, sent + times * sent_bytes(kind, shape, group)
   return Traffic(total, collectives)
 
 
 def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float:
   """Bytes that an instruction reads from and writes to HBM."""
   opcode = instruction.opcode
-  if opcode in _FREE or opcode.endswith('-done') or opcode == 'async-start':
+  free = opcode in _FREE or opcode.endswith('-done') or opcode == 'async-start'
+  if free or 'custom_call_target="AllocateBuffer"' in instruction.attributes:
     return 0
   if opcode == 'fusion':
     return _moved_by_fusion(instruction, by_name, computations)
   operands = [shape_bytes(by_name[name].shape) for name in instruction.operands]
   if opcode in ('dynamic-update-slice', 'scatter'):
     return 2 * sum(operands[1:])
-  written = shape_bytes(instruction.shape)
-  if opcode.endswith('-start'):  # its tuple repeats the operands
-    return max(written - sum(operands), 0) + sum(operands)
   if opcode in ('dynamic-slice', 'slice', 'gather'):
-    return 2 * written
-  return written + sum(operands)
+    return 2 * shape_bytes(instruction.shape)
+  if opcode.endswith('-start'):  # its result repeats its operands
+    return max(shape_bytes(instruction.shape), sum(operands))
+  return shape_bytes(instruction.shape) + sum(operands)
 
 
 def _moved_by_fusion(fusion: Instruction, by_name: dict, computations: dict) -> float:
@@ -272,9 +294,15 @@ def sent_bytes(kind: str, shape: str, group: int) -> float:
 
 
 def group_size(attributes: str, num_devices: int) -> int:
-  """Devices in each group of a collective, by its attributes: {{0,1},{2,3}} or [2,2]<=[4]."""
-  if iota := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
-    return int(iota[1])
+  """Devices in each group of a collective, in any of the three ways its attributes say it.
+
+  {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}.
+  """
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
     return len(listed[1].split(','))
+  if iota := re.search(r'replica_groups=\[\d+,(\d+)\]', attributes):
+    return int(iota[1])
+  if named := re.search(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}', attributes):
+    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+    return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
   return num_devices
