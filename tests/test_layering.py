@@ -10,7 +10,7 @@ LEVELS = [
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'ode', 'state'},
   {'parallel', 'build', 'cards'},
-  {'checkpoint', 'evaluate_ode', 'fid', 'shards'},
+  {'checkpoint', 'costs', 'evaluate_ode', 'fid', 'shards'},
   {'evaluate', 'sample', 'score', 'report', 'progressive', 'import_vdm', 'profile', 'reconstruct'},
   {'look'},
   {'train'},

@@ -29,11 +29,14 @@ TPUS = {
   'v5p': Chip('TPU v5', 459e12, 459e12, 95 * GIB, 2765e9, 4800e9 / 8),
   'v6e': Chip('TPU v6 lite', 918e12, 918e12, 32 * GIB, 1638e9, 3584e9 / 8),
 }
-# NVIDIA's data sheets "A100 Tensor Core GPU", "H100", "H200", SXM: half of each figure that is
-# "with sparsity", half of NVLink's, which adds both directions; 10^9 bytes a gigabyte of HBM.
+# NVIDIA's data sheets "A100 Tensor Core GPU", "H100", "H200", SXM unless the name says PCIe: half
+# of each figure that is "with sparsity", half of NVLink's, which adds both directions; 10^9 bytes a
+# gigabyte of HBM.
 GPUS = {
   'a100': Chip('NVIDIA A100-SXM4-80GB', 312e12, 156e12, 80 * 10**9, 2039e9, 300e9),
+  'a100_40g': Chip('NVIDIA A100-SXM4-40GB', 312e12, 156e12, 40 * 10**9, 1555e9, 300e9),
   'h100': Chip('NVIDIA H100 80GB HBM3', 989.4e12, 494.7e12, 80 * 10**9, 3350e9, 450e9),
+  'h100_pcie': Chip('NVIDIA H100 PCIe', 756e12, 378e12, 80 * 10**9, 2000e9, 300e9),
   'h200': Chip('NVIDIA H200', 989.4e12, 494.7e12, 141 * 10**9, 4800e9, 450e9),
 }
 

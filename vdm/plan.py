@@ -9,10 +9,7 @@ compiler, which needs no TPU. For GPUs nothing is compiled, and memory and traff
 Nothing is written, and no data is read.
 """
 
-import importlib.util
 import math
-import os
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,84 +20,12 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, counts, evaluate, parallel, sample, train
-from vdm.chips import GIB, GPUS, TPUS, Chip, of_kind
+from vdm import build, evaluate, parallel, sample, train
+from vdm.chips import GIB, Chip
+from vdm.costs import Cost, Step, Target, bytes_per_device, cost, roofline, target
 from vdm.samplers import num_evaluations
 
 TIMED_STEPS = 5
-
-
-class Target(NamedTuple):
-  """Where a run is planned to be."""
-
-  name: str  # as it was typed: 'v5e:2x4'
-  chip: Chip | None  # None: a device that no table has
-  mesh: Mesh | AbstractMesh
-  platform: str
-
-
-class Step(NamedTuple):
-  """A jitted function of a run."""
-
-  name: str
-  function: Callable
-  args: tuple  # abstract, with shardings
-  images: int  # of one call, over all devices
-  calls_per_batch: int  # until these images are done
-  calls: int  # in all
-  residuals: float = 0.0  # bytes a device keeps for the gradient, before any compiler fuses
-
-
-class Cost(NamedTuple):
-  """Of one call of a step, on one device. None: not known."""
-
-  flops: float
-  traffic: float | None = None
-  collectives: dict[str, tuple[int, float]] | None = None
-  temporaries: float | None = None
-  memory: float | None = None  # in all
-  limit: float | None = None  # what the compiler allows, where the program exceeds it
-  seconds: float | None = None  # of compilation
-
-
-def target(topology: str, config: ConfigDict) -> Target:
-  """What --topology names, 'v5e:8x8' or 'h100:8'; the devices at hand if it is empty."""
-  fsdp = config.parallel.fsdp
-  if not topology:
-    build.check_devices(config, jax.device_count())
-    name = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-    chip = of_kind(jax.devices()[0].device_kind)
-    return Target(name, chip, parallel.make_mesh(fsdp), jax.default_backend())
-  kind, _, size = topology.partition(':')
-  if kind in GPUS and re.fullmatch(r'[1-9]\d*', size):
-    build.check_devices(config, int(size))
-    mesh = AbstractMesh((int(size) // fsdp, fsdp), parallel.BATCH_AXES)
-    return Target(topology, GPUS[kind], mesh, 'gpu')
-  if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', size):
-    raise ValueError(
-      f'--topology={topology} must be {", ".join(TPUS)} with a shape, or {", ".join(GPUS)} with a '
-      'number; try v5e:2x4 or h100:8.'
-    )
-  build.check_devices(config, math.prod(map(int, size.split('x'))))
-  return Target(topology, TPUS[kind], parallel.make_mesh(fsdp, tpu_devices(topology)), 'tpu')
-
-
-def tpu_devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice that is not here, to compile for."""
-  from jax.experimental import topologies
-
-  if importlib.util.find_spec('libtpu') is None:
-    raise ValueError(
-      f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm[tpu]', also without a TPU."
-    )
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # away from Google's cloud it waits for nothing
-  try:
-    return list(topologies.get_topology_desc(topology, 'tpu').devices)
-  except jax.errors.JaxRuntimeError as error:
-    raise ValueError(
-      f'--topology={topology} must be a slice that exists ({str(error).splitlines()[0]}); '
-      'try v5e:2x4, v5e:8x8, v4:2x2x2 or v5p:2x2x2.'
-    ) from error
 
 
 def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
@@ -169,15 +94,6 @@ def _batch(config: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool 
   return {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in shapes.items()}
 
 
-def bytes_per_device(tree: Any) -> int:
-  """Of abstract arrays with shardings."""
-  return sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-    for leaf in jax.tree.leaves(tree)
-    if isinstance(leaf, jax.ShapeDtypeStruct)
-  )
-
-
 def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any) -> int:
   """What JAX keeps of a device's part of a microbatch for the gradient, before fusion."""
   loss = train.make_loss(config, model)
@@ -195,68 +111,6 @@ def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any
   probe = (jax.ShapeDtypeStruct(batch['index'].shape, jnp.float32),) * 2
   kept = jax.eval_shape(pullback, state.params, probe, state.adaptive, batch)
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
-
-
-def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
-  """Of a step: counted in its jaxpr, and compiled where `where` is a slice of TPUs."""
-  traced = step.function.trace(*step.args)
-  num_devices = where.mesh.size
-  matmuls = counts.matmuls(traced.jaxpr.jaxpr, where.platform)
-  flops, arguments = matmuls.flops / num_devices, bytes_per_device(step.args)
-  if where.platform != 'tpu' or not compiles:
-    moved = matmuls.bytes / num_devices + (2 if step.residuals else 1) * arguments
-    if not step.residuals:
-      return Cost(flops, moved, {})
-    params = bytes_per_device(step.args[0].params)
-    temporaries = step.residuals + params  # and the gradient
-    collectives = gradient_exchange(params, where.mesh)
-    return Cost(flops, moved, collectives, temporaries, arguments + temporaries)
-  start = time.perf_counter()
-  try:
-    compiled = traced.lower().compile()
-  except jax.errors.JaxRuntimeError as error:
-    used, limit = exceeded(str(error))
-    return Cost(flops, memory=used, limit=limit, seconds=time.perf_counter() - start)
-  seconds, analysis = time.perf_counter() - start, compiled.memory_analysis()
-  memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-  memory += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  traffic = counts.traffic(compiled.as_text(), num_devices)
-  temporaries = analysis.temp_size_in_bytes
-  return Cost(flops, traffic.bytes, traffic.collectives, temporaries, memory, seconds=seconds)
-
-
-def exceeded(message: str) -> tuple[float, float]:
-  """The compiler's 'Used 20.5G of 15.75G hbm' in bytes; other errors are not ours."""
-  found = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', message)
-  if not found:
-    raise RuntimeError(message)
-  unit = {'K': 2**10, 'M': 2**20, 'G': 2**30}
-  return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
-
-
-def gradient_exchange(params: float, mesh: Mesh | AbstractMesh) -> dict[str, tuple[int, float]]:
-  """What a device sends for the gradients of its `params` bytes, in float32.
-
-  With fsdp the shards are gathered forward and backward, and gradients scattered.
-  """
-  fsdp, replicas = mesh.shape['fsdp'], mesh.shape['data']
-  sent = {}
-  if fsdp > 1:
-    sent['all-gather'] = 2, 2 * params * (fsdp - 1)
-    sent['reduce-scatter'] = 1, params * (fsdp - 1)
-  if replicas > 1:
-    sent['all-reduce'] = 1, 2 * params * (replicas - 1) / replicas
-  return sent
-
-
-def roofline(chip: Chip, dtype: str, cost: Cost) -> dict[str, float]:
-  """Seconds at the chip's peak: what the greatest belongs to binds."""
-  sent = sum(size for _, size in cost.collectives.values())
-  return {
-    'arithmetic': cost.flops / chip.flops(dtype),
-    'HBM': cost.traffic / chip.hbm_bandwidth,
-    'links': sent / chip.link_bandwidth,
-  }
 
 
 def measure(step: Step, config: ConfigDict, mesh: Mesh) -> list[float]:
@@ -339,29 +193,33 @@ def largest_batch(
   return best, tried
 
 
-def search(config: ConfigDict, where: Target, budget: int) -> list[str]:
-  """Lines that say the largest batch of training without and with remat, from `budget` trials."""
+def search(config: ConfigDict, where: Target, known: Cost, budget: int) -> list[str]:
+  """Lines that say the largest batch of training without and with remat, from `budget` trials.
+
+  `known` is the cost of the config as it is, the first trial.
+  """
+  has_remat = 'remat' in config.model
+  own = config.model.remat if has_remat else False
   unit = where.mesh.size * config.train.microbatches
-  policies = (False, True) if 'remat' in config.model else (None,)
+  state = parallel.abstract_state(where.mesh, build.init_state(config, build.model(config)))
   lines = []
-  for number, remat in enumerate(policies):
+  for remat in (own, not own) if has_remat else (own,):
 
     def cost_of(size, remat=remat):
+      if (size, remat) == (config.train.batch_size, own):
+        return known
       changed = config.copy_and_resolve_references()
       changed.train.batch_size = size
-      if remat is not None:
+      if has_remat:
         changed.model.remat = remat
-      model = build.model(changed)
-      state = parallel.abstract_state(where.mesh, build.init_state(changed, model))
-      return cost(_train_step(changed, model, where.mesh, state), where)
+      return cost(_train_step(changed, build.model(changed), where.mesh, state), where)
 
-    state = parallel.abstract_state(where.mesh, build.init_state(config, build.model(config)))
-    left = budget // (len(policies) - number)
+    left = budget if lines or not has_remat else -(-budget // 2)
     best, tried = largest_batch(
       cost_of, config.train.batch_size, unit, bytes_per_device(state), where.chip, left
     )
     budget -= tried
-    policy = '' if remat is None else f' with model.remat={remat}'
+    policy = f' with model.remat={remat}' if has_remat else ''
     found = f'{best.size}, {_gib(best.memory)} a device' if best else 'none'
     lines.append(f'Largest batch found to fit{policy}: {found} ({tried} sizes tried).')
   return lines
@@ -462,18 +320,19 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
     jax.config.update('jax_platforms', 'cpu')  # no device is taken for what only compiles
   where = target(topology, config)
   config = build.for_platform(config, where.platform)
-  columns, failure = {}, ''
+  columns, of_training, failure = {}, None, ''
   for step in steps(config, where.mesh):
     measured = [] if topology else measure(step, config, where.mesh)
     of = cost(step, where, compiles=bool(topology))
     columns[step.name] = column(step, of, where, config.model.dtype, measured)
+    of_training = of_training or of
     if topology and step.name == 'train' and not fits(of, where.chip):
       failure = advice(config, of, where, bytes_per_device(step.args[0]))
   print(f'{config.name} on {where.name}, {config.model.dtype}\n')
   print(table(columns))
   print(f'\n{notes(where, not topology)}')
   if topology and budget:
-    print('\n'.join(search(config, where, budget)))
+    print('\n'.join(search(config, where, of_training, budget)))
   elif topology:
     print('--plan_search=0: the largest batch that fits was not looked for.')
   if failure:
