@@ -196,9 +196,9 @@ def test_largest_batch_is_found_from_either_side(first, expected):
 
 def test_largest_batch_keeps_to_its_budget_and_may_find_none():
   chip = chips.TPUS['v5e']._replace(hbm_bytes=1000)
-  never = lambda size: costs.Cost(0, memory=5000)
+  never = lambda size: costs.Cost(0, memory=1001)
   assert plan.largest_batch(never, 64, 8, 900, chip, 2) == (None, 2)
-  assert plan.largest_batch(never, 8, 8, 900, chip, 9) == (None, 1)
+  assert plan.largest_batch(never, 64, 8, 900, chip, 9) == (None, 4)  # 64, 32, 16, 8
 
 
 def digits(**leaves):
@@ -270,7 +270,12 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, capsys, rank_promoti
   assert plan.run(digits(**{'train.batch_size': 32}), 'h100:8', 0) == 1
   *_, skipped, line = capsys.readouterr().out.splitlines()
   assert skipped.startswith('--plan_search=0')
-  for remedy in ('parallel.fsdp=8', 'microbatches=2', 'model.remat=True', 'batch_size=16'):
+  for remedy in (
+    'parallel.fsdp=8',
+    'train.microbatches=2',
+    'model.remat=True',
+    'train.batch_size=16',
+  ):
     assert f'--config.{remedy}' in line
 
 

@@ -106,11 +106,12 @@ def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any
 
   def pullback(params, probe, adaptive, batch):
     of = lambda params, probe: loss(params, probe, adaptive, batch, key, dropout)
-    return jax.vjp(of, params, probe, has_aux=True)[1]
+    _, gradient, _ = jax.vjp(of, params, probe, has_aux=True)
+    return [leaf for leaf in jax.tree.leaves(gradient) if isinstance(leaf, jax.Array)]
 
   probe = (jax.ShapeDtypeStruct(batch['index'].shape, jnp.float32),) * 2
   kept = jax.eval_shape(pullback, state.params, probe, state.adaptive, batch)
-  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(kept))
+  return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept)
 
 
 def measure(step: Step, config: ConfigDict, mesh: Mesh) -> list[float]:
