@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from absl import logging
 from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
@@ -323,6 +324,7 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
   config = build.for_platform(config, where.platform)
   columns, of_training, failure = {}, None, ''
   for step in steps(config, where.mesh):
+    logging.info('%s on %s: the step of %s', config.name, where.name, step.name)
     measured = [] if topology else measure(step, config, where.mesh)
     of = cost(step, where, compiles=bool(topology))
     columns[step.name] = column(step, of, where, config.model.dtype, measured)
