@@ -33,26 +33,11 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from vdm import build, parallel, train
+from vdm import build, chips, parallel, train
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import reconstruction_loss
 from vdm.nn import layers
 from vdm.times import stratified
-
-# device_kind -> dense peak in FLOP/s of (bfloat16, float32), from the data sheets of NVIDIA (half
-# the figure "with sparsity") and the Cloud TPU documentation. float32 is what JAX's default
-# precision makes of it: TF32 on these GPUs, one pass in bfloat16 on TPU.
-PEAK_FLOPS = {
-  'NVIDIA A100-SXM4-40GB': (312e12, 156e12),
-  'NVIDIA A100-SXM4-80GB': (312e12, 156e12),
-  'NVIDIA H100 PCIe': (756e12, 378e12),
-  'NVIDIA H100 80GB HBM3': (989.4e12, 494.7e12),
-  'NVIDIA H200': (989.4e12, 494.7e12),
-  'TPU v4': (275e12, 275e12),
-  'TPU v5 lite': (197e12, 197e12),  # v5e
-  'TPU v5': (459e12, 459e12),  # v5p
-  'TPU v6 lite': (918e12, 918e12),  # v6e
-}
 
 Calls = list[tuple[Any, jax.ShapeDtypeStruct]]  # (a setting of the layer, shape of its input)
 
@@ -246,7 +231,8 @@ def measure(
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()  # of one device's program
   counted = microbatches == 1 and not build.scan_blocks(config)
   flops = int(cost['flops']) * mesh.size if counted else None
-  peak = PEAK_FLOPS.get(device_kind, (None, None))[dtype == jnp.float32]
+  chip = chips.of_kind(device_kind)
+  peak = chip.flops(dtype.name) if chip else None
   new_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
   result = {
     'config': config.name,

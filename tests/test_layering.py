@@ -6,14 +6,15 @@ import pathlib
 import vdm
 
 LEVELS = [
-  {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data', 'files'},
+  {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data', 'files', 'chips', 'counts'},
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'ode', 'state'},
   {'parallel', 'build', 'cards'},
-  {'checkpoint', 'evaluate_ode', 'fid', 'shards'},
+  {'checkpoint', 'costs', 'evaluate_ode', 'fid', 'shards'},
   {'evaluate', 'sample', 'score', 'report', 'progressive', 'import_vdm', 'profile', 'reconstruct'},
   {'look'},
   {'train'},
+  {'plan'},
   {'main'},
   {'ablate'},
 ]

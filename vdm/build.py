@@ -201,8 +201,20 @@ def _check_sampling(config: ConfigDict, own: Schedule):
   )
 
 
-def dtype(config: ConfigDict) -> jnp.dtype:
-  """Of activations inside the network."""
+def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+  """A copy in which what is 'auto' says what that means on `platform`: 'cpu', 'gpu' or 'tpu'.
+
+  Without it 'auto' is for the platform at hand. Layers choose as they are lowered.
+  """
+  config = config.copy_and_resolve_references()
+  config.model.dtype = dtype(config, platform).name
+  if 'scan_blocks' in config.model:
+    config.model.scan_blocks = 'on' if scan_blocks(config, platform) else 'off'
+  return config
+
+
+def dtype(config: ConfigDict, platform: str = '') -> jnp.dtype:
+  """Of activations inside the network, on `platform` or on what is at hand."""
   name = config.model.dtype
   check(
     name in ('auto', 'float32', 'bfloat16'),
@@ -212,7 +224,7 @@ def dtype(config: ConfigDict) -> jnp.dtype:
     'auto means bfloat16 on TPU and GPU, float32 on CPU',
   )
   if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    name = 'float32' if (platform or jax.default_backend()) == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
 
 
@@ -221,7 +233,7 @@ def _flagged(config: ConfigDict) -> bool:
   return 'augmentation_flag' in config.model and config.model.augmentation_flag
 
 
-def scan_blocks(config: ConfigDict) -> bool:
+def scan_blocks(config: ConfigDict, platform: str = '') -> bool:
   """Whether the network runs its equal blocks in a loop; False for one that has no such choice.
 
   Not on CPU by default, where convolutions in a loop have been slow (`vdm.nn.layers.conv3x3`).
@@ -236,7 +248,8 @@ def scan_blocks(config: ConfigDict) -> bool:
     "'auto', 'on' or 'off'",
     'auto means on, but off on CPU',
   )
-  return choice == 'on' or (choice == 'auto' and jax.default_backend() != 'cpu')
+  platform = platform or jax.default_backend()
+  return choice == 'on' or (choice == 'auto' and platform != 'cpu')
 
 
 def model(config: ConfigDict) -> Model:

@@ -3,6 +3,8 @@
   python -m vdm.main --config=configs/digits.py                  train, evaluate, draw samples
   python -m vdm.main --config=configs/digits.py --mode=eval      score the newest checkpoint
   python -m vdm.main --config=configs/digits.py --mode=sample    draw images from it
+  python -m vdm.main --config=configs/cifar10.py --mode=plan --topology=v5e:2x4
+                                 will it fit, how fast: of devices that need not be here
   python -m vdm.main --config=configs/cifar10.py:debug           any config, shrunk to seconds
   python -m vdm.main --config=configs/cifar10.py --mode=import_vdm --checkpoint=DIR --workdir=W
                                  make a workdir of a checkpoint of the public VDM code
@@ -32,9 +34,13 @@ import vdm
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
-_MODES = ['train', 'eval', 'sample', 'reconstruct', 'import_vdm']
+_MODES = ['train', 'eval', 'sample', 'reconstruct', 'import_vdm', 'plan']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
 _CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Of the public VDM code, for import_vdm.')
+_TOPOLOGY = flags.DEFINE_string('topology', '', 'For plan: v5e:2x4, h100:8; else what is here.')
+_PLAN_SEARCH = flags.DEFINE_integer(
+  'plan_search', 4, 'For plan: batches tried for the largest that fits; 0: none.', lower_bound=0
+)
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', '', 'host:port of process 0, where JAX does not find the job itself.'
 )
@@ -48,7 +54,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 def main(_):
   """Dispatches on --mode."""
   # after the flags: they import JAX
-  from vdm import import_vdm, look, reconstruct, report, sample, train
+  from vdm import import_vdm, look, plan, reconstruct, report, sample, train
 
   report.set_up_logging()
   modes = {
@@ -57,6 +63,7 @@ def main(_):
     'sample': sample.run,
     'reconstruct': reconstruct.run,
     'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
+    'plan': lambda config, _: plan.run(config, _TOPOLOGY.value, _PLAN_SEARCH.value),
   }
   in_one_line(modes[_MODE.value], lambda config: f'runs/{config.name}')
 

@@ -1,6 +1,6 @@
 """Devices and hosts: one mesh, and the two ways to run the one train step over it."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -89,9 +89,9 @@ def keep_compiled(directory: epath.Path):
     jax.config.update('jax_compilation_cache_dir', str(files.absolute(directory)))
 
 
-def make_mesh(fsdp: int = 1) -> Mesh:
-  """All devices of all hosts as (data, fsdp)."""
-  return Mesh(np.asarray(jax.devices()).reshape(-1, fsdp), BATCH_AXES)
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] = ()) -> Mesh:
+  """All devices of all hosts, or these, as (data, fsdp)."""
+  return Mesh(np.asarray(devices or jax.devices()).reshape(-1, fsdp), BATCH_AXES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

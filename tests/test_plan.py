@@ -1,0 +1,290 @@
+"""The plan's arithmetic on made-up programs and numbers; its errors; one real compilation."""
+
+import importlib
+import importlib.util
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from vdm import build, chips, costs, counts, plan
+
+# Two devices; a loop of 32 whose body gathers, and takes and replaces slices of stacked arrays.
+PROGRAM = """HloModule jit_step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[]{:T(128)} parameter(0)
+  %b = f32[]{:T(128)} parameter(1)
+  ROOT %sum = f32[]{:T(128)} add(%a, %b)
+}
+
+%takes_a_slice (stack: bf16[32,100], i: s32[]) -> bf16[100] {
+  %stack = STACK parameter(0)
+  %i = INDEX parameter(1)
+  %view = STACK bitcast(%stack)
+  %slice = bf16[1,100]{1,0:T(8,128)(2,1)} dynamic-slice(%view, %i), dynamic_slice_sizes={1,100}
+  ROOT %flat = bf16[100]{0:T(256)} bitcast(%slice)
+}
+
+%replaces (stack.1: bf16[32,100], x: bf16[100], i.1: s32[]) -> bf16[32,100] {
+  %stack.1 = STACK parameter(0)
+  %x = bf16[100]{0:T(256)} parameter(1)
+  %i.1 = INDEX parameter(2)
+  %row = bf16[1,100]{1,0:T(8,128)(2,1)} bitcast(%x)
+  ROOT %new = STACK dynamic-update-slice(%stack.1, %row, %i.1)
+}
+
+%body (loop: (s32[], bf16[32,100])) -> (s32[], bf16[32,100]) {
+  %loop = (INDEX, STACK) parameter(0)
+  %i.2 = INDEX get-tuple-element(%loop), index=0
+  %stack.2 = STACK get-tuple-element(%loop), index=1
+  %one = bf16[100]{0:T(256)} fusion(%stack.2, %i.2), kind=kLoop, calls=%takes_a_slice
+  %whole = bf16[200]{0:T(256)S(1)} all-gather(%one), channel_id=1, replica_groups=[1,2]<=[2]
+  %stack.3 = STACK fusion(%stack.2, %one, %i.2), kind=kLoop, calls=%replaces
+  ROOT %next = (INDEX, STACK) tuple(%i.2, /*index=1*/%stack.3)
+}
+
+%condition (loop.1: (s32[], bf16[32,100])) -> pred[] {
+  %length = s32[]{:T(128)} constant(32)
+  %loop.1 = (INDEX, STACK) parameter(0)
+  %i.3 = INDEX get-tuple-element(%loop.1), index=0
+  ROOT %less = pred[]{:T(512)} compare(%i.3, %length), direction=LT
+}
+
+ENTRY %main (p: bf16[32,100], q: f32[50]) -> (bf16[32,100], f32[50]) {
+  %p = STACK parameter(0)
+  %q = f32[50]{0:T(128)} parameter(1)
+  %zero = INDEX constant(0)
+  %start = (INDEX, STACK) tuple(%zero, %p)
+  %while.1 = (INDEX, STACK) while(%start), condition=%condition, body=%body
+  %end = STACK get-tuple-element(%while.1), index=1
+  %fetch = (f32[50]{0:T(128)S(1)}, f32[50]{0:T(128)}, u32[]{:S(2)}) copy-start(%q)
+  %here = f32[50]{0:T(128)S(1)} copy-done(%fetch)
+  %reduced = f32[50]{0:T(128)} all-reduce(%here), replica_groups=mesh['a'=2] {'a'}, to_apply=%add
+  ROOT %out = (STACK, f32[50]{0:T(128)}) tuple(%end, %reduced)
+}
+""".replace('STACK', 'bf16[32,100]{1,0:T(8,128)(2,1)}').replace('INDEX', 's32[]{:T(128)S(6)}')
+
+
+def test_traffic_multiplies_loops_and_counts_slices_and_hbm_alone():
+  computations, entry = counts.parse(PROGRAM)
+  assert entry == 'main'
+  times = counts.runs(computations, entry)
+  assert times['body'] == times['takes_a_slice'] == 32 and times['add'] == times['condition'] == 0
+  traffic = counts.traffic(PROGRAM, num_devices=2)
+  # a row taken and written, gathered (what is made stays on the chip), read and put back
+  in_loop = (200 + 200) + 200 + (200 + 200)
+  # fetched from HBM, and reduced into it
+  assert traffic.bytes == 32 * in_loop + 200 + 200
+  assert traffic.collectives == {'all-gather': (32, 32 * 400 / 2), 'all-reduce': (1, 200.0)}
+
+
+@pytest.mark.parametrize(
+  'shape, size',
+  [
+    ('f32[8,128]{1,0:T(8,128)}', 4096),
+    ('f32[]', 4),
+    ('(bf16[3,5]{1,0}, /*index=1*/pred[7]{0}, u8[2]{0:S(1)})', 37),
+    ('s4[8]{0}', 4),
+    ('f8e4m3fn[8]{0}', 8),
+    ('token[]', 0),
+  ],
+)
+def test_bytes_of_shapes(shape, size):
+  assert counts.shape_bytes(shape) == size
+
+
+@pytest.mark.parametrize(
+  'kind, sent',
+  [
+    ('all-reduce', 2 * 400 * 3 / 4),
+    ('all-gather', 400 * 3 / 4),
+    ('reduce-scatter', 400 * 3),
+    ('all-to-all', 400 * 3 / 4),
+    ('collective-permute', 400),
+  ],
+)
+def test_sent_bytes(kind, sent):
+  assert counts.sent_bytes(kind, 'f32[100]{0:T(128)S(1)}', 4) == sent
+  assert counts.sent_bytes(kind, 'f32[100]', 1) == (400 if kind == 'collective-permute' else 0)
+
+
+def test_group_sizes_in_every_notation():
+  assert counts.group_size('replica_groups={{0,1,2,3},{4,5,6,7}}, x', 8) == 4
+  assert counts.group_size('replica_groups=[4,2]<=[2,4]T(1,0)', 8) == 2
+  assert counts.group_size("replica_groups=mesh['a'=4,'b'=2,'c'=3] {'a','c'}", 24) == 12
+  assert counts.group_size('replica_groups={}', 8) == 8
+
+
+def test_matmuls_of_loops_choices_and_convolutions():
+  def of(f, *shapes, platform='tpu'):
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    return counts.matmuls(jax.make_jaxpr(f)(*args).jaxpr, platform)
+
+  product = of(jnp.matmul, (2, 3), (3, 5))
+  assert product == (2 * 2 * 3 * 5, 4 * (6 + 15 + 10))
+  looped = of(lambda x, w: jax.lax.scan(lambda x, _: (x @ w, None), x, None, 7)[0], (2, 3), (3, 3))
+  assert looped.flops == 7 * 2 * 2 * 3 * 3
+
+  def by_platform(x, w):
+    twice = lambda x, w: x @ w @ w
+    return jax.lax.platform_dependent(x, w, cpu=twice, default=jnp.matmul)
+
+  assert of(by_platform, (2, 3), (3, 3)).flops == 36
+  assert of(by_platform, (2, 3), (3, 3), platform='cpu').flops == 72
+
+  def either(x, w):
+    return jax.lax.cond(x[0, 0] > 0, lambda: x @ w @ w, lambda: x @ w)
+
+  assert of(either, (2, 3), (3, 3)).flops == 72
+
+  def convolution(x, kernel):
+    layout = ('NHWC', 'HWIO', 'NHWC')
+    return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=layout)
+
+  assert of(convolution, (2, 8, 8, 3), (3, 3, 3, 5)).flops == 2 * 2 * 64 * 5 * 27
+
+
+def test_chips_are_sane():
+  for chip in (*chips.TPUS.values(), *chips.GPUS.values()):
+    assert 1e14 < chip.float32_flops <= chip.bfloat16_flops < 1e16
+    assert 1e10 < chip.hbm_bytes < 2e11 and 5e11 < chip.hbm_bandwidth < 1e13
+    assert 1e11 < chip.link_bandwidth < chip.hbm_bandwidth
+    assert chips.of_kind(chip.kind) is chip
+  assert chips.of_kind('cpu') is None
+
+
+def test_roofline_names_what_binds():
+  chip = chips.TPUS['v5e']
+  cost = costs.Cost(chip.bfloat16_flops, 2 * chip.hbm_bandwidth, {'all-reduce': (1, 0.0)})
+  times = costs.roofline(chip, 'bfloat16', cost)
+  assert times == {'arithmetic': 1, 'HBM': 2, 'links': 0}
+  cost = cost._replace(
+    collectives={'a': (1, chip.link_bandwidth), 'b': (3, 2 * chip.link_bandwidth)}
+  )
+  assert costs.roofline(chip, 'bfloat16', cost)['links'] == 3
+
+
+def test_gradients_are_exchanged_by_replicas_and_shards():
+  mesh = lambda data, fsdp: jax.sharding.AbstractMesh((data, fsdp), ('data', 'fsdp'))
+  assert costs.gradient_exchange(100, mesh(1, 1)) == {}
+  assert costs.gradient_exchange(100, mesh(4, 1)) == {'all-reduce': (1, 150)}
+  sharded = costs.gradient_exchange(100, mesh(2, 4))
+  assert sharded == {'all-gather': (2, 600), 'reduce-scatter': (1, 300), 'all-reduce': (1, 100)}
+
+
+def test_what_the_compiler_says_of_too_large_a_program():
+  text = 'Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded'
+  assert costs.exceeded(text) == (20.5 * 2**30, 15.75 * 2**30)
+  with pytest.raises(RuntimeError, match='something else'):
+    costs.exceeded('something else')
+
+
+@pytest.mark.parametrize('first, expected', [(8, 64), (64, 64), (1024, 64)])
+def test_largest_batch_is_found_from_either_side(first, expected):
+  chip = chips.TPUS['v5e']._replace(hbm_bytes=1000)
+  tried = []
+
+  def cost_of(size):
+    tried.append(size)
+    return costs.Cost(0, memory=100 + 10 * size)
+
+  best, number = plan.largest_batch(cost_of, first, 8, 100, chip, 4)
+  assert best == (expected, 100 + 10 * expected) and number == len(tried) <= 3
+
+
+def test_largest_batch_keeps_to_its_budget_and_may_find_none():
+  chip = chips.TPUS['v5e']._replace(hbm_bytes=1000)
+  never = lambda size: costs.Cost(0, memory=1001)
+  assert plan.largest_batch(never, 64, 8, 900, chip, 2) == (None, 2)
+  assert plan.largest_batch(never, 64, 8, 900, chip, 9) == (None, 4)  # 64, 32, 16, 8
+
+
+def digits(**leaves):
+  config = importlib.import_module('vdm.configs.digits').get_config('debug')
+  with config.unlocked():
+    config.update_from_flattened_dict(leaves)
+  return config
+
+
+def test_auto_is_what_it_means_on_the_target():
+  config = digits()
+  for platform, dtype, scan in (('cpu', 'float32', 'off'), ('tpu', 'bfloat16', 'on')):
+    resolved = build.for_platform(config, platform)
+    assert (resolved.model.dtype, resolved.model.scan_blocks) == (dtype, scan)
+  assert config.model.dtype == config.model.scan_blocks == 'auto'
+  kept = build.for_platform(digits(**{'model.dtype': 'float32', 'model.scan_blocks': 'off'}), 'tpu')
+  assert (kept.model.dtype, kept.model.scan_blocks) == ('float32', 'off')
+
+
+@pytest.mark.parametrize(
+  'topology, leaves, message',
+  [
+    ('v5e', {}, r'--topology=v5e must be v4, v5e, .* try v5e:2x4 or h100:8'),
+    ('b200:8', {}, '--topology=b200:8 must be'),
+    ('h100:2x4', {}, '--topology=h100:2x4 must be'),
+    ('h100:3', {}, r'train.batch_size=8 must be divisible by the 3 devices; try 6 or 9'),
+    ('v5e:4x4', {}, r'train.batch_size=8 must be divisible by the 16 devices; try 16'),
+    ('h100:8', {'parallel.fsdp': 3}, 'parallel.fsdp=3 must be a divisor of the 8 devices'),
+    ('h100:8', {'parallel.mode': 'pmap'}, "parallel.mode='pmap' must be 'jit' for a plan"),
+  ],
+)
+def test_errors_are_one_line_with_a_remedy(topology, leaves, message):
+  with pytest.raises(ValueError, match=message) as error:
+    plan.run(digits(**leaves), topology, 0)
+  assert '\n' not in str(error.value)
+
+
+def test_a_missing_compiler_is_named(monkeypatch):
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(
+    ValueError, match=r"v5e:2x2 needs XLA's TPU compiler; pip install 'vdm\[tpu\]'"
+  ):
+    plan.run(digits(), 'v5e:2x2', 0)
+
+
+def cells_of(text, label):
+  (line,) = (line for line in text.splitlines() if line.startswith(f'| {label} '))
+  return [cell.strip() for cell in line.split('|')[2:-1]]
+
+
+def test_plan_for_gpus_writes_nothing(capsys, tmp_path, monkeypatch, rank_promotion_allowed):
+  monkeypatch.chdir(tmp_path)
+  assert plan.run(digits(), 'h100:8', 2) == 0
+  text = capsys.readouterr().out
+  assert list(tmp_path.iterdir()) == []
+  assert cells_of(text, 'images of a call, on all devices') == ['8', '8', '8']
+  train, evaluation, sample = (float(c.split()[0]) for c in cells_of(text, 'FLOPs'))
+  assert train > sample > 0 and evaluation == pytest.approx(2 * sample, rel=1e-2)  # two draws
+  assert '4 calls' in cells_of(text, 'all of it')[0]
+  assert cells_of(text, 'all-reduce: number, sent')[0].startswith('1, ')
+  assert text.count('Largest batch found to fit with model.remat=') == 2
+  lengths = {len(line) for line in text.splitlines() if line.startswith('|')}
+  assert len(lengths) == 1
+
+
+def test_what_does_not_fit_says_what_to_change(monkeypatch, capsys, rank_promotion_allowed):
+  small = chips.GPUS['h100']._replace(hbm_bytes=1000)
+  monkeypatch.setitem(chips.GPUS, 'h100', small)
+  assert plan.run(digits(**{'train.batch_size': 32}), 'h100:8', 0) == 1
+  *_, skipped, line = capsys.readouterr().out.splitlines()
+  assert skipped.startswith('--plan_search=0')
+  for remedy in (
+    'parallel.fsdp=8',
+    'train.microbatches=2',
+    'model.remat=True',
+    'train.batch_size=16',
+  ):
+    assert f'--config.{remedy}' in line
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")
+@pytest.mark.slow
+def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
+  where = costs.target('v5e:2x2', digits())
+  config = build.for_platform(digits(), where.platform)
+  cost = costs.cost(next(plan.steps(config, where.mesh)), where)
+  assert cost.limit is None and 0 < cost.temporaries < cost.memory < where.chip.hbm_bytes
+  assert cost.traffic > 0 and math.isfinite(cost.flops)
+  assert cost.collectives['all-reduce'][1] > 0
