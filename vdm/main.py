@@ -15,6 +15,7 @@ save and exit with status 75.
 """
 
 import functools
+import logging
 import os
 import pathlib
 import sys
@@ -53,6 +54,7 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 
 def main(_):
   """Dispatches on --mode."""
+  logging.getLogger('matplotlib').setLevel(logging.WARNING)  # it says when it looks for fonts
   # after the flags: they import JAX
   from vdm import import_vdm, look, plan, reconstruct, report, sample, train
 
