@@ -3,14 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm.adaptive import Hits, adaptive, predicted_reduction
+from vdm.adaptive import PRIOR, Average, Hits, adaptive, predicted_reduction
 from vdm.gaussian import log_snr_and_slope
 
 ENDS = dict(log_snr_min=-6.0, log_snr_max=10.0)
 
 
-def state_of(num_bins=16, seed=0):
-  return jnp.exp(jax.random.normal(jax.random.key(seed), (num_bins,)))
+def state_of(mean, weight=1e9):
+  """An average of these values, which many examples outweigh any other in."""
+  return Average(jnp.asarray(mean), jnp.full(len(mean), weight))
 
 
 def test_it_starts_linear():
@@ -23,8 +24,8 @@ def test_it_starts_linear():
 
 def test_the_density_of_times_is_the_state():
   """A uniform t falls into each bin of log_snr with the bin's share of the state."""
-  state = state_of()
-  schedule = adaptive(**ENDS, num_bins=16).as_schedule(state)
+  state = jnp.exp(jax.random.normal(jax.random.key(0), (16,)))
+  schedule = adaptive(**ENDS, num_bins=16).as_schedule(state_of(state))
   t = (jnp.arange(100_000) + 0.5) / 100_000
   log_snr, slope = log_snr_and_slope(schedule, t)
   count, _ = np.histogram(log_snr, bins=16, range=(-6, 10))
@@ -34,7 +35,7 @@ def test_the_density_of_times_is_the_state():
 
 
 def test_end_points_and_strict_fall_even_with_empty_bins():
-  state = jnp.array([0.0, 1e-9, 1.0, 0.0])
+  state = state_of([0.0, 1e-9, 1.0, 0.0])
   schedule = adaptive(**ENDS, num_bins=4).as_schedule(state)
   log_snr, slope = log_snr_and_slope(schedule, jnp.linspace(0.0, 1.0, 257))
   np.testing.assert_allclose([log_snr[0], log_snr[-1]], [10, -6], atol=1e-5)
@@ -45,11 +46,32 @@ def test_hits_in_one_batch_count_as_often_as_they_come():
   """decay to the power of the count towards their mean; other bins keep their value."""
   a = adaptive(**ENDS, num_bins=4, decay=0.9)
   log_snr = jnp.array([-6.0, -5.0, -2.5, 10.0])  # bins 0, 0, 0 and the last
-  state = a.update(
-    jnp.array([1.0, 2.0, 3.0, 4.0]), a.hits(log_snr, jnp.array([5.0, 7.0, 9.0, 1.0]))
-  )
+  state = Average(jnp.array([1.0, 2.0, 3.0, 4.0]), jnp.ones(4))
+  mean, weight = a.update(state, a.hits(log_snr, jnp.array([5.0, 7.0, 9.0, 1.0])))
   want = [0.9**3 * 1 + (1 - 0.9**3) * 7, 2.0, 3.0, 0.9 * 4 + 0.1 * 1]
-  np.testing.assert_allclose(state, want, rtol=1e-6)
+  np.testing.assert_allclose(mean, want, rtol=1e-6)
+  np.testing.assert_allclose(weight, 1, rtol=1e-6)
+
+
+def test_the_average_has_no_memory_of_where_it_started():
+  """After any number of examples it is sum_i decay^(n-i) v_i / sum_i decay^(n-i)."""
+  a = adaptive(**ENDS, num_bins=1, decay=0.9)
+  state = a.init()
+  values = np.random.default_rng(0).uniform(1, 9, 12)
+  for value in values:
+    state = a.update(state, a.hits(jnp.zeros(1), jnp.array([value])))
+  share = 0.9 ** np.arange(11, -1, -1)
+  np.testing.assert_allclose(state.mean[0], (share * values).sum() / share.sum(), rtol=1e-5)
+  np.testing.assert_allclose(state.weight[0], 1 - 0.9**12, rtol=1e-5)
+
+
+@pytest.mark.parametrize('scale', [1e-4, 1.0, 1e5])
+def test_one_batch_moves_it_whatever_the_size_of_the_loss(scale):
+  """With as many examples in a bin as the prior counts for, it is half way to their mean."""
+  a = adaptive(**ENDS, num_bins=2, decay=0.999)
+  log_snr = jnp.repeat(jnp.array([-3.0, 7.0]), PRIOR)
+  state = a.update(a.init(), a.hits(log_snr, scale * jnp.repeat(jnp.array([1.0, 3.0]), PRIOR)))
+  np.testing.assert_allclose(a.density(state) / scale, [1.5, 2.5], rtol=1e-5)
 
 
 def test_parts_of_a_batch_add_up():
@@ -59,7 +81,8 @@ def test_parts_of_a_batch_add_up():
   parts = [a.hits(log_snr[i::4], value[i::4]) for i in range(4)]
   pooled = Hits(sum(p.total for p in parts), sum(p.count for p in parts))
   whole = a.hits(log_snr, value)
-  np.testing.assert_allclose(a.update(a.init(), pooled), a.update(a.init(), whole), rtol=1e-6)
+  for one, other in zip(a.update(a.init(), pooled), a.update(a.init(), whole), strict=True):
+    np.testing.assert_allclose(one, other, rtol=1e-6)
 
 
 def test_it_finds_the_loss_of_a_power_law_gaussian(key):
@@ -94,6 +117,7 @@ def test_it_finds_the_loss_of_a_power_law_gaussian(key):
   state, (first, second) = jax.lax.scan(step, a.init(), jax.random.split(key, 3000))
   in_bins = np.interp(low + (np.arange(100 * 40) + 0.5) * (high - low) / 4000, grid, mean)
   target = in_bins.reshape(100, 40).mean(axis=1)
+  state = a.density(state)
   total_variation = 0.5 * np.abs(state / state.sum() - target / target.sum()).sum()
   assert total_variation < 0.02, total_variation
 

@@ -182,8 +182,9 @@ def test_the_adaptive_schedule_pools_devices_and_microbatches():
   adaptive = dict(schedule__name='adaptive')
   one, _, _ = final_state(1, **adaptive)
   many, _, metrics = final_state(8, parallel__mode='pmap', train__microbatches=2, **adaptive)
-  assert np.abs(one.adaptive - 1).max() > 0.1
-  np.testing.assert_allclose(many.adaptive, one.adaptive, rtol=1e-3)
+  assert one.adaptive.weight.max() > 0
+  for a, b in zip(many.adaptive, one.adaptive, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3)
   assert 0 < metrics['square_reduction_predicted'] < 1
 
 

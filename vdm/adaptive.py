@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from vdm.gaussian import Schedule
 
 FLOOR = 1e-4  # least density of a bin, as a share of the mean: every bin is visited at last
+PRIOR = 10  # each bin starts as if so many examples in it had had the mean loss of all
 
 
 class Hits(NamedTuple):
@@ -23,13 +24,21 @@ class Hits(NamedTuple):
   count: Array
 
 
+class Average(NamedTuple):
+  """The state: the average loss of each bin, and its weight in [0, 1), [num_bins] each."""
+
+  mean: Array
+  weight: Array
+
+
 class Adaptive(NamedTuple):
   """The adaptive schedule: frozen settings, a separate state."""
 
-  init: Callable[[], Float[Array, ' n']]
+  init: Callable[[], Average]
   hits: Callable[[Array, Array], Hits]
-  update: Callable[[Array, Hits], Float[Array, ' n']]
-  as_schedule: Callable[[Array], Schedule]
+  update: Callable[[Average, Hits], Average]
+  density: Callable[[Average], Float[Array, ' n']]
+  as_schedule: Callable[[Average], Schedule]
 
 
 def adaptive(
@@ -37,9 +46,12 @@ def adaptive(
 ) -> Adaptive:
   """p(log_snr) proportional to E[w(log_snr) |eps_hat - eps|^2 | log_snr], in equal bins.
 
-  The state is an exponential moving average of that, [num_bins] from log_snr_min up, which starts
-  at ones and decays by `decay` per example: n examples in a bin move it by 1 - decay^n towards
-  their mean; a bin that is not visited keeps its value. |.|^2 is a sum over dimensions.
+  The state is an exponential moving average of that, from log_snr_min up, which decays by `decay`
+  per example: n examples in a bin move it by 1 - decay^n towards their mean; a bin that is not
+  visited keeps its value. |.|^2 is a sum over dimensions. The paper's average starts at ones, and
+  a loss of another size takes 1 / (1 - decay) examples in each bin to be seen; this one has the
+  weight of what it has seen, 1 - decay^n, and a few examples of the mean over bins beside it, so
+  that it moves from the first steps on and does not depend on the scale of the loss.
 
   Args:
     log_snr_min: the least log_snr.
@@ -49,7 +61,8 @@ def adaptive(
 
   Returns:
     `init()`; `hits(log_snr [B], value [B])`, value = w |eps_hat - eps|^2; `update(state, hits)`;
-    `as_schedule(state)`, the inverse of the piecewise linear distribution function.
+    `density(state)` of the bins, up to a factor; `as_schedule(state)`, the inverse of the piecewise
+    linear distribution function.
   """
   if not log_snr_min < log_snr_max:
     raise ValueError(
@@ -68,12 +81,22 @@ def adaptive(
     return Hits(zeros.at[number].add(value), zeros.at[number].add(1.0))
 
   def update(state, hits):
-    kept = decay**hits.count
+    kept = decay**hits.count * state.weight
+    new = 1 - decay**hits.count
     mean = hits.total / jnp.maximum(hits.count, 1)
-    return kept * state + (1 - kept) * mean
+    weight = kept + new
+    moved = (kept * state.mean + new * mean) / jnp.where(weight > 0, weight, 1.0)
+    return Average(moved, weight)
+
+  def density(state):
+    seen = state.weight.sum()
+    overall = jnp.where(seen > 0, (state.weight * state.mean).sum() / seen, 1.0)
+    prior = 1 - decay**PRIOR
+    smooth = (state.weight * state.mean + prior * overall) / (state.weight + prior)
+    return jnp.maximum(smooth, FLOOR * smooth.mean())
 
   def as_schedule(state):
-    mass = jnp.maximum(state, FLOOR * state.mean())[::-1]  # t runs from log_snr_max down
+    mass = density(state)[::-1]  # t runs from log_snr_max down
     distribution = jnp.concatenate([jnp.zeros(1), jnp.cumsum(mass) / mass.sum()])
     edges = jnp.linspace(log_snr_max, log_snr_min, num_bins + 1)
 
@@ -85,12 +108,15 @@ def adaptive(
 
     return schedule
 
-  return Adaptive(lambda: jnp.ones(num_bins), hits, update, as_schedule)
+  def init():
+    return Average(jnp.zeros(num_bins), jnp.zeros(num_bins))
+
+  return Adaptive(init, hits, update, density, as_schedule)
 
 
-def predicted_reduction(state: Float[Array, ' n']) -> Float[Array, '']:
+def predicted_reduction(density: Float[Array, ' n']) -> Float[Array, '']:
   """Mean square of the loss under the adaptive schedule over that under a uniform log_snr.
 
   E[v]^2 / E[v^2] over the bins v: as if the loss were a function of log_snr alone.
   """
-  return state.mean() ** 2 / (state**2).mean()
+  return density.mean() ** 2 / (density**2).mean()

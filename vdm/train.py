@@ -183,7 +183,9 @@ def make_train_step(
     metrics['grad_norm'] = optax.tree.norm(grads)
     if model.adaptive:
       hits = jax.tree.map(lambda a: a * config.train.batch_size, metrics.pop('hits'))
-      metrics['square_reduction_predicted'] = predicted_reduction(train_state.adaptive)
+      metrics['square_reduction_predicted'] = predicted_reduction(
+        model.adaptive.density(train_state.adaptive)
+      )
       train_state = train_state.replace(adaptive=model.adaptive.update(train_state.adaptive, hits))
     decays = build.ema_decays(config, train_state.step)
     return state.apply_gradients(train_state, grads, optimizer, decays), metrics
