@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh
 
-from vdm.nn import NETWORKS, layers
+from vdm.nn import NETWORKS, attention, layers
 from vdm.nn.mlp import MLP
 from vdm.nn.vdm_unet import VDMUNet
 
@@ -229,6 +231,20 @@ def test_groups_are_large_enough_and_the_public_codes_where_they_can_be(channels
     assert (norm.num_groups, norm.epsilon) == (nn.GroupNorm.num_groups, nn.GroupNorm.epsilon)
 
 
+@pytest.mark.parametrize('shape', [(3, 5, 4, 24), (2, 7, 16)])
+@pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
+def test_group_norm_is_that_of_flax(shape, dtype, tolerance):
+  """In value, and in the gradients of input and parameters; with means far from zero."""
+  x = 2 + 3 * normal(0, *shape) + normal(1, 1, *shape[1:])
+  ours = layers.group_norm(shape[-1], dtype, None)
+  theirs = nn.GroupNorm(ours.num_groups, epsilon=1e-6, dtype=dtype)
+  parameters = random_parameters(ours, x)
+  run = lambda norm: value_and_gradients(norm.apply, parameters, x.astype(dtype))
+  (y, grads, dx), (y_flax, grads_flax, dx_flax) = run(ours), run(theirs)
+  assert_close([y, dx], [y_flax, dx_flax], tolerance)
+  assert_close(jax.tree.leaves(grads), jax.tree.leaves(grads_flax), tolerance)
+
+
 def test_conditioning_survives_the_norm():
   # Channels shifted by a constant: what conditioning does just before a norm.
   x, shift = normal(0, 1, 5, 4, 16), normal(1, 1, 1, 1, 16)
@@ -249,6 +265,11 @@ def in_scan(f):
   return lambda *args: jax.tree.map(
     lambda a: a[0], lax.scan(lambda _, args: (None, f(*args)), None, [a[None] for a in args])[1]
   )
+
+
+def naive_attention(q, k, v):
+  logits = jnp.einsum('bqnd,bknd->bnqk', q, k) / math.sqrt(q.shape[-1])
+  return jnp.einsum('bnqk,bknd->bqnd', jax.nn.softmax(logits, axis=-1), v)
 
 
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
@@ -289,16 +310,12 @@ def test_conv_gradient_is_not_slow_in_a_loop():
 def test_attention_is_softmax_attention(dtype, tolerance):
   q, k, v = (normal(i, 2, 12, 3, 8) for i in range(3))
 
-  def naive(q, k, v):
-    logits = jnp.einsum('bqnd,bknd->bnqk', q, k) / math.sqrt(8)
-    return jnp.einsum('bnqk,bknd->bqnd', jax.nn.softmax(logits, axis=-1), v)
-
   @jax.jit
   def run(*args):
     low = [a.astype(dtype) for a in args]
-    native = layers._attention_vjp_native(*low, normal(99, *args[0].shape).astype(dtype))
-    expected = [a.astype(dtype) for a in value_and_gradients(naive, *args)]
-    return expected, value_and_gradients(layers.attention, *low), native
+    native = attention._attention_vjp_native(*low, normal(99, *args[0].shape).astype(dtype))
+    expected = [a.astype(dtype) for a in value_and_gradients(naive_attention, *args)]
+    return expected, value_and_gradients(attention.softmax_attention, *low), native
 
   expected, actual, native = run(q, k, v)
   assert_close(actual, expected, tolerance)
@@ -306,6 +323,24 @@ def test_attention_is_softmax_attention(dtype, tolerance):
   # Logits beyond the range of exp.
   if dtype == jnp.float32:
     assert all(jnp.isfinite(a).all() for a in run(100 * q, 100 * k, v)[1])
+
+
+@pytest.mark.parametrize('width', [64, 128])
+def test_attention_on_tpu_is_softmax_attention(width, monkeypatch):
+  """The kernel, interpreted, over two blocks of positions; and that a mesh of TPUs chooses it."""
+  monkeypatch.setattr(attention, 'FLASH_BLOCK', 128)
+  args = [normal(i, 1, 256, 2, width) for i in range(3)]
+  with pltpu.force_tpu_interpret_mode():
+    actual = value_and_gradients(attention._flash, *args)
+  assert_close(actual, value_and_gradients(naive_attention, *args), 1e-5)
+
+  device = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
+  mesh = AbstractMesh((4, 2), ('data', 'fsdp'), abstract_device=device)
+  shapes = [jax.ShapeDtypeStruct((8, 1024, 2, width), a.dtype) for a in args]
+  traced = lambda: str(jax.make_jaxpr(lambda *args: attention.softmax_attention(*args))(*shapes))
+  with jax.sharding.use_abstract_mesh(mesh):
+    assert 'shard_map' in traced() and 'pallas_call' in traced()
+  assert 'pallas_call' not in traced()
 
 
 @pytest.mark.parametrize(

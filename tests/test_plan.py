@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from vdm import build, chips, costs, counts, plan
+from vdm.nn.attention import softmax_attention
 
 # Two devices; a loop of 32 whose body gathers, and takes and replaces slices of stacked arrays.
 PROGRAM = """HloModule jit_step, is_scheduled=true
@@ -144,6 +145,18 @@ def test_matmuls_of_loops_choices_and_convolutions():
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=layout)
 
   assert of(convolution, (2, 8, 8, 3), (3, 3, 3, 5)).flops == 2 * 2 * 64 * 5 * 27
+
+
+def test_matmuls_of_a_kernel_on_a_mesh():
+  """A kernel's grid, and the devices that each run it on their part."""
+  device = jax.sharding.AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
+  mesh = jax.sharding.AbstractMesh((4, 2), ('data', 'fsdp'), abstract_device=device)
+  batch, size, heads, width = 16, 2048, 3, 128
+  x = jax.ShapeDtypeStruct((batch, size, heads, width), jnp.bfloat16)
+  with jax.sharding.use_abstract_mesh(mesh):
+    jaxpr = jax.make_jaxpr(lambda *args: softmax_attention(*args))(x, x, x).jaxpr
+  flops = counts.matmuls(jaxpr, 'tpu').flops
+  assert flops == 2 * 2 * batch * heads * size**2 * width
 
 
 def test_chips_are_sane():

@@ -43,8 +43,10 @@ def matmuls(jaxpr: core.Jaxpr, platform: str) -> Matmuls:
         branches = branches[chosen : chosen + 1]
       total = total.plus(max(branches))
     else:
+      times = math.prod(params['grid_mapping'].grid) if name == 'pallas_call' else 1
+      times *= params['mesh'].size if name == 'shard_map' else 1  # inside is one device's part
       for inner in core.jaxprs_in_params(params):
-        total = total.plus(matmuls(inner, platform))
+        total = total.plus(matmuls(inner, platform), times)
   return total
 
 

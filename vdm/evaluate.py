@@ -151,7 +151,9 @@ def make_evaluator(
   """
 
   def compile_for(model):
-    return jax.jit(make_eval_step(config, model), out_shardings=parallel.replicated(mesh))
+    return parallel.jit(
+      make_eval_step(config, model), mesh, out_shardings=parallel.replicated(mesh)
+    )
 
   own = compile_for(model)
 

@@ -81,7 +81,7 @@ def make_evaluator(
     ValueError: a solve did not reach the end in config.eval.ode.max_steps steps.
     FloatingPointError: a likelihood is not finite.
   """
-  compiled = jax.jit(make_step(config, model), out_shardings=parallel.replicated(mesh))
+  compiled = parallel.jit(make_step(config, model), mesh, out_shardings=parallel.replicated(mesh))
 
   def evaluate(params, batches, num_images):
     sums, done, clock, logged = [], 0, time.monotonic(), 0.0

@@ -1,5 +1,6 @@
 """Devices and hosts: one mesh, and the two ways to run the one train step over it."""
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from vdm import files
 
@@ -134,6 +135,18 @@ def initial_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
   return jax.jit(init, out_shardings=shardings)()
 
 
+def jit(function: Callable, mesh: Mesh | AbstractMesh, **kwargs) -> Callable:
+  """jax.jit, of a function that can ask `jax.sharding.get_abstract_mesh()` for its mesh."""
+  abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+
+  @functools.wraps(function)
+  def on_mesh(*args):
+    with jax.sharding.use_abstract_mesh(abstract):
+      return function(*args)
+
+  return jax.jit(on_mesh, **kwargs)
+
+
 def to_devices(mesh: Mesh, batch: Any) -> Any:
   """A batch of which every host holds its rows, as one global array over the mesh."""
   sharding = batch_sharding(mesh)
@@ -165,8 +178,9 @@ class Runner(NamedTuple):
 def jit_runner(step: Callable, mesh: Mesh, abstract: Any) -> Runner:
   """jit over the mesh: the step sees the global batch."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-  compiled = jax.jit(
+  compiled = jit(
     step,
+    mesh,
     donate_argnums=0,
     in_shardings=(shardings, batch_sharding(mesh)),
     out_shardings=(shardings, replicated(mesh)),

@@ -38,7 +38,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   settings, params = config.eval, len(config.eval.params.split(','))
   images = settings.max_images or config.data.eval_images
   replicated = parallel.replicated(mesh)
-  function = jax.jit(evaluate.make_eval_step(config, model), out_shardings=replicated)
+  function = parallel.jit(evaluate.make_eval_step(config, model), mesh, out_shardings=replicated)
   args = (state.params, _batch(config, mesh, settings.batch_size, mask=True), 0, settings.seed)
   calls = params * math.ceil(images / settings.batch_size)
   yield Step('eval', function, args, settings.batch_size, 1, calls)
@@ -59,7 +59,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   evaluations = num_evaluations(build.sampler(config), settings.num_steps, settings.denoise_last)
   yield Step(
     'sample',
-    jax.jit(evaluate_network, out_shardings=sharding),
+    parallel.jit(evaluate_network, mesh, out_shardings=sharding),
     (state.params, z, log_snr, batch['label']),
     settings.batch_size,
     evaluations,

@@ -34,7 +34,7 @@ def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Arra
     levels = jnp.linspace(ends[0], ends[1], NUM_LEVELS)
     return levels, *jax.lax.map(at, levels)
 
-  return jax.jit(denoise, out_shardings=parallel.replicated(mesh))
+  return parallel.jit(denoise, mesh, out_shardings=parallel.replicated(mesh))
 
 
 def picture_of(z: np.ndarray, x_hat: np.ndarray, num_values: int) -> np.ndarray:

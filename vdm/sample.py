@@ -55,7 +55,7 @@ def make_sampler(
     )
     return from_grid(x, model.num_values)  # the decoder's mode
 
-  compiled = jax.jit(draw, out_shardings=parallel.replicated(mesh))
+  compiled = parallel.jit(draw, mesh, out_shardings=parallel.replicated(mesh))
   sharding = parallel.batch_sharding(mesh)
 
   def run(params, num_images=0, starts=None):

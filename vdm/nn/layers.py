@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from vdm.nn.attention import softmax_attention
+
 
 def _conv(x, kernel):
   """x [B, H, W, I] * kernel [3, 3, I, O] -> [B, H, W, O]."""
@@ -77,12 +79,13 @@ class Conv3x3(nn.Module):
 
 
 class Dropout(nn.Module):
-  """Sets elements of x [..., C] to zero with probability `rate`, and scales up the others.
+  """Sets elements of x [B, S, ...] to zero with probability `rate`, and scales up the others.
 
   One random byte per element: random bits are the dearest part of dropout, and a 32-bit word holds
-  four. So the rate is rounded to a multiple of 1/256; the scale is that of the rounded rate, which
-  keeps the expectation of the output equal to x. Draws from the rng stream 'dropout', but not when
-  `train` is False or the rate rounds to 0.
+  four, each for its quarter of the axis S, so that no byte moves inside a vector. So the rate is
+  rounded to a multiple of 1/256; the scale is that of the rounded rate, which keeps the expectation
+  of the output equal to x. Draws from the rng stream 'dropout', but not when `train` is False or
+  the rate rounds to 0.
   """
 
   rate: float
@@ -92,91 +95,53 @@ class Dropout(nn.Module):
     threshold = max(1, round((1 - self.rate) * 256))  # the byte values that keep an element
     if not train or threshold == 256:
       return x
-    *batch, channels = x.shape
-    words = jax.random.bits(self.make_rng('dropout'), (*batch, -(-channels // 4)), jnp.uint32)
-    random_bytes = lax.bitcast_convert_type(words, jnp.uint8).reshape(*batch, -1)[..., :channels]
-    keep = random_bytes < jnp.uint8(threshold)
+    batch, size, *rest = x.shape
+    words = jax.random.bits(self.make_rng('dropout'), (batch, -(-size // 4), *rest), jnp.uint32)
+    keep = [(words >> shift & 255) < threshold for shift in (0, 8, 16, 24)]
+    keep = jnp.concatenate(keep, axis=1)[:, :size]
     return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros_like(x))
 
 
-def group_norm(channels, dtype, name):
-  """GroupNorm over positions and groups of channels (Wu & He, arXiv 1803.08494), named `name`.
+class GroupNorm(nn.Module):
+  """GroupNorm over positions and groups of channels (Wu & He, arXiv 1803.08494): x [B, ..., C].
 
-  32 groups as in VDM's public code, or, where that leaves fewer than four channels per group, the
-  greatest number of groups that does not: a group of one channel would remove the conditioning,
-  which shifts whole channels just before it, and one of two keeps only their difference. float32
-  statistics, output in `dtype`.
+  float32 statistics, output in `dtype`. Sums over positions come first, channel by channel, and
+  the normalisation is x a + b with a and b [B, C]: no array is split into groups but those of B C
+  numbers, which is what makes it fast, forward and backward.
+  """
+
+  num_groups: int
+  dtype: jnp.dtype = jnp.float32
+  epsilon: float = 1e-6
+
+  @nn.compact
+  def __call__(self, x):
+    batch, *positions, channels = x.shape
+    scale = self.param('scale', nn.initializers.ones, (channels,))
+    bias = self.param('bias', nn.initializers.zeros, (channels,))
+    x, axes = x.astype(jnp.float32), tuple(range(1, 1 + len(positions)))
+
+    def of_group(a):
+      a = a.reshape(batch, self.num_groups, -1).mean(axis=-1, keepdims=True)
+      return jnp.broadcast_to(a, (*a.shape[:2], channels // self.num_groups)).reshape(batch, -1)
+
+    mean, square = of_group(x.mean(axes)), of_group((x * x).mean(axes))
+    a = scale[None] * lax.rsqrt(jnp.maximum(square - mean * mean, 0) + self.epsilon)
+    b = bias[None] - mean * a
+    spread = lambda a: jnp.expand_dims(a, axes)
+    return (x * spread(a) + spread(b)).astype(self.dtype)
+
+
+def group_norm(channels, dtype, name):
+  """`GroupNorm`, named `name`, with 32 groups as in VDM's public code.
+
+  Where that leaves fewer than four channels per group, with the greatest number of groups that does
+  not: a group of one channel would remove the conditioning, which shifts whole channels just before
+  it, and one of two keeps only their difference.
   """
   most = max(1, min(32, channels // 4))
   num_groups = max(n for n in range(1, most + 1) if channels % n == 0)
-  return nn.GroupNorm(num_groups, epsilon=1e-6, dtype=dtype, name=name)
-
-
-@jax.custom_vjp
-def attention(query, key, value):
-  """softmax(query key^T / sqrt(D)) value, each [B, S, N, D] -> [B, S, N, D]; float32 softmax.
-
-  `jax.nn.dot_product_attention`, but the S x S weights are recomputed in the gradient (reverse mode
-  only) instead of kept. On CPU it runs example by example, whose weights stay in the cache, and no
-  S x S matrix is transposed, which is what XLA:CPU is slowest at: about half the time.
-  """
-  return lax.platform_dependent(
-    query, key, value, cpu=_attention_by_example, default=jax.nn.dot_product_attention
-  )
-
-
-def _attention_fwd(query, key, value):
-  return attention(query, key, value), (query, key, value)
-
-
-def _attention_bwd(residuals, g):
-  return lax.platform_dependent(
-    *residuals, g, cpu=_attention_vjp_by_example, default=_attention_vjp_native
-  )
-
-
-def _attention_vjp_native(query, key, value, g):
-  return jax.vjp(jax.nn.dot_product_attention, query, key, value)[1](g)
-
-
-def _map_examples_and_heads(f, *arrays):
-  """Maps f: [S, D] ... -> [S, D] ... over B and N of [B, S, N, D]."""
-  batch, size, heads, _ = arrays[0].shape
-  flat = [a.swapaxes(1, 2).reshape(batch * heads, size, -1) for a in arrays]
-  out = lax.map(lambda args: f(*args), flat)
-  return jax.tree.map(lambda a: a.reshape(batch, heads, size, -1).swapaxes(1, 2), out)
-
-
-def _matmul(a, b):
-  return jnp.matmul(a, b, preferred_element_type=jnp.float32)
-
-
-def _attention_by_example(query, key, value):
-  def attend(q, k, v):
-    weights = jax.nn.softmax(_matmul(q, k.T) / math.sqrt(q.shape[-1]))
-    return (weights.astype(v.dtype) @ v).astype(q.dtype)
-
-  return _map_examples_and_heads(attend, query, key, value)
-
-
-def _attention_vjp_by_example(query, key, value, g):
-  def vjp(q, k, v, g):
-    scale = 1 / math.sqrt(q.shape[-1])
-    logits = _matmul(q, k.T) * scale
-    log_sum = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    weights = jnp.exp(logits - log_sum)
-    dweights = _matmul(g, v.T)
-    mean = (weights * dweights).sum(-1, keepdims=True)
-    dlogits = (weights * (dweights - mean) * scale).astype(q.dtype)
-    # The transposes of weights and dlogits once more from the start: cheaper than transposing.
-    weights_t = jnp.exp(_matmul(k, q.T) * scale - log_sum.T)
-    dlogits_t = (weights_t * (_matmul(v, g.T) - mean.T) * scale).astype(q.dtype)
-    return dlogits @ k, dlogits_t @ q, weights_t.astype(g.dtype) @ g
-
-  return _map_examples_and_heads(vjp, query, key, value, g)
-
-
-attention.defvjp(_attention_fwd, _attention_bwd)
+  return GroupNorm(num_groups, dtype, name=name)
 
 
 class ScaleShift(nn.Module):
@@ -211,7 +176,7 @@ class Attention(nn.Module):
       nn.Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads)
       for name in ('query', 'key', 'value')
     )
-    h = attention(q, k, v).reshape(x.shape)
+    h = softmax_attention(q, k, v).reshape(x.shape)
     zeros = nn.initializers.zeros
     return x + nn.Dense(channels, dtype=self.dtype, kernel_init=zeros, name='out')(h)
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vdm.nn import adm_unet, blocks, layers
+from vdm.nn.attention import softmax_attention
 
 
 class TransformerBlock(nn.Module):
@@ -39,7 +40,7 @@ class TransformerBlock(nn.Module):
     )
     q = nn.RMSNorm(dtype=self.dtype, name='norm_query')(q)
     k = nn.RMSNorm(dtype=self.dtype, name='norm_key')(k)
-    u = layers.attention(q, k, v).reshape(h.shape)
+    u = softmax_attention(q, k, v).reshape(h.shape)
     h += dense(channels, kernel_init=zeros, name='out')(u)
 
     u = nn.gelu(dense(4 * channels, name='hidden')(norm(h, 'mlp')))
