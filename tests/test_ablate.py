@@ -118,6 +118,8 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
       card = dict(step=step, value=2.0 + config.seed, training_loss=dict(value=loss))
       path = workdir / 'cards' / f'bits_per_dim_ema_continuous_step{step}.json'
       path.write_text(json.dumps(card))
+      card = dict(step=step, value=9.0 / step, metric='fd_classifier', params='ema', num_samples=9)
+      (workdir / 'cards' / f'fd_classifier_ema_step{step}.json').write_text(json.dumps(card))
     return 0
 
   def score(config, workdir, steps):
@@ -144,5 +146,6 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   assert [float(r['steps_to_reference']) for r in rows] == [4.0, 4.0, 3.0]
   table = (tmp_path / 'results.md').read_text()
   assert '| elbo | 2 | 2.5 ± 0.5 | 3.5 ± 0.5 | 2 ± 0 | 4 ± 0 | 1 ± 0 | 1 ± 0.5 |' in table
-  for name in ('bits_per_dim', 'fd_pixels', 'loss', 'diffusion_cv', 'weight', 'density'):
+  plots = 'bits_per_dim fd_pixels fd_classifier loss diffusion_cv weight density'
+  for name in plots.split():
     assert (tmp_path / f'{name}.png').stat().st_size > 1000

@@ -117,7 +117,8 @@ def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
 def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
   """What the finished runs left: labels; curves {step: value}; scores.
 
-  `bits` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's.
+  `bits` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's;
+  `distances`, of samples by metric, are those that training scored.
   """
   for labels, config in runs:
     path = workdir / folder(labels)
@@ -130,7 +131,10 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
         'loss': {card['step']: card['training_loss']['value'] for card in cards},
         'train_loss': report.read_scalars(path / 'tensorboard', 'train/loss'),
         'train_cv': report.read_scalars(path / 'tensorboard', 'train/diffusion_cv'),
+        'distances': {},
       }
+      for (metric, *_), scored in report.distance_cards(path).items():
+        curves['distances'] |= {metric: {card['step']: card['value'] for card in scored}}
       yield {'labels': labels} | curves | report.load_json(path / SCORES)
 
 
@@ -182,7 +186,10 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
   for own, members in sorted(groups.items(), key=lambda item: np.mean([m[1][0] for m in item[1]])):
     values = np.array([numbers for _, numbers in members])
-    cells = [f'{m:.4g} ± {s:.2g}' for m, s in zip(values.mean(0), values.std(0), strict=True)]
+    cells = [
+      'never' if math.isnan(mean) else f'{mean:.4g} ± {std:.2g}'
+      for mean, std in zip(values.mean(0), values.std(0), strict=True)
+    ]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
   files.write(workdir / 'results.md', '\n'.join(lines) + '\n')
   _plot(workdir, {', '.join(own): [run for run, _ in members] for own, members in groups.items()})
@@ -213,6 +220,10 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
   draw(
     'fd_pixels', 'network evaluations', 'FD-pixels', lambda run: pairs(run['fd_pixels']), True, True
   )
+  runs = [run for members in groups.values() for run in members]
+  for metric in set.intersection(*(set(run['distances']) for run in runs)):
+    label = f'Fréchet distance, {metric}'
+    draw(metric, 'steps', label, lambda run, m=metric: pairs(run['distances'][m]), log_y=True)
   relative = lambda loss: (list(loss), np.array(list(loss.values())) / next(iter(loss.values())))
   label = 'training loss, of its first'
   draw('loss', 'steps', label, lambda run: relative(run['train_loss']), log_y=True)
