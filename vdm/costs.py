@@ -84,6 +84,9 @@ def tpu_devices(topology: str) -> list[jax.Device]:
       f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm[tpu]', also without a TPU."
     )
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # away from Google's cloud it waits for nothing
+  os.environ.setdefault(
+    'ALLOW_MULTIPLE_LIBTPU_LOAD', '1'
+  )  # no chip is taken: plans may run at once
   try:
     return list(topologies.get_topology_desc(topology, 'tpu').devices)
   except jax.errors.JaxRuntimeError as error:

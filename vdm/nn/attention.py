@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 FLASH_FROM = 1024  # positions; below, the weights of an example are small beside the TPU's VMEM
@@ -26,7 +27,7 @@ def softmax_attention(query, key, value):
     by_example = PartitionSpec(mesh.axis_names)
     run = jax.shard_map(_flash, in_specs=by_example, out_specs=by_example, check_vma=False)
     return run(query, key, value)
-  return _attention(query, key, value)
+  return checkpoint_name(_attention(query, key, value), 'attention')
 
 
 def _flash(query, key, value):
@@ -37,7 +38,8 @@ def _flash(query, key, value):
   mask = masks.MultiHeadMask([masks.FullMask((size, size))] * num_heads)
   names = 'block_q block_kv block_q_dkv block_kv_dkv block_q_dq block_kv_dq'.split()
   blocks = kernels.BlockSizes(**dict.fromkeys(names, FLASH_BLOCK))
-  kernel = kernels.make_splash_mha(mask, block_sizes=blocks, head_shards=1, q_seq_shards=1)
+  named = dict(residual_checkpoint_name='attention', head_shards=1, q_seq_shards=1)
+  kernel = kernels.make_splash_mha(mask, block_sizes=blocks, **named)
   scaled = (query.astype(jnp.float32) / math.sqrt(width)).astype(query.dtype)
   heads_first = [a.swapaxes(1, 2) for a in (scaled, key, value)]
   return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)

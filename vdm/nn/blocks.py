@@ -13,6 +13,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+# What is dear to compute again: products, random numbers and attention. Norms, activations, sums
+# and casts are not, and in a loop every array kept for the gradient goes to memory and back.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+  jax.checkpoint_policies.dots_saveable,
+  jax.checkpoint_policies.save_only_these_names('attention', 'dropout'),
+)
+
 
 def chain(
   make: Callable[[str], nn.Module],
@@ -35,7 +42,8 @@ def chain(
       returned them: stacked if `scan`, else a list. None: x_i is None.
     *args: what every block reads.
     scan: compiles one block, in a loop, instead of `length` of them.
-    remat: computes a block's activations again in the gradient, instead of keeping them.
+    remat: computes a block again in the gradient, instead of keeping the results of its products,
+      from which the rest is computed again in any case.
 
   Returns:
     The last h, and the y of all blocks, stacked if `scan`, else in a list.
@@ -44,8 +52,9 @@ def chain(
   def run(block, h, x, *args):
     return block(h, x, *args)
 
-  if remat:
-    run = nn.remat(run, prevent_cse=not scan)  # a loop keeps the two computations apart by itself
+  # Where a loop keeps the two computations apart nothing else has to; unrolled, XLA merges again
+  # what it would rather keep than compute twice, unless `remat` forbids.
+  run = nn.remat(run, prevent_cse=remat and not scan, policy=None if remat else KEEP_PRODUCTS)
   if scan:
     axes = dict(variable_axes={'params': 0}, split_rngs={'params': True, 'dropout': True})
     run = nn.scan(run, in_axes=(0, *(nn.broadcast for _ in args)), length=length, **axes)

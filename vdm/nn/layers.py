@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 from vdm.nn.attention import softmax_attention
 
@@ -98,7 +99,7 @@ class Dropout(nn.Module):
     batch, size, *rest = x.shape
     words = jax.random.bits(self.make_rng('dropout'), (batch, -(-size // 4), *rest), jnp.uint32)
     keep = [(words >> shift & 255) < threshold for shift in (0, 8, 16, 24)]
-    keep = jnp.concatenate(keep, axis=1)[:, :size]
+    keep = checkpoint_name(jnp.concatenate(keep, axis=1)[:, :size], 'dropout')
     return jnp.where(keep, x * jnp.asarray(256 / threshold, x.dtype), jnp.zeros_like(x))
 
 
