@@ -2,11 +2,12 @@
 
   python -m benchmarks.throughput --config=configs/fashion_mnist_uvit.py
   python -m benchmarks.throughput --config=configs/fashion_mnist_uvit.py --features_images=16
+  python -m benchmarks.throughput --config=configs/digits.py --samplers= --features_images=16
 
 Samplers run on random parameters, --num_steps steps, one batch after another on all devices, as
 --mode=sample does. Features are Inception's with random weights, of the same uint8 images on the
-same devices; torch-fidelity's column needs `pip install -e '.[parity]'`. After one call that
-compiles, every figure is the median of --repeats, with the least and the greatest.
+same devices; torch-fidelity's column is empty without `pip install -e '.[parity]'`. After one call
+that compiles, every figure is the median of --repeats, with the least and the greatest.
 """
 
 import pathlib
@@ -23,9 +24,11 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import fid_parity
 from vdm import build, parallel, sample
+from vdm.fid import weights
 from vdm.samplers import SAMPLERS, num_evaluations
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Whose network and sample batch.')
+_SAMPLERS = flags.DEFINE_list('samplers', list(SAMPLERS), 'Of the first table; empty: no table.')
 _NUM_STEPS = flags.DEFINE_integer('num_steps', 8, 'Of every sampler.')
 _REPEATS = flags.DEFINE_integer('repeats', 3, 'Timed calls.')
 _FEATURES_IMAGES = flags.DEFINE_integer('features_images', 0, 'A batch for features; 0: no table.')
@@ -43,11 +46,11 @@ def rate(call: Callable[[], object], count: int, repeats: int) -> str:
   return f'{statistics.median(rates):.3g} ({min(rates):.3g} to {max(rates):.3g})'
 
 
-def samplers(config: ConfigDict, num_steps: int, repeats: int):
+def samplers(config: ConfigDict, names: list[str], num_steps: int, repeats: int):
   """Prints the table of samplers."""
   print('| sampler | steps | evaluations an image | images/s |\n|---|---|---|---|')
   mesh, count = parallel.make_mesh(), config.sample.batch_size
-  for name in SAMPLERS:
+  for name in names:
     with config.unlocked():
       config.sample.sampler = ConfigDict(dict(name=name))
       config.sample.update(num_steps=num_steps, denoise_last=False)
@@ -61,30 +64,41 @@ def samplers(config: ConfigDict, num_steps: int, repeats: int):
 
 def features(count: int, repeats: int):
   """Prints the table of Inception's features."""
-  torch, _ = fid_parity.import_torch_fidelity()
-  from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-
-  print('\n| size | features, images/s | torch-fidelity |\n|---|---|---|')
+  print('| size | features, images/s | torch-fidelity |\n|---|---|---|')
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'random.pth'
-    fid_parity.random_weights(path, torch)
-    device = 'cuda' if torch.cuda.is_available() and jax.default_backend() == 'gpu' else 'cpu'
-    theirs = FeatureExtractorInceptionV3('theirs', ['2048', 'logits_unbiased'], str(path))
-    theirs = theirs.to(device)
-
-    def run_theirs(images):
-      with torch.no_grad():
-        return [part.cpu().numpy() for part in theirs(images.to(device))]
-
+    run_theirs = torch_fidelity(path)
+    if run_theirs is None:
+      random = np.random.default_rng(0)
+      values = {n: random.normal(0, 0.02, s).astype('f') for n, s in weights.shapes().items()}
+      weights.write(path.with_suffix('.npz'), values, {'name': 'random'})
     for height, width in SIZES:
       images = fid_parity.smooth_noise(0, count, (height, width), 20)
       ours = fid_parity.extractor(path, (height, width))
-      tensor = torch.tensor(images).permute(0, 3, 1, 2)
-      speeds = [
-        rate(lambda ours=ours, images=images: ours(images), count, repeats),
-        rate(lambda tensor=tensor: run_theirs(tensor), count, repeats),
-      ]
-      print(f'| {height}x{width} | {" | ".join(speeds)} |', flush=True)
+      calls = [ours] if run_theirs is None else [ours, run_theirs]
+      speeds = [rate(lambda f=f, images=images: f(images), count, repeats) for f in calls]
+      print(f'| {height}x{width} | {" | ".join([*speeds, ""][:2])} |', flush=True)
+
+
+def torch_fidelity(path: pathlib.Path) -> Callable[[np.ndarray], list[np.ndarray]] | None:
+  """torch-fidelity's network, with random weights that it writes to `path`; None without it."""
+  try:
+    torch, _ = fid_parity.import_torch_fidelity()
+  except ModuleNotFoundError:
+    return None
+  from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+  fid_parity.random_weights(path, torch)
+  device = 'cuda' if torch.cuda.is_available() and jax.default_backend() == 'gpu' else 'cpu'
+  network = FeatureExtractorInceptionV3('theirs', ['2048', 'logits_unbiased'], str(path))
+  network = network.to(device)
+
+  def run(images):
+    with torch.no_grad():
+      tensor = torch.tensor(images).permute(0, 3, 1, 2).to(device)
+      return [part.cpu().numpy() for part in network(tensor)]
+
+  return run
 
 
 def main(_):
@@ -93,7 +107,9 @@ def main(_):
     sys.exit('--config is missing; give a file, such as configs/digits.py.')
   device = jax.devices()[0].device_kind
   print(f'{jax.device_count()} x {device}, jax {jax.__version__}, numpy {np.__version__}\n')
-  samplers(_CONFIG.value, _NUM_STEPS.value, _REPEATS.value)
+  if _SAMPLERS.value:
+    samplers(_CONFIG.value, _SAMPLERS.value, _NUM_STEPS.value, _REPEATS.value)
+    print()
   if _FEATURES_IMAGES.value:
     features(_FEATURES_IMAGES.value, _REPEATS.value)
 

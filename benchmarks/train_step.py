@@ -15,7 +15,9 @@ step, so that a drift of the machine's speed cancels in the shares:
 Parts alone are fused and overlapped otherwise than in the step, so the shares are estimates. XLA
 counts the body of a loop once. On CPU attention is one, so there `flops` is a little low; with
 microbatches the whole network is one, with `scan_blocks` most of it, and `flops` and
-`bytes_accessed` are null.
+`bytes_accessed` are null. `matmul_flops` are those of `vdm.counts`, loops and all;
+`flop_utilisation` is their share of the device's peak in `vdm.chips`, for float32 that of TF32
+whatever `matmul_precision` is.
 """
 
 import functools
@@ -33,7 +35,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
-from vdm import build, chips, parallel, train
+from vdm import build, chips, counts, parallel, train
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import reconstruction_loss
 from vdm.nn import layers
@@ -202,7 +204,9 @@ def measure(
   step_fn = train.make_train_step(config, model, optimizer)
   abstract = parallel.abstract_state(mesh, init)
   runner = parallel.runner(config.parallel.mode, step_fn, mesh, abstract)
-  batch = runner.put_batch(random_batch(config))
+  rows = random_batch(config)
+  matmuls = counts.matmuls(jax.make_jaxpr(step_fn)(abstract, rows).jaxpr, jax.default_backend())
+  batch = runner.put_batch(rows)
   state = runner.put_state(parallel.initial_state(mesh, init))
   start = time.perf_counter()
   lowered = runner.step.lower(state, batch)
@@ -230,7 +234,6 @@ def measure(
   dtype, device_kind = build.dtype(config), jax.devices()[0].device_kind
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()  # of one device's program
   counted = microbatches == 1 and not build.scan_blocks(config)
-  flops = int(cost['flops']) * mesh.size if counted else None
   chip = chips.of_kind(device_kind)
   peak = chip.flops(dtype.name) if chip else None
   new_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
@@ -244,15 +247,17 @@ def measure(
     'devices': mesh.size,
     'device_kind': device_kind,
     'jax': jax.__version__,
+    'matmul_precision': jax.config.jax_default_matmul_precision,
     'trace_and_lower_s': lower_s,
     'compile_s': compile_s,
     'steps': steps,
     'step_ms': {'median': median, 'min': times['step'].min(), 'q25': low, 'q75': high},
     'images_per_s': 1000 * size / median,
-    'flops': flops,
+    'flops': int(cost['flops']) * mesh.size if counted else None,
+    'matmul_flops': matmuls.flops,
     'bytes_accessed': int(cost['bytes accessed']) * mesh.size if counted else None,
     'convolution_flops': sum(conv_flops(*call) for call in layer_calls(config, model, size)[0]),
-    'flop_utilisation': flops / mesh.size / peak / (median / 1000) if flops and peak else None,
+    'flop_utilisation': matmuls.flops / mesh.size / peak / (median / 1000) if peak else None,
     'memory_bytes_per_device': {
       'arguments': memory.argument_size_in_bytes,
       'temporaries': memory.temp_size_in_bytes,

@@ -1,9 +1,12 @@
-"""benchmarks/train_step.py on the digits' debug config: what it counts, and its line."""
+"""Benchmarks on the digits' debug config: what they count and print, and all of them in turn."""
 
 import importlib
+import itertools
 import json
 import math
 import pathlib
+import re
+import subprocess
 
 import jax
 import pytest
@@ -19,9 +22,14 @@ def _libraries(rank_promotion_allowed):
 
 
 @pytest.fixture
-def train_step(monkeypatch):
+def benchmark(monkeypatch):
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1])
-  return importlib.import_module('benchmarks.train_step')
+  return lambda name: importlib.import_module(f'benchmarks.{name}')
+
+
+@pytest.fixture
+def train_step(benchmark):
+  return benchmark('train_step')
 
 
 @pytest.fixture
@@ -77,6 +85,8 @@ def test_measure(train_step, config, quick_compilation, monkeypatch):
     assert result[name] > 0
   assert 0 < result['step_ms']['min'] <= result['step_ms']['q25'] <= result['step_ms']['q75']
   assert result['flops'] >= result['convolution_flops'] > 0
+  # `vdm.counts` has the products with a convolution's padding too, and XLA all that is no product.
+  assert result['convolution_flops'] < result['matmul_flops'] < 2 * result['flops']
   assert result['flop_utilisation'] is None  # a CPU's peak is not known
   memory = result['memory_bytes_per_device']
   assert memory['total'] >= memory['arguments'] + memory['temporaries'] > 0
@@ -92,3 +102,93 @@ def test_measure(train_step, config, quick_compilation, monkeypatch):
   _, dropouts = train_step.layer_calls(config, build.model(config), config.train.batch_size)
   words = sum(math.prod(x.shape) / 4 for _, x in dropouts)
   assert flops['random_bits'] > words * 20 * 3  # Threefry: 20 rounds of add, rotate, xor
+
+
+SPAN = r'[\d.e+-]+ \([\d.e+-]+ to [\d.e+-]+\)'
+
+
+def test_data_takes_whole_groups_of_batches(benchmark, config):
+  data = benchmark('data')
+  batches = itertools.count()
+  parts = data.rates(batches, group=3, size=8, seconds=0.0)
+  assert next(parts) > 0 and next(batches) == 3
+  assert next(parts) > 0 and next(batches) == 7
+  assert re.fullmatch(SPAN, data.measure(config, repeats=2, seconds=0.0, warm=True))
+
+
+def test_checkpoint_writes_all_bytes_and_leaves_nothing(benchmark, config, tmp_path):
+  text = benchmark('checkpoint').measure(config, repeats=1, directory=tmp_path)
+  size, files = map(float, re.search(r': ([\d.]+) GB in \d+ arrays, ([\d.]+) GB', text).groups())
+  assert files > 0.9 * size  # random numbers do not compress
+  for part in ('save, blocking', 'save, whole', 'restore'):
+    assert re.search(rf'^\| {part} \| {SPAN} \| [\d.e+-]+ \|$', text, re.MULTILINE), part
+  assert not list(tmp_path.iterdir())
+
+
+ENVIRONMENT = {
+  'device': 'some chip',
+  'platform': 'gpu',
+  'num_devices': 8,
+  'python': '3.11',
+  'versions': {'jax': '0.10.2'},
+  'git_revision': 'abc',
+}
+STEP = {
+  'batch_size': 16,
+  'devices': 8,
+  'trace_and_lower_s': 1.0,
+  'compile_s': 2.0,
+  'step_ms': {'median': 10.0, 'min': 8.0, 'q25': 9.0, 'q75': 11.0},
+  'images_per_s': 1600.0,
+  'matmul_flops': 8e12,
+  'flop_utilisation': 0.125,
+  'memory_bytes_per_device': {'total': 3e9},
+}
+
+
+def test_all_writes_what_each_part_prints_and_what_failed(benchmark, tmp_path, monkeypatch):
+  every, ran = benchmark('__main__'), []
+
+  def run(command, env=None, **_):
+    if command[1] == '-c':
+      return subprocess.CompletedProcess(command, 0, json.dumps(ENVIRONMENT))
+    ran.append((command[2], (env or {}).get('JAX_DEFAULT_MATMUL_PRECISION', '')))
+    if command[2] == 'benchmarks.data':
+      stderr = 'Traceback (most recent call last):\n  File\nValueError: no such data\n---\nNote.\n'
+      return subprocess.CompletedProcess(command, 1, 'a line before', stderr)
+    printed = json.dumps(STEP) if command[2] == 'benchmarks.train_step' else '| a table |'
+    return subprocess.CompletedProcess(command, 0, printed, 'warnings')
+
+  monkeypatch.setattr(subprocess, 'run', run)
+  monkeypatch.delenv('JAX_DEFAULT_MATMUL_PRECISION', raising=False)
+  output = tmp_path / 'RESULTS.md'
+  arguments = ['--data_dir=/some/where', f'--output={output}']
+  assert every.main([*arguments, '--only=train_step,data']) == 1
+  assert ran[:6] == 2 * [('benchmarks.train_step', p) for p in ('highest', '', '')]
+  text = output.read_text()
+  assert '8 x some chip (gpu)' in text and 'jax 0.10.2' in text and 'abc' in text
+  assert 'JAX_DEFAULT_MATMUL_PRECISION=highest python -m benchmarks.train_step --config=' in text
+  assert '| 16 | 1 | 2 | 10 (9 to 11) | 1600 | 100 | 12.5% | 3 |' in text
+  assert text.count('**Failed**: `ValueError: no such data (status 1)`') == 2
+  assert '--config.data.dir=DIR' in text and '/some/where' not in text
+
+  assert every.main([*arguments, '--only=checkpoint,parameters']) == 0
+  text = output.read_text()
+  assert text.count('| a table |') == 3 and 'Failed' not in text
+  with pytest.raises(SystemExit):
+    every.main([*arguments, '--only=steps'])
+
+
+@pytest.mark.parametrize('platform', ['cpu', 'gpu'])
+@pytest.mark.parametrize('quick', [True, False])
+def test_all_runs_configs_that_exist(benchmark, platform, quick):
+  every = benchmark('__main__')
+  parts = every.parts(quick, 'DIR', ENVIRONMENT | {'platform': platform})
+  assert tuple(parts) == every.PARTS and all(parts.values())
+  for part in itertools.chain(*parts.values()):
+    for path in re.findall(r'--config=([\w/.]+)', part.shown()):
+      assert (every.ROOT / path).exists()
+    for leaf, value in re.findall(r'--config\.([\w.]+)=(\S+)', part.shown()):
+      block, name = leaf.split('.')
+      default = importlib.import_module('vdm.configs.cifar10').get_config()[block][name]
+      assert isinstance(default, str) or int(value) % 8 == 0 or block == 'model'

@@ -1,5 +1,6 @@
 import logging
 import re
+import types
 
 import numpy as np
 import pytest
@@ -55,6 +56,34 @@ def test_the_first_step_which_compiles_has_no_speed():
   meter.close()
   assert 'train/images_per_second' not in writer.scalars[5]
   assert 0 < writer.scalars[6]['train/images_per_second'] < 1e7
+
+
+@pytest.mark.parametrize('seconds', [0.0, 3.0])
+def test_data_wait_is_the_share_of_time_that_a_slow_source_takes(seconds, monkeypatch):
+  """Steps take one second each by the test's own clock; the first and a pause do not count."""
+  now = [0.0]
+  monkeypatch.setattr(report, 'time', types.SimpleNamespace(monotonic=lambda: now[0]))
+
+  def takes(duration, value=None):
+    now[0] += duration
+    return value
+
+  writer = Writer()
+  meter = report.Meter(writer, every=2, batch_size=8, start=0, total=6)
+  batches = meter.waits_for(takes(100 if step == 1 else seconds, step) for step in range(1, 7))
+  for step in range(1, 7):
+    assert next(batches) == step
+    meter.push(step, metrics(1.0), fetch=lambda m: takes(1.0, m))
+    if step == 3:
+      with meter.pause():
+        takes(50)
+  meter.drain()
+  meter.close()
+  # In the last two seconds nothing but the batch of step 6 was waited for.
+  for step, steps, waits in ((2, 1, 1), (4, 2, 2), (6, 2, 1)):
+    scalars, waited = writer.scalars[step], waits * seconds
+    assert scalars['train/data_wait'] == pytest.approx(waited / (waited + steps))
+    assert scalars['train/images_per_second'] == pytest.approx(8 * steps / (waited + steps))
 
 
 def test_meter_reads_a_step_only_after_the_next_one_was_dispatched():

@@ -75,6 +75,18 @@ def test_a_run_leaves_checkpoints_cards_samples_plots_and_tensorboard(straight):
   assert card['config']['model']['width'] == config_of().model.width
 
 
+def test_a_run_writes_its_speed_and_its_wait_for_data(straight):
+  from tensorboard.backend.event_processing import event_accumulator
+  from tensorboard.util.tensor_util import make_ndarray
+
+  events = event_accumulator.EventAccumulator(str(straight / 'tensorboard')).Reload()
+  for name in ('images_per_second', 'data_wait'):
+    steps = [event.step for event in events.Tensors(f'train/{name}')]
+    assert steps == [2, 3, 4]  # the first compiles
+  shares = [float(make_ndarray(e.tensor_proto)) for e in events.Tensors('train/data_wait')]
+  assert all(0 <= share < 1 for share in shares) and max(shares) > 0
+
+
 def test_two_and_two_resumed_steps_are_four_straight_ones(tmp_path):
   resumed = tmp_path / 'resumed'
   config = config_of(optimizer__decay='constant')

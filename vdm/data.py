@@ -74,6 +74,14 @@ def load(data, split: str) -> Source:
   return Source(fetch, identity, num_threads)
 
 
+def num_images(data, split: str) -> int:
+  """Images in the split of `config.data` that is there, whatever the config says of it."""
+  if data.name == 'digits':
+    return data[f'{split}_images']
+  info = _builder(data.name, data.dir, 'config.data.name', 'config.data.dir').info
+  return info.splits[data[f'{split}_split']].num_examples
+
+
 def _quantized(data, fetch):
   """The highest config.data.num_bits of each pixel's 8 bits (Glow, arXiv 1807.03039: 5)."""
   bits, remedy = data.num_bits, 'give 5 for 5-bit images with config.data.num_values=32'

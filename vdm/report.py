@@ -7,7 +7,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -230,6 +230,8 @@ class Meter:
   """Averages of the steps' metrics, written every `every` steps, and the progress line.
 
   A step's metrics are fetched when the next one has been dispatched, so no device waits for them.
+  `data_wait` is the share of this host's time in which it was blocked in next(batches): devices
+  compute meanwhile, and stand still for want of data only where it nears 1.
   """
 
   def __init__(
@@ -239,6 +241,7 @@ class Meter:
     self._start, self._total = start, total
     self._pending, self._window, self._bins = None, [], []
     self._begin = self._clock = None  # set after the first step, which compiles
+    self._waited = 0.0  # seconds since self._clock
     columns = (
       TextColumn('{task.description}'),
       BarColumn(),
@@ -248,6 +251,14 @@ class Meter:
     self._line = Progress(*columns, console=console, disable=not _shown(), transient=True)
     self._task = self._line.add_task('compiling', total=total, completed=start, status='')
     self._line.start()
+
+  def waits_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; the time that each next() takes counts as waiting for data."""
+    start = time.monotonic()
+    for batch in batches:
+      self._waited += time.monotonic() - start
+      yield batch
+      start = time.monotonic()
 
   def push(self, step: int, metrics: Any, fetch: Callable[[Any], dict]):
     """Takes the metrics of `step`, still being computed, and reads those of the step before."""
@@ -266,7 +277,7 @@ class Meter:
         raise FloatingPointError(f'step {step}: {name} is {metrics[name]}')
     now = time.monotonic()
     if self._begin is None:
-      self._begin = self._clock = now
+      self._begin, self._clock, self._waited = now, now, 0.0
       self._start = self._clock_step = step
     self._bins.append(metrics.pop('bins'))
     self._window.append(metrics)
@@ -304,10 +315,11 @@ class Meter:
     if step > self._start:  # the first was not timed: it was compiled
       scalars |= {
         'train/images_per_second': self._rate(step, now),
+        'train/data_wait': self._waited / max(now - self._clock, 1e-9),
         'train/minutes_left': left / 60,
       }
     self._writer.write_scalars(step, scalars)
-    self._window, self._clock, self._clock_step = [], now, step
+    self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
 
   def take_bins(self) -> np.ndarray:
     """Bits/dim per unit of log-SNR in each bin since the last call; nan where no example fell."""

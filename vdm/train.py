@@ -256,10 +256,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   runner = parallel.runner(config.parallel.mode, step_fn, mesh, abstract)
   run_step = profile.traced(runner.step, traced, start, workdir)
   train_state = runner.put_state(train_state or parallel.initial_state(mesh, init))
-  batches = parallel.prefetch(_batches(config, train_source, start), runner.put_batch)
   writer = report.open_writer(workdir)
   meter = report.Meter(
     writer, config.train.log_every_steps, config.train.batch_size, start, num_steps
+  )
+  batches = meter.waits_for(
+    parallel.prefetch(_batches(config, train_source, start), runner.put_batch)
   )
   stop = _StopSignal()
   try:
