@@ -51,6 +51,7 @@ class Cost(NamedTuple):
   memory: float | None = None  # in all
   limit: float | None = None  # what the compiler allows, where the program exceeds it
   seconds: float | None = None  # of compilation
+  accessed: float | None = None  # bytes by XLA's own count: loops once, on-chip memory included
 
 
 def target(topology: str, config: ConfigDict) -> Target:
@@ -129,8 +130,15 @@ def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
   memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
   memory += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
   traffic = counts.traffic(compiled.as_text(), num_devices)
-  temporaries = analysis.temp_size_in_bytes
-  return Cost(flops, traffic.bytes, traffic.collectives, temporaries, memory, seconds=seconds)
+  return Cost(
+    flops,
+    traffic.bytes,
+    traffic.collectives,
+    analysis.temp_size_in_bytes,
+    memory,
+    seconds=seconds,
+    accessed=compiled.cost_analysis()['bytes accessed'],
+  )
 
 
 def exceeded(message: str) -> tuple[float, float]:

@@ -253,6 +253,8 @@ def column(
     'FLOPs': f'{of.flops / 1e12:.4g} T',
     'HBM traffic': '' if of.traffic is None else f'{of.traffic / 1e9:.4g} GB',
   }
+  if of.accessed is not None:
+    cells["accessed, by XLA's count"] = f'{of.accessed / 1e9:.4g} GB'
   for kind, (number, size) in (of.collectives or {}).items():
     cells[f'{kind}: number, sent'] = f'{number}, {size / 1e6:.4g} MB'
   seconds = None
@@ -293,7 +295,8 @@ COUNTED = (
 )
 COMPILED = (
   "Memory, HBM traffic and collectives are those of XLA's compiled program, loops and all, traffic "
-  'times the length of its loops; arrays without the padding of their tiles.'
+  "times the length of its loops; arrays without the padding of their tiles. XLA's own count of "
+  'what is accessed takes loops once, and on-chip memory for HBM.'
 )
 ESTIMATED = (
   'Nothing was compiled. Memory is what JAX keeps for the gradient, before fusion, with state and '
