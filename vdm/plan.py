@@ -125,7 +125,8 @@ def measure(step: Step, config: ConfigDict, mesh: Mesh) -> list[float]:
     return jax.jit(make, out_shardings=leaf.sharding)()
 
   first = state if step.name == 'train' else state.params
-  rest = jax.tree.map(lambda a: zeros(a) if hasattr(a, 'sharding') else a, step.args[1:])
+  abstract = lambda a: isinstance(a, jax.ShapeDtypeStruct)
+  rest = jax.tree.map(lambda a: zeros(a) if abstract(a) else a, step.args[1:])
   seconds = []
   for _ in range(1 + TIMED_STEPS):
     start = time.perf_counter()
