@@ -70,8 +70,8 @@ def test_both_layouts_are_the_same_function_with_the_same_gradient(key, quick_co
   assert_close(blocks.unstack(got), expected, 1e-5)
 
 
-def test_a_loop_keeps_products_and_masks_for_the_gradient_and_nothing_else(key):
-  """Of each block, in activations: what comes in, both convolutions, and the mask in bytes."""
+def test_a_loop_keeps_products_for_the_gradient_and_nothing_else(key):
+  """Of each block, in activations: what comes in, and the first convolution; no mask."""
   num_blocks, width, size = 3, 16, 8
   z, t = jnp.ones((2, size, size, 1)), jnp.array([0.2, 0.7])
 
@@ -84,8 +84,8 @@ def test_a_loop_keeps_products_and_masks_for_the_gradient_and_nothing_else(key):
     return sum(a.size * a.dtype.itemsize for a in stacks) / num_blocks / (4 * 2 * size**2 * width)
 
   # the output of the second convolution is not read by the gradient, those of the blocks are skips
-  assert kept(remat=False) <= 1 + 1 + 1 + 1 / 4
-  assert kept(remat=True) <= 1 + 1 < kept(remat=False)
+  assert kept(remat=False) <= 1 + 1
+  assert kept(remat=True) <= 1
 
 
 class Link(nn.Module):

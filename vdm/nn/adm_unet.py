@@ -64,7 +64,7 @@ class ADMUNet(nn.Module):
     num_blocks: residual blocks per level on the way in.
     attention_resolutions: the heights of the levels, in pixels, whose blocks have attention.
     head_width: channels per head; divides the channels wherever there is attention.
-    dropout: rate in each residual block, rounded to 1/256.
+    dropout: rate in each residual block.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# What is dear to compute again: products, random numbers and attention. Norms, activations, sums
-# and casts are not, and in a loop every array kept for the gradient goes to memory and back.
+# What is dear to compute again: products and attention. Norms, activations, masks, sums and casts
+# are not, and in a loop every array kept for the gradient goes to memory and back.
 KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
   jax.checkpoint_policies.dots_saveable,
-  jax.checkpoint_policies.save_only_these_names('attention', 'dropout'),
+  jax.checkpoint_policies.save_only_these_names('attention'),
 )
 
 

@@ -17,7 +17,7 @@ class MLP(nn.Module):
     width: units of every hidden layer; even.
     num_blocks: residual blocks of two layers.
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
-    dropout: rate in each block, rounded to 1/256.
+    dropout: rate in each block.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.

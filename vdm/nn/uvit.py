@@ -69,7 +69,7 @@ class UViT(nn.Module):
       the image has doubled again (SiD2, arXiv 2410.19324), which keeps less in memory.
     conditioning_width: size of the noise level's embedding; all layers see four times as many
       numbers. Even.
-    dropout: rate in the transformer only, rounded to 1/256.
+    dropout: rate in the transformer only.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.

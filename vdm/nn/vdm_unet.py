@@ -65,7 +65,7 @@ class VDMUNet(nn.Module):
     attention: attention after every block, not only in the middle.
     num_heads: heads of each attention; VDM has one.
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
-    dropout: rate in each residual block, rounded to 1/256.
+    dropout: rate in each residual block.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.
