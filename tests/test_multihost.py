@@ -127,12 +127,14 @@ def one(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.xdist_group('multihost')
-@pytest.mark.parametrize('mode', ['jit', 'pmap'])
-def test_two_processes_of_two_devices_are_one_process_of_one(
-  mode, one, tmp_path, rank_promotion_allowed
+@pytest.mark.parametrize(
+  ('num_processes', 'devices', 'mode'), [(2, 4, 'jit'), (1, 8, 'jit'), (2, 2, 'pmap')]
+)
+def test_many_processes_and_devices_are_one_process_of_one(
+  num_processes, devices, mode, one, tmp_path, rank_promotion_allowed
 ):
   two = tmp_path / 'two'
-  outputs = finish(start(two, 2, 2, f'--config.parallel.mode={mode}'))
+  outputs = finish(start(two, num_processes, devices, f'--config.parallel.mode={mode}'))
   config = digits.get_config('debug')
   config.model.dropout = 0.0
   initial = build.init_state(config, build.model(config))().params
@@ -149,7 +151,7 @@ def test_two_processes_of_two_devices_are_one_process_of_one(
     for w in (one, two)
   ]
   assert cards[0]['value'] == pytest.approx(cards[1]['value'], rel=1e-4)
-  assert cards[1]['environment']['num_hosts'] == 2
+  assert cards[1]['environment']['num_hosts'] == num_processes
   assert 'bits_per_dim' in outputs[0]
 
 
