@@ -11,7 +11,8 @@ import pytest
 from vdm import build, chips, costs, counts, plan
 from vdm.nn.attention import softmax_attention
 
-# Two devices; a loop of 32 whose body gathers, and takes and replaces slices of stacked arrays.
+# Two devices; a loop of 32 whose body gathers, and takes and replaces slices of stacked arrays, in
+# fusions or in fusions of fusions.
 PROGRAM = """HloModule jit_step, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -20,7 +21,7 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %sum = f32[]{:T(128)} add(%a, %b)
 }
 
-%takes_a_slice (stack: bf16[32,100], i: s32[]) -> bf16[100] {
+%takes (stack: bf16[32,100], i: s32[]) -> bf16[100] {
   %stack = STACK parameter(0)
   %i = INDEX parameter(1)
   %view = STACK bitcast(%stack)
@@ -36,13 +37,26 @@ PROGRAM = """HloModule jit_step, is_scheduled=true
   ROOT %new = STACK dynamic-update-slice(%stack.1, %row, %i.1)
 }
 
+%outer_takes (stack.4: bf16[32,100], i.4: s32[]) -> bf16[100] {
+  %stack.4 = STACK parameter(0)
+  %i.4 = INDEX parameter(1)
+  ROOT %inner = bf16[100]{0:T(256)} fusion(%stack.4, %i.4), kind=kLoop, calls=%takes
+}
+
+%outer_replaces (stack.5: bf16[32,100], x.1: bf16[100], i.5: s32[]) -> bf16[32,100] {
+  %stack.5 = STACK parameter(0)
+  %x.1 = bf16[100]{0:T(256)} parameter(1)
+  %i.5 = INDEX parameter(2)
+  ROOT %inner.1 = STACK fusion(%stack.5, %x.1, %i.5), kind=kLoop, calls=%replaces
+}
+
 %body (loop: (s32[], bf16[32,100])) -> (s32[], bf16[32,100]) {
   %loop = (INDEX, STACK) parameter(0)
   %i.2 = INDEX get-tuple-element(%loop), index=0
   %stack.2 = STACK get-tuple-element(%loop), index=1
-  %one = bf16[100]{0:T(256)} fusion(%stack.2, %i.2), kind=kLoop, calls=%takes_a_slice
+  %one = bf16[100]{0:T(256)} fusion(%stack.2, %i.2), kind=kLoop, calls=%OUTERtakes
   %whole = bf16[200]{0:T(256)S(1)} all-gather(%one), channel_id=1, replica_groups=[1,2]<=[2]
-  %stack.3 = STACK fusion(%stack.2, %one, %i.2), kind=kLoop, calls=%replaces
+  %stack.3 = STACK fusion(%stack.2, %one, %i.2), kind=kLoop, calls=%OUTERreplaces
   ROOT %next = (INDEX, STACK) tuple(%i.2, /*index=1*/%stack.3)
 }
 
@@ -62,22 +76,27 @@ ENTRY %main (p: bf16[32,100], q: f32[50]) -> (bf16[32,100], f32[50]) {
   %end = STACK get-tuple-element(%while.1), index=1
   %fetch = (f32[50]{0:T(128)S(1)}, f32[50]{0:T(128)}, u32[]{:S(2)}) copy-start(%q)
   %here = f32[50]{0:T(128)S(1)} copy-done(%fetch)
+  %part = ((f32[50]{0:T(128)}), f32[20]{0:T(128)S(1)}, s32[]{:S(2)}) slice-start(%q), slice={[0:20]}
+  %parted = f32[20]{0:T(128)S(1)} slice-done(%part)
   %reduced = f32[50]{0:T(128)} all-reduce(%here), replica_groups=mesh['a'=2] {'a'}, to_apply=%add
   ROOT %out = (STACK, f32[50]{0:T(128)}) tuple(%end, %reduced)
 }
 """.replace('STACK', 'bf16[32,100]{1,0:T(8,128)(2,1)}').replace('INDEX', 's32[]{:T(128)S(6)}')
 
 
-def test_traffic_multiplies_loops_and_counts_slices_and_hbm_alone():
-  computations, entry = counts.parse(PROGRAM)
+@pytest.mark.parametrize('outer', ['', 'outer_'])
+def test_traffic_multiplies_loops_and_counts_slices_and_hbm_alone(outer):
+  program = PROGRAM.replace('OUTER', outer)
+  computations, entry = counts.parse(program)
   assert entry == 'main'
   times = counts.runs(computations, entry)
-  assert times['body'] == times['takes_a_slice'] == 32 and times['add'] == times['condition'] == 0
-  traffic = counts.traffic(PROGRAM, num_devices=2)
+  assert times['body'] == times[f'{outer}replaces'] == 32
+  assert times['add'] == times['condition'] == 0
+  traffic = counts.traffic(program, num_devices=2)
   # a row taken and written, gathered (what is made stays on the chip), read and put back
   in_loop = (200 + 200) + 200 + (200 + 200)
-  # fetched from HBM, and reduced into it
-  assert traffic.bytes == 32 * in_loop + 200 + 200
+  # fetched from HBM, a part of it too, and reduced into it
+  assert traffic.bytes == 32 * in_loop + 200 + 80 + 200
   assert traffic.collectives == {'all-gather': (32, 32 * 400 / 2), 'all-reduce': (1, 200.0)}
 
 
@@ -190,6 +209,8 @@ def test_gradients_are_exchanged_by_replicas_and_shards():
 def test_what_the_compiler_says_of_too_large_a_program():
   text = 'Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded'
   assert costs.exceeded(text) == (20.5 * 2**30, 15.75 * 2**30)
+  text = 'the total memory required for HLO temporaries (54.47G) exceeds available HBM (15.75G).'
+  assert costs.exceeded(text) == (54.47 * 2**30, 15.75 * 2**30)
   with pytest.raises(RuntimeError, match='something else'):
     costs.exceeded('something else')
 

@@ -142,8 +142,14 @@ def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
 
 
 def exceeded(message: str) -> tuple[float, float]:
-  """The compiler's 'Used 20.5G of 15.75G hbm' in bytes; other errors are not ours."""
-  found = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', message)
+  """What the compiler says that a program takes and may take, in bytes; other errors are not ours.
+
+  Either 'Used 20.5G of 15.75G hbm', of all of it, or, of temporaries alone, '(54.47G) exceeds
+  available HBM (15.75G)'.
+  """
+  found = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', message) or re.search(
+    r'\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)', message
+  )
   if not found:
     raise RuntimeError(message)
   unit = {'K': 2**10, 'M': 2**20, 'G': 2**30}

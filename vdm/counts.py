@@ -229,6 +229,9 @@ def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float
     return 2 * sum(operands[1:])
   if opcode in ('dynamic-slice', 'slice', 'gather'):
     return 2 * shape_bytes(instruction.shape)
+  if opcode == 'slice-start':  # ((the array), the slice, a flag)
+    size = shape_bytes(_elements(instruction.shape)[1].replace('S(', ''))
+    return size * bool(operands[0]) + shape_bytes(_elements(instruction.shape)[1])
   if opcode.endswith('-start'):  # its result repeats its operands
     return max(shape_bytes(instruction.shape), sum(operands))
   return shape_bytes(instruction.shape) + sum(operands)
@@ -242,32 +245,41 @@ def _moved_by_fusion(fusion: Instruction, by_name: dict, computations: dict) -> 
   for each in body:
     if each.opcode == 'parameter':
       operand = by_name[fusion.operands[int(each.operands[0])]]
-      total += min(shape_bytes(operand.shape), _read(each.name, body))
+      total += min(shape_bytes(operand.shape), _read(each.name, body, computations))
   root = next(each for each in body if each.is_root)
   results = [inside[name] for name in root.operands] if root.opcode == 'tuple' else [root]
   for each, shape in zip(results, _elements(fusion.shape), strict=True):
-    total += min(shape_bytes(shape), _written(each, inside))
+    total += min(shape_bytes(shape), _written(each, inside, computations))
   return total
 
 
-def _read(name: str, body: list[Instruction]) -> float:
+def _read(name: str, body: list[Instruction], computations: dict) -> float:
   """Bytes of an array that its users in a fusion read: infinite unless they all take slices."""
   total = 0.0
   for user in body:
-    if name in user.operands:
-      if user.opcode == 'bitcast':
-        total += _read(user.name, body)
-      elif user.opcode in ('dynamic-slice', 'slice'):
-        total += shape_bytes(user.shape)
-      elif user.opcode != 'dynamic-update-slice' or user.operands[0] != name:
-        return math.inf
+    if name not in user.operands:
+      continue
+    if user.opcode == 'bitcast':
+      total += _read(user.name, body, computations)
+    elif user.opcode == 'fusion':  # within the fusion
+      inner = computations[_called(user)[0]]
+      for each in inner:
+        if each.opcode == 'parameter' and user.operands[int(each.operands[0])] == name:
+          total += _read(each.name, inner, computations)
+    elif user.opcode in ('dynamic-slice', 'slice'):
+      total += shape_bytes(user.shape)
+    elif user.opcode != 'dynamic-update-slice' or user.operands[0] != name:
+      return math.inf
   return total
 
 
-def _written(result: Instruction, inside: dict[str, Instruction]) -> float:
+def _written(result: Instruction, inside: dict[str, Instruction], computations: dict) -> float:
   """Bytes of a result of a fusion that are new: infinite unless it replaces a slice."""
   if result.opcode == 'bitcast':
-    return _written(inside[result.operands[0]], inside)
+    return _written(inside[result.operands[0]], inside, computations)
+  if result.opcode == 'fusion':  # within the fusion
+    inner = {each.name: each for each in computations[_called(result)[0]]}
+    return _written(next(each for each in inner.values() if each.is_root), inner, computations)
   if result.opcode == 'dynamic-update-slice':
     return shape_bytes(inside[result.operands[1]].shape)
   return math.inf
