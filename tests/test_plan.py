@@ -304,13 +304,19 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, capsys, rank_promoti
   assert plan.run(digits(**{'train.batch_size': 32}), 'h100:8', 0) == 1
   *_, skipped, line = capsys.readouterr().out.splitlines()
   assert skipped.startswith('--plan_search=0')
-  for remedy in (
-    'parallel.fsdp=8',
-    'train.microbatches=2',
-    'model.remat=True',
-    'train.batch_size=16',
-  ):
+  for remedy in ('parallel.fsdp=8', 'model.remat=True'):
     assert f'--config.{remedy}' in line
+  assert 'batch' not in line  # not one image would fit
+
+
+@pytest.mark.parametrize('excess, microbatches, batch_size', [(1.5, 2, 32), (3.4, 4, 16)])
+def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
+  config = digits(**{'train.batch_size': 64})
+  where = costs.target('h100:8', config)
+  cost = costs.Cost(0, memory=excess * where.chip.hbm_bytes)
+  line = plan.advice(config, cost, where, state_bytes=0)
+  assert f'--config.train.microbatches={microbatches},' in line
+  assert f'--config.train.batch_size={batch_size},' in line
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")

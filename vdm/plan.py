@@ -145,16 +145,16 @@ def advice(config: ConfigDict, cost: Cost, where: Target, state_bytes: int) -> s
   """One line: by how much training exceeds the memory, and what to change, the cheapest first."""
   limit, size, remedies = cost.limit or where.chip.hbm_bytes, config.train.batch_size, []
   num_devices, parts = where.mesh.size, config.train.microbatches
+  fewer = 2 ** max(1, math.ceil(math.log2(cost.memory / limit)))  # images at a time
   if state_bytes > limit / 2 and config.parallel.fsdp < num_devices:
     remedies.append(f'--config.parallel.fsdp={num_devices}')
-  if size % (num_devices * parts * 2) == 0:
-    remedies.append(f'--config.train.microbatches={parts * 2}')
+  if size % (num_devices * parts * fewer) == 0:
+    remedies.append(f'--config.train.microbatches={parts * fewer}')
   if 'remat' in config.model and not config.model.remat:
     remedies.append('--config.model.remat=True')
-  if size >= 2 * num_devices * parts:
-    remedies.append(
-      f'--config.train.batch_size={size // (2 * num_devices * parts) * num_devices * parts}'
-    )
+  if size >= fewer * num_devices * parts:
+    smaller = size // (fewer * num_devices * parts) * num_devices * parts
+    remedies.append(f'--config.train.batch_size={smaller}')
   remedies.append('more devices, or larger ones')
   return (
     f'{config.name} does not fit {where.name}: training takes {_gib(cost.memory)} of '
