@@ -107,7 +107,7 @@ class Dropout(nn.Module):
     if not train or not self.rate:
       return x
     keep = random_words(self.make_rng('dropout'), x.shape) >= jnp.uint32(self.rate * 2**32)
-    # On a TPU the convolution after it compiles twice as long when the mask is merged into it.
+    # A TPU's step compiles up to twice as long when masks are merged into the convolutions.
     keep = lax.optimization_barrier(keep)
     return jnp.where(keep, x * jnp.asarray(1 / (1 - self.rate), x.dtype), jnp.zeros_like(x))
 
