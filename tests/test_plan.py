@@ -328,3 +328,10 @@ def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
   assert cost.limit is None and 0 < cost.temporaries < cost.memory < where.chip.hbm_bytes
   assert cost.traffic > 0 and math.isfinite(cost.flops)
   assert cost.collectives['all-reduce'][1] > 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")
+@pytest.mark.slow
+@pytest.mark.parametrize('topology', ['v4:2x2x2', 'v5e:2x4', 'v5p:2x2x2', 'v6e:2x4'])
+def test_a_slice_has_as_many_devices_as_chips(topology):
+  assert len(costs.tpu_devices(topology)) == 8

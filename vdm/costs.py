@@ -77,7 +77,7 @@ def target(topology: str, config: ConfigDict) -> Target:
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice that is not here, to compile for."""
+  """The devices of a slice that is not here, one a chip, to compile for."""
   from jax.experimental import topologies
 
   if importlib.util.find_spec('libtpu') is None:
@@ -88,8 +88,10 @@ def tpu_devices(topology: str) -> list[jax.Device]:
   os.environ.setdefault(
     'ALLOW_MULTIPLE_LIBTPU_LOAD', '1'
   )  # no chip is taken: plans may run at once
+  # libtpu would count the two cores of a v4 apart; on a TPU JAX sees the chip
+  as_one = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
   try:
-    return list(topologies.get_topology_desc(topology, 'tpu').devices)
+    return list(topologies.get_topology_desc(topology, 'tpu', **as_one).devices)
   except jax.errors.JaxRuntimeError as error:
     raise ValueError(
       f'--topology={topology} must be a slice that exists ({str(error).splitlines()[0]}); '
