@@ -159,7 +159,10 @@ def main(argv: list[str] | None = None) -> int:
   if unknown := set(chosen) - set(PARTS):
     parser.error(f'--only={args.only} has {min(unknown)!r}; choose from {", ".join(PARTS)}.')
   # In a process of its own: this one takes no accelerator.
-  ask = 'import json; from vdm import cards; print(json.dumps(cards.environment()))'
+  ask = (
+    'import json; from vdm import cards, parallel; parallel.use_cores(lambda _: True); '
+    'print(json.dumps(cards.environment()))'
+  )
   asked = subprocess.run([sys.executable, '-c', ask], cwd=ROOT, stdout=subprocess.PIPE, check=True)
   environment, failed = json.loads(asked.stdout), 0
   texts = [heading(environment)]

@@ -10,6 +10,7 @@ counted, every figure is the median of --repeats, with the least and the greates
 the files where the operating system keeps what was just written, often in memory.
 """
 
+import functools
 import pathlib
 import statistics
 import sys
@@ -82,6 +83,7 @@ def main(_):
   values = flags.FLAGS
   if values.config is None:
     sys.exit('--config is missing; give a file, such as configs/digits.py.')
+  parallel.use_cores(functools.partial(build.works_on, values.config))
   print(measure(values.config, values.repeats, values.dir))
 
 

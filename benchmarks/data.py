@@ -11,6 +11,7 @@ take --seconds or more. The operating system may hold the files in its own memor
 from a slow disk is another thing. The split may have any number of images, not the config's alone.
 """
 
+import functools
 import math
 import os
 import statistics
@@ -60,6 +61,7 @@ def main(_):
   config = values.config
   if config is None:
     sys.exit('--config is missing; give a file, such as configs/digits.py.')
+  parallel.use_cores(functools.partial(build.works_on, config))
   build.check_devices(config, jax.device_count())
   with config.unlocked():
     config.data.train_images = count = data.num_images(config.data, 'train')

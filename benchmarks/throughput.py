@@ -10,6 +10,7 @@ same devices; torch-fidelity's column is empty without `pip install -e '.[parity
 that compiles, every figure is the median of --repeats, with the least and the greatest.
 """
 
+import functools
 import pathlib
 import statistics
 import sys
@@ -105,6 +106,7 @@ def main(_):
   """Prints what was measured, and on what."""
   if _CONFIG.value is None:
     sys.exit('--config is missing; give a file, such as configs/digits.py.')
+  parallel.use_cores(functools.partial(build.works_on, _CONFIG.value))
   device = jax.devices()[0].device_kind
   print(f'{jax.device_count()} x {device}, jax {jax.__version__}, numpy {np.__version__}\n')
   if _SAMPLERS.value:

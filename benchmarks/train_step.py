@@ -281,6 +281,7 @@ def to_json(result: dict[str, Any]) -> str:
 def main(_):
   """Prints the JSON line."""
   values = flags.FLAGS
+  parallel.use_cores(functools.partial(build.works_on, values.config))
   print(to_json(measure(values.config, values.steps, values.warmup, values.breakdown)))
 
 

@@ -1,5 +1,6 @@
 import csv
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -59,8 +60,9 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
   started = []
 
   class Child:
-    def __init__(self, command):
+    def __init__(self, command, env):
       started.append(command[1:])
+      assert env['JAX_NUM_CPU_DEVICES'] == '1' and env['PATH'] == os.environ['PATH']
       self.status = 75 if command[-1] == '--index=4' else 0
 
     def wait(self):
@@ -69,6 +71,7 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
     def terminate(self):
       pass
 
+  monkeypatch.delenv('JAX_NUM_CPU_DEVICES', raising=False)
   monkeypatch.setattr(ablate.subprocess, 'Popen', Child)
   monkeypatch.setattr(ablate.signal, 'signal', lambda *_: None)
   monkeypatch.setattr(ablate.sys, 'argv', ['ablate', '--workdir=W', '--workers=3', '--index=0'])

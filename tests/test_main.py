@@ -12,7 +12,7 @@ DIGITS = '--config=configs/digits.py:debug'
 
 
 def run(*args, cwd=ROOT):
-  """Runs the command on one CPU device; returns its exit status and what it printed."""
+  """Runs the command on this machine's cores; returns its exit status and what it printed."""
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   command = [sys.executable, '-m', 'vdm.main', *args]
   done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

@@ -1,6 +1,10 @@
 """One step, run every way there is: the parameters must come out the same."""
 
+import os
 import re
+import subprocess
+import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -136,6 +140,53 @@ def test_dropout_differs_between_microbatches_and_devices():
   jax.block_until_ready(jax.jit(step)(state, same))
   jax.effects_barrier()
   assert len(set(keys)) == 4
+
+
+@pytest.mark.parametrize(
+  'cores, works, env, expected',
+  [
+    (6, 'True', {}, 6),
+    (6, '12 % n == 0 and n != 6', {}, 4),
+    (6, 'False', {}, 1),
+    (64, 'True', {}, parallel.MOST_CORES),
+    (6, 'True', {'JAX_NUM_CPU_DEVICES': '3'}, 3),
+    (6, 'True', {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}, 2),
+  ],
+)
+def test_a_cpu_is_as_many_devices_as_cores_that_divide_the_batch(cores, works, env, expected):
+  code = f"""
+import os
+os.sched_getaffinity = lambda pid: range({cores})
+import jax
+from vdm import parallel
+parallel.use_cores(lambda n: {works})
+print(jax.device_count())
+"""
+  env = os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'} | env
+  done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+  assert done.stdout == f'{expected}\n', done.stderr
+
+
+def test_batches_are_put_in_order_by_a_thread_that_is_ahead():
+  put, third_is_put = [], threading.Event()
+
+  def on_device(batch):
+    put.append(batch)
+    if batch == 2:
+      third_is_put.set()
+    return 10 * batch
+
+  batches = parallel.prefetch(iter(range(5)), on_device, depth=2)
+  assert next(batches) == 0
+  assert third_is_put.wait(timeout=20)  # while the first is in use
+  assert list(batches) == [10, 20, 30, 40] and put == [0, 1, 2, 3, 4]
+
+
+def test_what_fails_while_putting_a_batch_is_raised_for_that_batch():
+  batches = parallel.prefetch(iter([1, 0, 2]), lambda batch: 1 / batch)
+  assert next(batches) == 1
+  with pytest.raises(ZeroDivisionError):
+    next(batches)
 
 
 def test_step_is_traced_once():

@@ -16,6 +16,7 @@ called `seed` is what means and spreads are over.
 import itertools
 import json
 import math
+import os
 import pathlib
 import signal
 import subprocess
@@ -63,6 +64,12 @@ def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
       run.name = folder(named)
     runs.append((named, run))
   return runs
+
+
+def configs(config: ConfigDict) -> list[ConfigDict]:
+  """config.base, and the config of each run."""
+  runs = [run for _, run in expand(config)]
+  return [config.base, *runs]
 
 
 def folder(labels: dict[str, str]) -> str:
@@ -256,9 +263,10 @@ def _share(indices: list[int]) -> int:
   """Deals the runs out to --workers processes of this command; the first status that is not 0."""
   argv = [arg for arg in sys.argv[1:] if not arg.startswith(('--workers', '--index'))]
   hands = (indices[k :: _WORKERS.value] for k in range(_WORKERS.value))
+  env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # the cores are shared out among the workers
   children = [
     subprocess.Popen(
-      [sys.executable, '-m', 'vdm.ablate', *argv, f'--index={",".join(map(str, hand))}']
+      [sys.executable, '-m', 'vdm.ablate', *argv, f'--index={",".join(map(str, hand))}'], env=env
     )
     for hand in hands
     if hand
@@ -307,7 +315,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 def _main(_):
   report.set_up_logging()
-  main.in_one_line(run, lambda config: f'runs/{config.base.name}')
+  main.in_one_line(run, configs)
 
 
 if __name__ == '__main__':

@@ -566,6 +566,15 @@ def check_devices(config: ConfigDict, num_devices: int):
   )
 
 
+def works_on(config: ConfigDict, num_devices: int) -> bool:
+  """Whether check_devices lets it pass; asks JAX for nothing."""
+  try:
+    check_devices(config, num_devices)
+  except (ValueError, ZeroDivisionError):  # check_config refuses zeros, with their names
+    return False
+  return True
+
+
 def _multiples(n: int, divisor: int) -> str:
   below = n // divisor * divisor
   return f'{below} or {below + divisor}' if below else str(divisor)

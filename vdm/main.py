@@ -67,19 +67,24 @@ def main(_):
     'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
     'plan': lambda config, _: plan.run(config, _TOPOLOGY.value, _PLAN_SEARCH.value),
   }
-  in_one_line(modes[_MODE.value], lambda config: f'runs/{config.name}')
+  in_one_line(modes[_MODE.value])
 
 
-def in_one_line(command: Callable, default_workdir: Callable[[Any], str]):
-  """Exits with the status of command(config, workdir), or with the one line of what it refused."""
-  from vdm import parallel
+def in_one_line(command: Callable, configs: Callable[[Any], list] = lambda config: [config]):
+  """Exits with the status of command(config, workdir), or with the one line of what it refused.
+
+  configs(config) are those that `command` runs; the first one names the default workdir.
+  """
+  from vdm import build, parallel
 
   try:
     parallel.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
     )
     config = _CONFIG.value
-    workdir = epath.Path(_WORKDIR.value or default_workdir(config))
+    run = configs(config)
+    parallel.use_cores(lambda n: all(build.works_on(one, n) for one in run))
+    workdir = epath.Path(_WORKDIR.value or f'runs/{run[0].name}')
     sys.exit(command(config, workdir))
   except (ValueError, FloatingPointError) as error:
     # What our own code refused is one line; what broke inside a library keeps its traceback.

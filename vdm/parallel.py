@@ -1,7 +1,10 @@
 """Devices and hosts: one mesh, and the two ways to run the one train step over it."""
 
+import collections
 import functools
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from vdm import files
 
 BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mesh
+MOST_CORES = 8  # used as devices: with more, little of a batch is left to each, and of the memory
 
 
 def initialize(
@@ -43,6 +47,7 @@ def initialize(
   except ValueError as error:
     if 'coordinator_address should be defined' not in str(error):  # JAX for: found no job
       raise
+    return
   if jax.process_count() > 1:
     logging.info(
       'process %d of %d; the job ends when one is silent for %d s',
@@ -78,6 +83,23 @@ def _check_job(
       f'--process_id={process_id} must be in 0 .. --num_processes={num_processes} - 1; '
       'start each process with its own.'
     )
+
+
+def use_cores(works: Callable[[int], bool]):
+  """Makes a CPU as many devices as it has cores; fewer where `works` of their number is false.
+
+  XLA:CPU runs much of a step on one core, such as convolutions with 64 output channels or fewer;
+  devices run side by side. To be called before anything asks JAX for a device, and without effect
+  on accelerators, in a job of several processes, and where $JAX_NUM_CPU_DEVICES or XLA's
+  --xla_force_host_platform_device_count has a number already.
+  """
+  in_flags = '--xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  if in_flags or jax.config.jax_num_cpu_devices > 0 or jax.distributed.is_initialized():
+    return
+  pinned = hasattr(os, 'sched_getaffinity')  # not on macOS
+  cores = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
+  numbers = filter(works, range(1, min(cores, MOST_CORES) + 1))
+  jax.config.update('jax_num_cpu_devices', max(numbers, default=1))
 
 
 def keep_compiled(directory: epath.Path):
@@ -156,13 +178,21 @@ def to_devices(mesh: Mesh, batch: Any) -> Any:
 
 
 def prefetch(batches: Iterator[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
-  """Keeps `depth` batches on their way to the devices ahead of the one in use."""
-  queue = []
-  for batch in batches:
-    queue.append(put(batch))
-    if len(queue) > depth:
-      yield queue.pop(0)
-  yield from queue
+  """put(batch) of each batch, in a thread that stays `depth` batches ahead of the one in use.
+
+  Neither may run a collective: hosts would not agree on its place among those of the caller.
+  """
+  done = object()
+
+  def fetch():
+    batch = next(batches, done)
+    return batch if batch is done else put(batch)
+
+  with ThreadPoolExecutor(1) as thread:
+    queue = collections.deque(thread.submit(fetch) for _ in range(depth))
+    while (batch := queue.popleft().result()) is not done:
+      queue.append(thread.submit(fetch))
+      yield batch
 
 
 class Runner(NamedTuple):

@@ -73,8 +73,9 @@ def make_sampler(
 
     if starts is None:
       starts = range(0, num_images, settings.batch_size)
+    launched = itertools.chain(map(launch, starts), [None])
     # the next batch is under way while the caller has this one
-    for start, images in parallel.prefetch(starts, launch, depth=1):
+    for (start, images), _ in itertools.pairwise(launched):
       yield np.asarray(images)[: num_images - start]
 
   return run

@@ -109,7 +109,7 @@ def _main(argv):
     logging.flush()
     return 0
 
-  main.in_one_line(run, lambda config: f'runs/{config.name}')
+  main.in_one_line(run)
 
 
 if __name__ == '__main__':
