@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -140,3 +141,23 @@ def test_help_explains_the_modes_and_the_overrides():
 def test_packaged_configs_are_found_from_any_directory(tmp_path):
   status, text = run(DIGITS, '--config.schedule.name=nothing', cwd=tmp_path)
   assert status != 0 and "config.schedule.name='nothing'" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('job, expected', [('', 4), ('--coordinator=localhost:{port}', 1)])
+def test_a_command_has_the_cores_as_devices_unless_it_is_one_of_a_job(job, expected, tmp_path):
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    job = job.format(port=free.getsockname()[1])
+  code = f"""
+import os
+os.sched_getaffinity = lambda pid: range(4)
+from vdm import main
+arguments = ['vdm', '{DIGITS}', *{[job, '--num_processes=1', '--process_id=0'] if job else []}]
+main.parse_flags(arguments)
+import jax
+main.in_one_line(lambda config, workdir: print(jax.device_count(), workdir))
+"""
+  env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+  done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True)
+  assert done.stdout.decode() == f'{expected} runs/digits_debug\n', done.stderr.decode()

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -151,6 +152,7 @@ def test_dropout_differs_between_microbatches_and_devices():
     (64, 'True', {}, parallel.MOST_CORES),
     (6, 'True', {'JAX_NUM_CPU_DEVICES': '3'}, 3),
     (6, 'True', {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}, 2),
+    (6, 'build.works_on(digits.get_config("debug"), n)', {}, 4),
   ],
 )
 def test_a_cpu_is_as_many_devices_as_cores_that_divide_the_batch(cores, works, env, expected):
@@ -158,7 +160,8 @@ def test_a_cpu_is_as_many_devices_as_cores_that_divide_the_batch(cores, works, e
 import os
 os.sched_getaffinity = lambda pid: range({cores})
 import jax
-from vdm import parallel
+from vdm import build, parallel
+from vdm.configs import digits
 parallel.use_cores(lambda n: {works})
 print(jax.device_count())
 """
@@ -167,19 +170,42 @@ print(jax.device_count())
   assert done.stdout == f'{expected}\n', done.stderr
 
 
+def test_a_config_with_a_zero_works_on_no_number_of_devices():
+  assert build.works_on(config_of(), 8)
+  for name in ('train__microbatches', 'parallel__fsdp'):
+    assert not build.works_on(config_of(**{name: 0}), 1)
+
+
 def test_batches_are_put_in_order_by_a_thread_that_is_ahead():
-  put, third_is_put = [], threading.Event()
+  put, in_use, third_is_put = [], threading.Event(), threading.Event()
 
   def on_device(batch):
     put.append(batch)
     if batch == 2:
-      third_is_put.set()
+      third_is_put.set() if in_use.wait(timeout=20) else None
     return 10 * batch
 
-  batches = parallel.prefetch(iter(range(5)), on_device, depth=2)
+  batches = parallel.prefetch(range(5), on_device, depth=2)
   assert next(batches) == 0
-  assert third_is_put.wait(timeout=20)  # while the first is in use
+  in_use.set()
+  assert third_is_put.wait(timeout=20)
   assert list(batches) == [10, 20, 30, 40] and put == [0, 1, 2, 3, 4]
+
+
+def test_who_stops_early_does_not_wait_for_the_data():
+  reading, data = threading.Event(), threading.Event()
+
+  def slow():
+    yield 0
+    reading.set()
+    data.wait(timeout=20)
+
+  batches = parallel.prefetch(slow(), lambda batch: batch)
+  assert next(batches) == 0 and reading.wait(timeout=20)
+  start = time.monotonic()
+  batches.close()
+  assert time.monotonic() - start < 10
+  data.set()
 
 
 def test_what_fails_while_putting_a_batch_is_raised_for_that_batch():

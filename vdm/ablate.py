@@ -40,7 +40,7 @@ _INDEX = flags.DEFINE_list('index', None, 'Runs of the grid, for arrays of jobs:
 _WORKERS = flags.DEFINE_integer(
   'workers',
   1,
-  'Processes that share the runs, on CPUs: a small model does not keep two cores busy.',
+  'Processes that share the runs, on CPUs; more than one have one device each.',
 )
 SCORES = 'scores.json'
 
@@ -66,10 +66,9 @@ def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
   return runs
 
 
-def configs(config: ConfigDict) -> list[ConfigDict]:
-  """config.base, and the config of each run."""
-  runs = [run for _, run in expand(config)]
-  return [config.base, *runs]
+def works_on(config: ConfigDict, num_devices: int) -> bool:
+  """Whether every run can have so many devices."""
+  return all(build.works_on(run, num_devices) for _, run in expand(config))
 
 
 def folder(labels: dict[str, str]) -> str:
@@ -263,7 +262,7 @@ def _share(indices: list[int]) -> int:
   """Deals the runs out to --workers processes of this command; the first status that is not 0."""
   argv = [arg for arg in sys.argv[1:] if not arg.startswith(('--workers', '--index'))]
   hands = (indices[k :: _WORKERS.value] for k in range(_WORKERS.value))
-  env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # the cores are shared out among the workers
+  env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # a core each
   children = [
     subprocess.Popen(
       [sys.executable, '-m', 'vdm.ablate', *argv, f'--index={",".join(map(str, hand))}'], env=env
@@ -315,7 +314,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 def _main(_):
   report.set_up_logging()
-  main.in_one_line(run, configs)
+  main.in_one_line(run, lambda config: config.base, works_on)
 
 
 if __name__ == '__main__':

@@ -567,7 +567,7 @@ def check_devices(config: ConfigDict, num_devices: int):
 
 
 def works_on(config: ConfigDict, num_devices: int) -> bool:
-  """Whether check_devices lets it pass; asks JAX for nothing."""
+  """Whether check_devices accepts this number of devices; asks JAX for nothing."""
   try:
     check_devices(config, num_devices)
   except (ValueError, ZeroDivisionError):  # check_config refuses zeros, with their names

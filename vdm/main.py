@@ -70,10 +70,17 @@ def main(_):
   in_one_line(modes[_MODE.value])
 
 
-def in_one_line(command: Callable, configs: Callable[[Any], list] = lambda config: [config]):
+def in_one_line(
+  command: Callable,
+  base: Callable[[Any], Any] = lambda config: config,
+  works_on: Callable[[Any, int], bool] | None = None,
+):
   """Exits with the status of command(config, workdir), or with the one line of what it refused.
 
-  configs(config) are those that `command` runs; the first one names the default workdir.
+  Args:
+    command: returns an exit status.
+    base: the part of the config whose name is the default workdir's.
+    works_on: whether `command` can run with (config, number of devices); build.works_on if None.
   """
   from vdm import build, parallel
 
@@ -82,9 +89,8 @@ def in_one_line(command: Callable, configs: Callable[[Any], list] = lambda confi
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
     )
     config = _CONFIG.value
-    run = configs(config)
-    parallel.use_cores(lambda n: all(build.works_on(one, n) for one in run))
-    workdir = epath.Path(_WORKDIR.value or f'runs/{run[0].name}')
+    parallel.use_cores(functools.partial(works_on or build.works_on, config))
+    workdir = epath.Path(_WORKDIR.value or f'runs/{base(config).name}')
     sys.exit(command(config, workdir))
   except (ValueError, FloatingPointError) as error:
     # What our own code refused is one line; what broke inside a library keeps its traceback.

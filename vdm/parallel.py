@@ -3,7 +3,7 @@
 import collections
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -17,6 +17,10 @@ from vdm import files
 
 BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mesh
 MOST_CORES = 8  # used as devices: with more, little of a batch is left to each, and of the memory
+
+
+# Seconds until XLA aborts the process because one of its devices is behind the others: 40 without.
+PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds'
 
 
 def initialize(
@@ -90,16 +94,19 @@ def use_cores(works: Callable[[int], bool]):
 
   XLA:CPU runs much of a step on one core, such as convolutions with 64 output channels or fewer;
   devices run side by side. To be called before anything asks JAX for a device, and without effect
-  on accelerators, in a job of several processes, and where $JAX_NUM_CPU_DEVICES or XLA's
+  on accelerators, in a job that JAX has joined, and where $JAX_NUM_CPU_DEVICES or XLA's
   --xla_force_host_platform_device_count has a number already.
   """
-  in_flags = '--xla_force_host_platform_device_count' in os.environ.get('XLA_FLAGS', '')
+  xla_flags = os.environ.get('XLA_FLAGS', '')
+  in_flags = '--xla_force_host_platform_device_count' in xla_flags
   if in_flags or jax.config.jax_num_cpu_devices > 0 or jax.distributed.is_initialized():
     return
   pinned = hasattr(os, 'sched_getaffinity')  # not on macOS
   cores = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
   numbers = filter(works, range(1, min(cores, MOST_CORES) + 1))
   jax.config.update('jax_num_cpu_devices', max(numbers, default=1))
+  if PATIENCE not in xla_flags:
+    os.environ['XLA_FLAGS'] = f'{xla_flags} {PATIENCE}=3600'.strip()
 
 
 def keep_compiled(directory: epath.Path):
@@ -177,22 +184,24 @@ def to_devices(mesh: Mesh, batch: Any) -> Any:
   )
 
 
-def prefetch(batches: Iterator[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
+def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
   """put(batch) of each batch, in a thread that stays `depth` batches ahead of the one in use.
 
   Neither may run a collective: hosts would not agree on its place among those of the caller.
   """
-  done = object()
+  batches, done, thread = iter(batches), object(), ThreadPoolExecutor(1)
 
   def fetch():
     batch = next(batches, done)
     return batch if batch is done else put(batch)
 
-  with ThreadPoolExecutor(1) as thread:
+  try:
     queue = collections.deque(thread.submit(fetch) for _ in range(depth))
     while (batch := queue.popleft().result()) is not done:
       queue.append(thread.submit(fetch))
       yield batch
+  finally:  # nobody who is interrupted waits for the data
+    thread.shutdown(wait=False, cancel_futures=True)
 
 
 class Runner(NamedTuple):

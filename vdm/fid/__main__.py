@@ -109,7 +109,7 @@ def _main(argv):
     logging.flush()
     return 0
 
-  main.in_one_line(run)
+  main.in_one_line(run, works_on=lambda *_: True)  # it fills batches up
 
 
 if __name__ == '__main__':
