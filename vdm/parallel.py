@@ -17,8 +17,6 @@ from vdm import files
 
 BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mesh
 MOST_CORES = 8  # used as devices: with more, little of a batch is left to each, and of the memory
-
-
 # Seconds until XLA aborts the process because one of its devices is behind the others: 40 without.
 PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds'
 
