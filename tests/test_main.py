@@ -145,7 +145,7 @@ def test_packaged_configs_are_found_from_any_directory(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('job, expected', [('', 4), ('--coordinator=localhost:{port}', 1)])
-def test_a_command_has_the_cores_as_devices_unless_it_is_one_of_a_job(job, expected, tmp_path):
+def test_a_command_has_the_cores_as_devices_unless_it_is_one_of_a_job(job, expected):
   with socket.socket() as free:
     free.bind(('localhost', 0))
     job = job.format(port=free.getsockname()[1])

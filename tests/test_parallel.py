@@ -181,8 +181,8 @@ def test_batches_are_put_in_order_by_a_thread_that_is_ahead():
 
   def on_device(batch):
     put.append(batch)
-    if batch == 2:
-      third_is_put.set() if in_use.wait(timeout=20) else None
+    if batch == 2 and in_use.wait(timeout=20):
+      third_is_put.set()
     return 10 * batch
 
   batches = parallel.prefetch(range(5), on_device, depth=2)
