@@ -8,7 +8,7 @@ import vdm
 LEVELS = [
   {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data', 'files', 'chips', 'counts'},
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
-  {'losses', 'ode', 'state'},
+  {'losses', 'ode', 'state', 'writers'},
   {'parallel', 'build', 'cards'},
   {'checkpoint', 'costs', 'evaluate_ode', 'fid', 'shards'},
   {'evaluate', 'sample', 'score', 'report', 'progressive', 'import_vdm', 'profile', 'reconstruct'},

@@ -1,4 +1,4 @@
-"""What a person sees of a run: log, metric writers, the progress line, plots."""
+"""What a person sees of a run: log, the progress line, plots."""
 
 import contextlib
 import csv
@@ -14,15 +14,15 @@ import jax
 import matplotlib
 import numpy as np
 from absl import logging
-from clu import metric_writers
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from vdm import data, files
+from vdm import files
 from vdm.augmented import Augmented
 from vdm.losses import coefficients_of_variation
+from vdm.writers import MetricWriter
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -59,14 +59,6 @@ def set_up_logging():
   else:
     handler.setFormatter(_PlainFormatter())
   handler.addFilter(_ours_or_serious)
-
-
-def open_writer(workdir: pathlib.Path) -> metric_writers.MetricWriter:
-  """clu's writer to the workdir's TensorBoard files and the log, from the first process only."""
-  if jax.process_index():
-    return metric_writers.MultiWriter([])
-  data.hide_accelerators_from_tensorflow()  # the summary writer is TensorFlow's
-  return metric_writers.create_default_writer(workdir / 'tensorboard')
 
 
 def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path):
@@ -234,9 +226,7 @@ class Meter:
   compute meanwhile, and stand still for want of data only where it nears 1.
   """
 
-  def __init__(
-    self, writer: metric_writers.MetricWriter, every: int, batch_size: int, start: int, total: int
-  ):
+  def __init__(self, writer: MetricWriter, every: int, batch_size: int, start: int, total: int):
     self._writer, self._every, self._batch_size = writer, every, batch_size
     self._start, self._total = start, total
     self._pending, self._window, self._bins = None, [], []

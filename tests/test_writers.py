@@ -1,0 +1,75 @@
+import io
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vdm import writers
+
+SCALARS = {'train/loss': 1.5, 'eval/ema_bits_per_dim': np.float32(2.25)}
+GREY, RGB = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4, 1), np.full((1, 5, 6, 3), 7, 'u1')
+
+
+def written(directory):
+  """tag -> (step, plugin, value): a number, or (width, height, images) as TensorBoard has them."""
+  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  from tensorboard.util.tensor_util import make_ndarray
+
+  events = EventAccumulator(str(directory), size_guidance={'tensors': 0})
+  events.Reload()
+  found = {}
+  for tag in events.Tags()['tensors']:
+    *_, event = events.Tensors(tag)
+    plugin, value = events.SummaryMetadata(tag).plugin_data.plugin_name, event.tensor_proto
+    if plugin == 'images':
+      width, height, *files = make_ndarray(value)
+      images = [np.asarray(Image.open(io.BytesIO(file))).tolist() for file in files]
+      found[tag] = event.step, plugin, (width, height, images)
+    else:
+      found[tag] = event.step, plugin, float(make_ndarray(value))
+  return found
+
+
+def write(writer):
+  writer.write_scalars(3, SCALARS)
+  writer.write_images(3, {'samples': GREY, 'plot': RGB})
+  writer.close()
+
+
+def test_both_writers_write_the_same_events(tmp_path):
+  pytest.importorskip('tensorflow')
+  write(writers.open_writer(tmp_path / 'clu'))
+  write(writers.EventWriter(tmp_path / 'own'))
+  own = written(tmp_path / 'own')
+  assert own == written(tmp_path / 'clu')
+  assert own['train/loss'] == (3, 'scalars', 1.5)
+  assert own['samples'][2] == (b'4', b'3', [image[..., 0].tolist() for image in GREY])
+
+
+def test_a_silent_writer_writes_nothing(tmp_path):
+  write(writers.open_writer(tmp_path / 'silent', silent=True))
+  assert not list(tmp_path.iterdir())
+
+
+def test_without_tensorflow_a_run_trains_and_writes(tmp_path):
+  hidden = f"""
+import importlib.abc, sys
+class Hide(importlib.abc.MetaPathFinder):
+  def find_spec(self, name, path=None, target=None):
+    if name.split('.')[0] in ('tensorflow', 'clu'):
+      raise ModuleNotFoundError(f'{{name}} is hidden', name=name)
+sys.meta_path.insert(0, Hide())
+import importlib.util
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == 'tensorflow' else find(name, *a)
+sys.argv = ['main', '--config=configs/digits.py:debug', '--workdir={tmp_path}/run']
+from absl import app
+from vdm import main
+app.run(main.main, flags_parser=main.parse_flags)
+"""
+  run = subprocess.run([sys.executable, '-c', hidden], capture_output=True, text=True, check=False)
+  assert run.returncode == 0, run.stderr
+  found = written(tmp_path / 'run' / 'tensorboard')
+  assert {'train/loss', 'eval/ema_bits_per_dim', 'samples'} <= set(found)
