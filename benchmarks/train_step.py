@@ -35,6 +35,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from benchmarks import kernels
 from vdm import build, chips, counts, parallel, train
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import reconstruction_loss
@@ -167,6 +168,12 @@ def _one_element(a):
   return a[(0,) * a.ndim].astype(jnp.float32)
 
 
+def compile_timed(lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, float]:
+  """The compiled program, and the seconds it took."""
+  start = time.perf_counter()
+  return lowered.compile(), time.perf_counter() - start
+
+
 def time_in_turn(rounds: int, functions: dict[str, Callable[[], Any]]) -> dict[str, np.ndarray]:
   """Milliseconds of each call of each function, blocked on; one call of each in every round."""
   times = {name: [] for name in functions}
@@ -186,7 +193,11 @@ def _log(text):
 
 
 def measure(
-  config: ConfigDict, steps: int = 20, warmup: int = 2, breakdown: bool = True
+  config: ConfigDict,
+  steps: int = 20,
+  warmup: int = 2,
+  breakdown: bool = True,
+  trace_steps: int = 0,
 ) -> dict[str, Any]:
   """Everything about one train step, in JSON's types; None is what is not known here.
 
@@ -196,6 +207,7 @@ def measure(
     warmup: steps before those, not timed.
     breakdown: whether to time the parts too; their arguments take about the memory of the
       network's activations once more.
+    trace_steps: steps traced on a GPU, for its time by class of kernel; 0: none.
   """
   model, optimizer = build.model(config), build.optimizer(config)
   build.check_devices(config, jax.device_count())
@@ -210,9 +222,8 @@ def measure(
   state = runner.put_state(parallel.initial_state(mesh, init))
   start = time.perf_counter()
   lowered = runner.step.lower(state, batch)
-  lower_s, start = time.perf_counter() - start, time.perf_counter()
-  compiled = lowered.compile()
-  compile_s = time.perf_counter() - start
+  lower_s = time.perf_counter() - start
+  compiled, compile_s = compile_timed(lowered)
   _log(f'lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s')
 
   def step():
@@ -265,6 +276,8 @@ def measure(
       'peak_of_device': device_stats.get('peak_bytes_in_use'),
     },
   }
+  if trace_steps:
+    result['kernels'] = kernels.by_class(step, trace_steps)
   if breakdown:
     ms = {name: microbatches * np.median(times[name]) for name in parts}
     ms['rest'] = median - sum(ms.values())
@@ -282,7 +295,8 @@ def main(_):
   """Prints the JSON line."""
   values = flags.FLAGS
   parallel.use_cores(functools.partial(build.works_on, values.config))
-  print(to_json(measure(values.config, values.steps, values.warmup, values.breakdown)))
+  how = (values.steps, values.warmup, values.breakdown, values.trace_steps)
+  print(to_json(measure(values.config, *how)))
 
 
 if __name__ == '__main__':
@@ -290,4 +304,5 @@ if __name__ == '__main__':
   flags.DEFINE_integer('steps', 20, 'Steps timed.', lower_bound=1)
   flags.DEFINE_integer('warmup', 2, 'Steps before those, not timed.', lower_bound=0)
   flags.DEFINE_boolean('breakdown', True, 'Whether the parts of the step are timed too.')
+  flags.DEFINE_integer('trace_steps', 0, 'Steps traced, for the time by kernel.', lower_bound=0)
   app.run(main)

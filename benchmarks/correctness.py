@@ -1,0 +1,210 @@
+"""What an accelerator computes beside the CPU of the same machine: one JSON line.
+
+  python -m benchmarks.correctness
+
+For small models of every network, schedule and head: the loss, eps_hat and the gradient on the same
+parameters, images and random numbers, by float32 in true precision, by the default precision of
+products (TF32 on NVIDIA), and by bfloat16 activations. Errors are relative: of the loss, and of the
+whole arrays by their Euclidean norm. Then a train step by jit and by pmap, one run twice, a resumed
+run beside one in a piece (all compared by their bits), a sampler, and attention.
+"""
+
+import importlib
+import json
+import pathlib
+import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+from benchmarks import train_step
+from vdm import build, checkpoint, parallel, train
+from vdm.gaussian import fold_in
+from vdm.nn.attention import softmax_attention
+from vdm.samplers import dpmpp_2m, sample, time_grid
+
+CASES = {  # name: config file, leaves
+  'vdm_unet, learned_endpoints': ('cifar10', {}),
+  'vdm_unet, learned_net, attention': (
+    'cifar10',
+    {'schedule.name': 'learned_net', 'model.attention': True},
+  ),
+  'adm_unet, adaptive, F': ('imagenet64', {'model.attention_resolutions': (32,)}),
+  'uvit, adaptive, v': ('fashion_mnist_pp', {}),
+  'mlp, discrete time': ('digits', {'model.name': 'mlp', 'train.num_timesteps': 100}),
+}
+PRECISIONS = {  # name: dtype of activations, precision of products
+  'float32': ('float32', 'highest'),
+  'default': ('float32', None),
+  'bfloat16': ('bfloat16', None),
+}
+
+
+def config_of(name: str, leaves: dict, dtype: str = 'float32'):
+  """The :debug of a config with these leaves, without a random choice of how it is run."""
+  config = importlib.import_module(f'vdm.configs.{name}').get_config('debug')
+  with config.unlocked():
+    if leaves.get('model.name') == 'mlp':
+      kept = ('output', 'class_conditional', 'condition_on', 'dropout')
+      config.model = {k: config.model[k] for k in kept} | {'width': 64, 'num_blocks': 2}
+    if config.data.image_shape[0] > 16:
+      config.data.image_shape = (16, 16, config.data.image_shape[2])
+    for path, value in leaves.items():
+      block, leaf = path.split('.')
+      config[block][leaf] = value
+    config.model.dtype = dtype
+    config.parallel.fsdp = 1
+    config = build.for_platform(config, 'cpu')  # unrolled; each says its dtype
+  return config
+
+
+def evaluated(name: str, leaves: dict, precision: str, device: jax.Device) -> dict[str, np.ndarray]:
+  """The loss, eps_hat and gradient of a case on a device, as one array each."""
+  dtype, products = PRECISIONS[precision]
+  config = config_of(name, leaves, dtype)
+  model, plain = build.model(config), build.model(config_of(name, leaves))
+  with jax.default_device(jax.devices('cpu')[0]):  # the same numbers for all
+    state = jax.jit(build.init_state(config, plain))()
+    noise = iter(jax.random.split(jax.random.key(1), len(jax.tree.leaves(state.params))))
+    # away from layers that start at zero, behind which there would be no gradient
+    nudged = lambda a: a + 0.02 * jax.random.normal(next(noise), a.shape, a.dtype)
+    network = jax.tree.map(nudged, state.params['network'])
+  params = state.params | {'network': network}
+  loss_fn = train.make_loss(config, model)
+
+  def run(params, adaptive, batch):
+    def loss_of(params):
+      zeros = jnp.zeros(len(batch['index']))
+      key, key_dropout = jax.random.key(2), jax.random.key(3)
+      loss, _ = loss_fn(params, (zeros, zeros), adaptive, batch, key, key_dropout)
+      return loss
+
+    loss, gradient = jax.value_and_grad(loss_of)(params)
+    z = jax.vmap(lambda k: jax.random.normal(k, model.image_shape))(
+      fold_in(jax.random.key(4), batch['index'])
+    )
+    ends = model.schedule(params)(jnp.array([0.0, 1.0]))
+    levels = jnp.linspace(ends[1], ends[0], len(z))
+    eps_hat = model.denoiser(params, batch['label'])(z, levels).eps
+    return {'loss': loss[None], 'eps_hat': eps_hat, 'gradient': gradient}
+
+  context = jax.default_matmul_precision(products) if products else jax.default_device(device)
+  with context, jax.default_device(device):
+    args = jax.device_put((params, state.adaptive, train_step.random_batch(config)), device)
+    out = jax.device_get(jax.jit(run)(*args))
+  flat = lambda tree: np.concatenate([np.ravel(a).astype('f8') for a in jax.tree.leaves(tree)])
+  return {k: flat(v) for k, v in out.items()}
+
+
+def relative_errors(name: str, leaves: dict, device: jax.Device) -> dict[str, dict[str, float]]:
+  """precision -> quantity -> |device - CPU| / |CPU|."""
+  want = evaluated(name, leaves, 'float32', jax.devices('cpu')[0])
+  norm = np.linalg.norm
+
+  def of(precision):
+    got = evaluated(name, leaves, precision, device)
+    return {k: float(norm(got[k] - want[k]) / norm(want[k])) for k in want}
+
+  return {precision: of(precision) for precision in PRECISIONS}
+
+
+def _steps(mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray]:
+  """The parameters and averages after `count` steps; halfway saved, and read back, if so asked."""
+  config = config_of('cifar10', {})
+  model, optimizer = build.model(config), build.optimizer(config)
+  mesh, init = parallel.make_mesh(), build.init_state(config, model)
+  abstract = parallel.abstract_state(mesh, init)
+  step = train.make_train_step(config, model, optimizer)
+  runner = parallel.runner(mode, step, mesh, abstract)
+  state = runner.put_state(parallel.initial_state(mesh, init))
+  for number in range(count):
+    if halfway and number == count // 2:
+      with tempfile.TemporaryDirectory() as folder:
+        manager = checkpoint.manager(pathlib.Path(folder), 1)
+        checkpoint.save(manager, number, runner.get_state(state), {'bits_per_dim': 1.0})
+        manager.wait_until_finished()
+        state = runner.put_state(checkpoint.restore(manager, abstract)[0])
+        manager.close()
+    state, _ = runner.step(state, runner.put_batch(train_step.random_batch(config)))
+  state = jax.device_get(runner.get_state(state))
+  return {'params': state.params, 'ema': state.ema_params}
+
+
+def _compare(a, b) -> dict[str, float | bool]:
+  pairs = list(zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
+  difference = max(float(np.abs(x - y).max()) for x, y in pairs)
+  return {'same_bits': all(np.array_equal(x, y) for x, y in pairs), 'difference': difference}
+
+
+def runs() -> dict[str, dict]:
+  """Eight steps, and the same eight again, resumed after four, and by pmap."""
+  first = _steps('jit', 8)
+  others = {'again': ('jit', 8), 'resumed': ('jit', 8, True), 'pmap': ('pmap', 8)}
+  return {name: _compare(first, _steps(*args)) for name, args in others.items()}
+
+
+def attention(device: jax.Device) -> dict[str, float]:
+  """The relative error of value and gradient of attention against float64, by dtype."""
+  shape = (2, 256, 2, 64)
+  q, k, v, g = (np.random.default_rng(i).standard_normal(shape) for i in range(4))
+
+  def plain(q, k, v):  # numpy's
+    logits = np.einsum('bqnd,bknd->bnqk', q, k) / np.sqrt(shape[-1])
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    dv = np.einsum('bnqk,bqnd->bknd', weights, g)
+    return np.einsum('bnqk,bknd->bqnd', weights, v), dv
+
+  want, found = plain(q, k, v), {}
+  for name, (dtype, products) in PRECISIONS.items():
+    with jax.default_matmul_precision(products or 'default'), jax.default_device(device):
+      args = [jnp.asarray(a, dtype) for a in (q, k, v)]
+      out, pull = jax.vjp(jax.jit(softmax_attention), *args)
+      got = (out, pull(jnp.asarray(g, dtype))[2])
+    errors = [
+      np.linalg.norm(np.asarray(a, 'f8') - b) / np.linalg.norm(b)
+      for a, b in zip(got, want, strict=True)
+    ]
+    found[name] = {'value': float(errors[0]), 'gradient': float(errors[1])}
+  return found
+
+
+def sampler(device: jax.Device) -> dict[str, float]:
+  """The greatest difference of 16 samples, of values in -1 .. 1, from the CPU's."""
+  config = config_of('fashion_mnist_uvit', {})
+  model = build.model(config)
+  with jax.default_device(jax.devices('cpu')[0]):
+    params = jax.device_get(jax.jit(model.init)(jax.random.key(0)))
+
+  def draw(params):
+    keys = fold_in(jax.random.key(1), jnp.arange(16))
+    grid = time_grid(model.schedule(params), 16)
+    return sample(keys, dpmpp_2m(), model.denoiser(params), grid, model.image_shape)
+
+  def on(device):
+    with jax.default_device(device), jax.default_matmul_precision('highest'):
+      return jax.device_get(jax.jit(draw)(jax.device_put(params, device)))
+
+  return {'difference': float(np.abs(on(device) - on(jax.devices('cpu')[0])).max())}
+
+
+def main(_):
+  """Prints a JSON line after each part, with those before it."""
+  device = jax.devices()[0]
+  result = {'device_kind': device.device_kind, 'jax': jax.__version__, 'relative_errors': {}}
+  with ThreadPoolExecutor(flags.FLAGS.threads) as pool:  # nearly all of it is compilation
+    parts = {pool.submit(relative_errors, *case, device): name for name, case in CASES.items()}
+    parts |= {pool.submit(runs): 'runs', pool.submit(sampler, device): 'sampler'}
+    parts[pool.submit(attention, device)] = 'attention'
+    for part in as_completed(parts):
+      name = parts[part]
+      (result['relative_errors'] if name in CASES else result)[name] = part.result()
+      print(json.dumps(result), flush=True)
+
+
+if __name__ == '__main__':
+  flags.DEFINE_integer('threads', 8, 'Parts computed at a time.')
+  app.run(main)
