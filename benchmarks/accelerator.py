@@ -144,19 +144,46 @@ def step_row(name: str, r: dict[str, Any]) -> str:
   return f'| {" | ".join(map(str, cells))} |'
 
 
+def kernel_table(steps: dict[str, Any]) -> str:
+  """Milliseconds per step of each class of kernel; empty where no trace has any."""
+  columns = {k.removeprefix('step '): v['kernels']['ms'] for k, v in steps.items()}
+  columns = {name: ms for name, ms in columns.items() if ms}
+  classes = sorted({c for ms in columns.values() for c in ms}, key=lambda c: c == 'rest')
+  rows = [['kernels, ms per step', *columns], ['---'] * (1 + len(columns))]
+  rows += [[c, *(f'{ms[c]:.2f}' if c in ms else '' for ms in columns.values())] for c in classes]
+  return '\n'.join(f'| {" | ".join(row)} |' for row in rows) if columns else ''
+
+
 def markdown(results: dict[str, Any]) -> str:
   """The results as a page."""
+  parts = results['parts'].items()
+  steps = {k: v['result'] for k, v in parts if k.startswith('step ') and v['status'] == 0}
   head = '| config, precision | batch | step, ms (quartiles) | images/s | TFLOP/s | of peak '
   head += '| memory, GB | trace + compile, s |\n|---|---|---|---|---|---|---|---|'
-  good = {k: v['result'] for k, v in results['parts'].items() if v['status'] == 0}
-  steps = [step_row(k, v) for k, v in good.items() if k.startswith('step ')]
-  texts = ['# Results of `python -m benchmarks.accelerator`', results['written']]
-  texts += ['\n'.join([head, *steps])]
-  for name, part in results['parts'].items():
-    content = json.dumps(part['result'], indent=1) if part['result'] else part['errors'][-600:]
-    status = f'status {part["status"]}, {part["seconds"]} s'
-    texts += [f'## {name}\n\n`{part["command"]}`: {status}\n\n```\n{content}\n```']
+  one = next(iter(steps.values()), None)
+  on = f'{one["devices"]} x {one["device_kind"]}, jax {one["jax"]}, ' if one else ''
+  texts = ['# Results of `python -m benchmarks.accelerator`', f'{on}{results["written"]}.']
+  if steps:
+    texts += ['\n'.join([head, *(step_row(*item) for item in steps.items())])]
+    texts += [table] if (table := kernel_table(steps)) else []
+  commands = [
+    f'| {name} | `{part["command"]}` | {status_of(part)} | {part["seconds"]} |'
+    for name, part in parts
+  ]
+  texts += ['\n'.join(['| part | command | | seconds |\n|---|---|---|---|', *commands])]
+  for name, part in parts:
+    if not name.startswith('step ') and part['result']:
+      result = part['result']
+      text = result if isinstance(result, str) else f'```json\n{json.dumps(result, indent=1)}\n```'
+      texts += [f'## {name.capitalize()}\n\n{text}']
   return '\n\n'.join(texts) + '\n'
+
+
+def status_of(part: dict[str, Any]) -> str:
+  """How a part ended, in a word or two."""
+  if part['status'] == -signal.SIGTERM:
+    return 'stopped at its limit'
+  return 'done' if part['status'] == 0 else f'failed, status {part["status"]}'
 
 
 def main(argv: list[str] | None = None) -> int:
