@@ -17,7 +17,9 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from etils import epath
+from scipy import special
 
 import vdm
 from vdm import files
@@ -97,6 +99,27 @@ def git_revision() -> str:
   except FileNotFoundError:  # no git on this machine
     pass
   return ''
+
+
+def stderr_of(values: np.ndarray) -> float | None:
+  """Returns the standard error of the mean of independent values [N]; None for a single one."""
+  return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def error_fields(value: float, stderr: float | None, dof: float) -> dict[str, Any]:
+  """Returns what a card says of an error: it and its degrees of freedom, and the 95 % interval.
+
+  The interval is Student's, so it holds for few degrees of freedom too; None where there is no
+  error.
+  """
+  half = None if stderr is None else float(special.stdtrit(dof, 0.975)) * stderr
+  interval = None if half is None else [value - half, value + half]
+  return {'stderr': stderr, 'stderr_dof': dof, 'interval_95': interval}
+
+
+def plus_minus(value: float, stderr: float | None) -> str:
+  """Returns 'value +- standard error', or the value alone where there is no error."""
+  return f'{value:.4f}' if stderr is None else f'{value:.4f} +- {stderr:.4f}'
 
 
 def write(path: pathlib.Path, card: dict[str, Any]):

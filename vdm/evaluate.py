@@ -1,5 +1,6 @@
 """Bits per dimension of a whole split, each image once, with its standard error."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
 from vdm.losses import DiffusionTerm, coefficients_of_variation, moments, variational_bound
 from vdm.state import named_params
-from vdm.times import stratified
+from vdm.times import BLOCK, stratified_in_blocks
 
 NUM_BINS = 20
 TERMS = ('recon', 'prior', 'diffusion')
@@ -38,18 +39,18 @@ def log_snr_bins(
 
 
 def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
-  """step(params, batch, batch_number, seed) -> sums over the batch's real images, in bits per dim.
+  """step(params, batch, num_images, seed) -> what each image of the batch has, and sums over it.
 
-  'terms' [draws, 3] over images, 'loss' [draws] the training loss in nats/dim; 'image' the sum,
-  and 'image_squared' the sum of squares, of each image's mean over draws; 'bins' and 'moments' [3]
-  of the diffusion term.
+  Of each image: 'terms' [draws, B, 3] in bits/dim and 'loss' [draws, B], the training loss in
+  nats/dim, beside the batch's 'index' and 'mask'. Summed over those that count: 'bins' and
+  'moments' [3] of the diffusion term. Every random number of an image is a function of its index,
+  the seed and `num_images`, of the whole evaluation: none knows of batches, devices or hosts.
   """
   num_dims = math.prod(model.image_shape)
   settings = config.eval
 
-  def step(params, batch, batch_number, seed):
+  def step(params, batch, num_images, seed):
     u, index, mask = batch['image'].astype(jnp.int32), batch['index'], batch['mask']
-    position = index % settings.batch_size  # eval batches are consecutive parts of the split
     denoiser, schedule = model.denoiser(params, batch['label']), model.schedule(params)
     ends = schedule(jnp.array([0.0, 1.0]))
 
@@ -61,7 +62,7 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
         schedule,
         model.weighting,
         u,
-        stratified(jax.random.fold_in(key_t, batch_number), position, settings.batch_size),
+        stratified_in_blocks(key_t, index, num_images),
         standard_normal(fold_in(key_recon, index), model.image_shape),
         standard_normal(fold_in(key_eps, index), model.image_shape),
         model.num_values,
@@ -73,15 +74,14 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
       diffusion = bound.diffusion._replace(loss=terms[:, 2])
       spread = mask @ moments(diffusion, ends[0] - ends[1])
       bins = log_snr_bins(diffusion, ends, num_dims, mask)
-      return mask @ terms, mask @ loss, terms.sum(axis=1), bins, spread
+      return terms, loss, bins, spread
 
-    terms, loss, image, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
-    image = image.mean(axis=0)
+    terms, loss, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
     return {
       'terms': terms,
       'loss': loss,
-      'image': mask @ image,
-      'image_squared': mask @ image**2,
+      'index': index,
+      'mask': mask,
       'bins': jax.tree.map(lambda a: a.sum(axis=0), bins),
       'moments': spread.mean(axis=0),
     }
@@ -90,62 +90,76 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
 
 
 class BitsPerDim(NamedTuple):
-  """An evaluation. `stderr` is the Monte Carlo error of the value for these very images (nan for a
-  single draw); `stderr_images` the error as an estimate for the population they come from. `cv` are
-  the coefficients of variation of the diffusion term (`losses.coefficients_of_variation`)."""
+  """An evaluation. `stderr` is the Monte Carlo error of the value for these very images, `dof` its
+  degrees of freedom: a single draw has none, and no error. `stderr_images` is the error as an
+  estimate for the population they come from, None for a single image. `cv` are the coefficients of
+  variation of the diffusion term (`losses.coefficients_of_variation`)."""
 
   value: float
-  stderr: float
-  stderr_images: float
-  terms: dict[str, dict[str, float]]
+  stderr: float | None
+  dof: float
+  stderr_images: float | None
+  terms: dict[str, dict[str, float | None]]
   num_images: int
-  loss: tuple[
-    float, float
-  ]  # the training loss on these images, nats/dim, and its Monte Carlo error
+  # the training loss on these images, nats/dim, and its Monte Carlo error
+  loss: tuple[float, float | None]
   bins: np.ndarray  # [NUM_BINS] bits/dim per unit of log-SNR, nan where none fell
   cv: tuple[float, float]
 
 
-def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
-  """From the sums of every batch, in float64.
+def summarize(parts: list[dict]) -> BitsPerDim:
+  """From what `make_eval_step` says of every batch, in float64.
 
-  Batches and draws are independent, and t is stratified within a batch, so the spread of a batch's
-  total over draws is what its Monte Carlo error is estimated from.
+  Draws are independent, and so are blocks of images (`times.block_of`), which have strata of their
+  own. So the error is that of the blocks' totals over draws: Student's t with as many degrees of
+  freedom as variances in proportion to the blocks' sizes give (Welch and Satterthwaite).
   """
-  num_images = sum(counts)
-  terms = np.stack([s['terms'] for s in sums]).astype(np.float64)  # [batches, draws, 3]
+  joined = {
+    k: np.concatenate(
+      [np.moveaxis(part[k], 1, 0) if part[k].ndim > 1 else part[k] for part in parts]
+    )
+    for k in ('index', 'mask', 'terms', 'loss')
+  }
+  kept = np.flatnonzero(joined['mask'])
+  order = kept[np.argsort(joined['index'][kept])]
+  num_images = len(order)
+  terms, loss = (joined[k][order].astype(np.float64) for k in ('terms', 'loss'))  # [N draws (3)]
   draws = terms.shape[1]
+  starts = np.arange(0, max(num_images - BLOCK, 0) + 1, BLOCK)
+  sizes = np.diff([*starts, num_images])
+  dof = float((draws - 1) * num_images**2 / (sizes**2).sum())
 
-  def mean_and_error(totals):  # [batches, draws]
+  def mean_and_error(values):  # [N draws]
+    mean = float(values.mean())
     if draws == 1:
-      return totals.sum() / num_images, math.nan
-    variance = totals.var(axis=1, ddof=1) / draws
-    return totals.mean(axis=1).sum() / num_images, math.sqrt(variance.sum()) / num_images
+      return mean, None
+    totals = np.add.reduceat(values, starts)
+    return mean, float(np.sqrt(totals.var(axis=1, ddof=1).sum() / draws) / num_images)
 
-  value, stderr = mean_and_error(terms.sum(axis=2))
-  loss = mean_and_error(np.stack([s['loss'] for s in sums]).astype(np.float64))
+  per_image = terms.sum(axis=2)
+  value, stderr = mean_and_error(per_image)
   per_term = dict(zip(TERMS, map(mean_and_error, np.moveaxis(terms, 2, 0)), strict=True))
-  mean = sum(s['image'].astype(np.float64) for s in sums) / num_images
-  square = sum(s['image_squared'].astype(np.float64) for s in sums) / num_images
-  bins = {k: sum(s['bins'][k].astype(np.float64) for s in sums) for k in ('sum', 'count')}
+  bins = {k: sum(part['bins'][k].astype(np.float64) for part in parts) for k in ('sum', 'count')}
   with np.errstate(invalid='ignore'):
     bins = bins['sum'] / bins['count']
+  moments = sum(part['moments'].astype(np.float64) for part in parts) / num_images
   return BitsPerDim(
-    value=float(value),
-    stderr=float(stderr),
-    stderr_images=math.sqrt(max(0.0, square - mean**2) / max(1, num_images - 1)),
-    terms={k: {'value': float(v), 'stderr': float(e)} for k, (v, e) in per_term.items()},
+    value=value,
+    stderr=stderr,
+    dof=dof,
+    stderr_images=cards.stderr_of(per_image.mean(axis=1)),
+    terms={name: {'value': v, 'stderr': e} for name, (v, e) in per_term.items()},
     num_images=num_images,
-    loss=tuple(map(float, loss)),
+    loss=mean_and_error(loss),
     bins=bins,
-    cv=coefficients_of_variation(sum(s['moments'].astype(np.float64) for s in sums) / num_images),
+    cv=coefficients_of_variation(moments),
   )
 
 
 def make_evaluator(
   config: ConfigDict, model: build.Model, mesh: Mesh
-) -> Callable[[Any, Iterable[dict]], BitsPerDim]:
-  """(params, batches) -> BitsPerDim; compiled once, then used for any parameters.
+) -> Callable[[Any, Iterable[dict], int], BitsPerDim]:
+  """(params, batches, number of images) -> BitsPerDim; compiled once, for any parameters.
 
   With a config.eval.schedule, which lies between the end points of the parameters, once for each.
   """
@@ -157,16 +171,17 @@ def make_evaluator(
 
   own = compile_for(model)
 
-  def evaluate(params, batches):
-    sums, compiled = [], own
+  def evaluate(params, batches, num_images):
+    parts, compiled = [], own
     if config.eval.schedule.name != 'schedule':
       fixed = build.other_schedule(config, 'eval.schedule', model.schedule(params))
       compiled = compile_for(model._replace(schedule=lambda params: fixed))
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
-    for number, batch in enumerate(on_devices):
-      sums.append((compiled(params, batch, number, config.eval.seed), batch['mask'].sum()))
-    sums, counts = zip(*jax.device_get(sums), strict=True)
-    return summarize(list(sums), [int(c) for c in counts])
+    launched = (compiled(params, batch, num_images, config.eval.seed) for batch in on_devices)
+    # the next batch is under way while the last one is fetched
+    for part, _ in itertools.pairwise(itertools.chain(launched, [None])):
+      parts.append(jax.device_get(part))
+    return summarize(parts)
 
   return evaluate
 
@@ -208,7 +223,7 @@ def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
   bound = f'discrete-time ELBO, T = {steps}' if steps else 'continuous-time ELBO'
   return {
     'value': result.value,
-    'stderr': result.stderr,
+    **cards.error_fields(result.value, result.stderr, result.dof),
     'stderr_images': result.stderr_images,
     'terms': result.terms,
     'bound': bound if schedule == 'schedule' else f'{bound}, {schedule} schedule',
@@ -250,7 +265,7 @@ def evaluate_and_write(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    results[name] = evaluator(params, batches)
+    results[name] = evaluator(params, batches, data.num_eval_images(source, config.eval.max_images))
     path = workdir / 'cards' / f'bits_per_dim_{name}_{time}_step{step:08d}.json'
     fields = elbo_fields(config, results[name])
     write_card(path, config, source.identity, name, step, _ends(model, params), fields)
@@ -282,11 +297,10 @@ def say(results: dict[str, BitsPerDim], step: int):
   for name, result in results.items():
     terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
     logging.info(
-      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)',
+      '%s parameters, step %d, %d images: %s bits/dim (%s)',
       name,
       step,
       result.num_images,
-      result.value,
-      result.stderr,
+      cards.plus_minus(result.value, result.stderr),
       terms,
     )

@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, checkpoint, data, evaluate, progressive, report, sample, score
+from vdm import build, cards, checkpoint, data, evaluate, progressive, report, sample, score
 from vdm.augmented import augmented
 from vdm.likelihood import to_grid
 from vdm.state import named_params
@@ -45,7 +45,7 @@ def make_look(
       for name, result in results.items()
       for k, v in (
         ('bits_per_dim', result.value),
-        ('stderr', result.stderr),
+        *([] if result.stderr is None else [('stderr', result.stderr)]),
         ('loss', result.loss[0]),
         ('diffusion_cv', result.cv[0]),
         ('diffusion_cv_linear', result.cv[1]),
@@ -137,13 +137,12 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   if 'ode' in config.eval.likelihood:
     result = evaluate.evaluate_ode_and_write(config, model, mesh, source, train_state, workdir)
     logging.info(
-      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim by the ODE (over images; '
+      '%s parameters, step %d, %d images: %s bits/dim by the ODE (over images; '
       '%.0f evaluations an image, at most %d)',
       config.eval.ode.params,
       step,
       result.num_images,
-      result.value,
-      result.stderr,
+      cards.plus_minus(result.value, result.stderr),
       result.evaluations,
       result.max_evaluations,
     )
