@@ -230,15 +230,38 @@ def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
     'num_images': result.num_images,
     'draws_per_image': config.eval.draws,
     'training_loss': {'value': result.loss[0], 'stderr': result.loss[1]},
-    'diffusion_cv': result.cv[0],
-    'diffusion_cv_linear': result.cv[1],
-    'bits_per_dim_per_log_snr': [None if math.isnan(b) else float(b) for b in result.bins],
+    'diffusion_cv': _or_none(result.cv[0]),
+    'diffusion_cv_linear': _or_none(result.cv[1]),
+    'bits_per_dim_per_log_snr': list(map(_or_none, result.bins)),
   }
+
+
+def _or_none(number: float) -> float | None:
+  """What a card has for a number that could not be estimated: JSON has no NaN."""
+  return None if math.isnan(number) else float(number)
 
 
 def _ends(model: build.Model, params: Any) -> tuple[float, float]:
   """log_snr_max and log_snr_min."""
   return tuple(map(float, jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))))
+
+
+def card_path(
+  config: ConfigDict, source: data.Source, name: str, step: int, workdir: pathlib.Path
+) -> pathlib.Path:
+  """Returns where the card of a bound goes (`cards.path_of`): cards/bits_per_dim_<name of the
+  parameters>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json."""
+  settings, num_images = config.eval, data.num_eval_images(source, config.eval.max_images)
+  time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
+  own = [] if settings.schedule.name == 'schedule' else [settings.schedule.name]
+  times = f'{num_images}x{settings.draws}', f'seed{settings.seed}'
+  same = ('num_timesteps', 'schedule', 'draws', 'seed')
+  made_of = {k: v for k, v in settings.to_dict().items() if k in same} | {
+    'num_images': num_images,
+    'data': source.identity,
+    'dtype': str(build.dtype(config)),
+  }
+  return cards.path_of(workdir, ('bits_per_dim', name, time, *own, *times), made_of, step)
 
 
 def evaluate_and_write(
@@ -249,13 +272,9 @@ def evaluate_and_write(
   train_state: Any,
   workdir: pathlib.Path,
 ) -> dict[str, BitsPerDim]:
-  """Scores config.eval.params on the split and writes a card for each:
-  cards/bits_per_dim_<params>_T<T>_step<step>.json."""
-  step, steps = int(train_state.step), config.eval.num_timesteps
-  time = f'T{steps}' if steps else 'continuous'
-  if config.eval.schedule.name != 'schedule':
-    time += f'_{config.eval.schedule.name}'
-  results = {}
+  """Scores config.eval.params on the split and writes a card for each (`card_path`)."""
+  step, results = int(train_state.step), {}
+  num_images = data.num_eval_images(source, config.eval.max_images)
   for name in config.eval.params.split(','):
     params = named_params(train_state, name)
     batches = data.eval_batches(
@@ -265,8 +284,8 @@ def evaluate_and_write(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    results[name] = evaluator(params, batches, data.num_eval_images(source, config.eval.max_images))
-    path = workdir / 'cards' / f'bits_per_dim_{name}_{time}_step{step:08d}.json'
+    results[name] = evaluator(params, batches, num_images)
+    path = card_path(config, source, name, step, workdir)
     fields = elbo_fields(config, results[name])
     write_card(path, config, source.identity, name, step, _ends(model, params), fields)
   return results
@@ -280,13 +299,27 @@ def evaluate_ode_and_write(
   train_state: Any,
   workdir: pathlib.Path,
 ) -> evaluate_ode.OdeBitsPerDim:
-  """Scores config.eval.ode.params by the ODE and writes its card:
-  cards/ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_step<step>.json."""
+  """Scores config.eval.ode.params by the ODE and writes its card (`cards.path_of`): cards/
+  ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_<images>_seed<seed>_<hash>_step<step>.json.
+  """
   settings, step = config.eval.ode, int(train_state.step)
   params = named_params(train_state, settings.params)
   result = evaluate_ode.evaluate(config, model, mesh, source, params)
-  how = f'{settings.dequantization}{settings.importance_samples}_{settings.trace}'
-  path = workdir / 'cards' / f'ode_bits_per_dim_{settings.params}_{how}_step{step:08d}.json'
+  parts = (
+    'ode_bits_per_dim',
+    settings.params,
+    f'{settings.dequantization}{settings.importance_samples}',
+    settings.trace,
+    result.num_images,
+    f'seed{config.eval.seed}',
+  )
+  made_of = settings.to_dict() | {
+    'seed': config.eval.seed,
+    'num_images': result.num_images,
+    'data': source.identity,
+    'dtype': str(build.dtype(config)),
+  }
+  path = cards.path_of(workdir, parts, made_of, step)
   fields = evaluate_ode.card_fields(config, result)
   write_card(path, config, source.identity, settings.params, step, _ends(model, params), fields)
   return result
