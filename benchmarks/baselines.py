@@ -11,14 +11,12 @@ The smoothing and the ridge on the covariance are chosen from a list by the scor
 themselves, which flatters the baselines.
 """
 
-import json
-
 import numpy as np
 from absl import app
 from ml_collections import config_flags
 from scipy.special import ndtr
 
-from vdm import data
+from vdm import data, files
 
 _CONFIG = config_flags.DEFINE_config_file('config', 'configs/digits.py', 'Config file.')
 SMOOTHINGS = (0.01, 0.03, 0.1, 0.3, 1.0)  # counts added to each value of each pixel
@@ -58,15 +56,16 @@ def main(_):
     splits[split] = images.reshape(len(images), -1).astype(np.int64)
   arguments = (splits['train'], splits['eval'], config.num_values)
   print(
-    json.dumps(
+    files.json_text(
       {
         'data': config.name,
         'train_images': len(splits['train']),
         'test_images': len(splits['eval']),
         'histogram_bits_per_dim': min(histogram(*arguments, s) for s in SMOOTHINGS),
         'gaussian_bits_per_dim': min(gaussian(*arguments, r) for r in RIDGES),
-      }
-    )
+      },
+      indent=None,
+    ).rstrip()
   )
 
 

@@ -36,7 +36,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks import kernels
-from vdm import build, chips, counts, parallel, train
+from vdm import build, chips, counts, files, parallel, train
 from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import reconstruction_loss
 from vdm.nn import layers
@@ -288,7 +288,7 @@ def measure(
 def to_json(result: dict[str, Any]) -> str:
   """One line, with floats to five digits."""
   short = json.loads(json.dumps(result), parse_float=lambda text: float(f'{float(text):.5g}'))
-  return json.dumps(short)
+  return files.json_text(short, indent=None).rstrip()
 
 
 def main(_):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 
@@ -181,3 +182,57 @@ def test_help_helps(capsys):
     cards.main(['--help'])
   assert stop.value.code == 0
   assert 'CARD.json' in capsys.readouterr().out
+
+
+RESULT = CARD | {'whole_split': True, 'eval_seed': 0, 'num_images': 10_000}
+
+
+def write_result(workdir, name, **changes):
+  card = RESULT | changes
+  path = cards.path_of(workdir, ['bits_per_dim'], {'name': name}, card['step'])
+  cards.write(path, card)
+  return path
+
+
+def test_the_last_result_is_that_of_the_newest_step_and_the_whole_split(tmp_path, caplog):
+  """Whatever was written last, and whatever time a copy gave the files."""
+  assert cards.last_result(tmp_path) == ''
+  write_result(tmp_path, 'own', step=100)
+  newest = write_result(tmp_path, 'own', step=200, value=2.66)
+  write_result(tmp_path, 'part', step=200, value=9.0, num_images=64, whole_split=False)
+  write_result(tmp_path, 'raw', step=200, value=9.0, params='raw')
+  write_result(tmp_path, 'ode', step=200, value=9.0, bound='probability-flow ODE, uniform')
+  for i, path in enumerate(sorted((tmp_path / 'cards').iterdir(), key=lambda p: p == newest)):
+    os.utime(path, (10**9 - 1000 * i,) * 2)  # the newest step is the oldest file
+  (tmp_path / 'cards' / 'bits_per_dim_cut_step00000300.json').write_text('{"metric": "bits')
+  with caplog.at_level('WARNING'):
+    text = cards.last_result(tmp_path)
+  assert text == (
+    'ema parameters, continuous-time ELBO, all 10,000 images of validation, 4 draws, seed 0: '
+    f'2.6600 +- 0.0040 bits/dim at step 200, the best is 2.6500 at 100 of 2 ({newest}).'
+  )
+  assert 'bits_per_dim_cut_step00000300.json is not JSON' in caplog.text
+  alone = tmp_path / 'alone'
+  write_result(alone, 'one', stderr=None, draws_per_image=1)
+  assert ', 1 draw, seed 0: 2.6500 bits/dim at step 100, the best of 1 (' in cards.last_result(
+    alone
+  )
+
+
+def test_a_card_without_an_error_is_strict_json_and_its_row_has_none(tmp_path, capsys):
+  fields = cards.error_fields(2.5, None, 0)
+  assert fields == {'stderr': None, 'stderr_dof': 0, 'interval_95': None}
+  path = write_result(tmp_path, 'one', **fields)
+  strict = lambda name: pytest.fail(f'{name} is no JSON')
+  assert json.loads(path.read_text(), parse_constant=strict)['stderr'] is None
+  cards.main([str(path)])
+  assert '| 2.6500 |' in capsys.readouterr().out
+  with pytest.raises(ValueError, match=r'^terms\.recon\.1=nan must be a finite number'):
+    write_result(tmp_path, 'two', terms={'recon': [1.0, float('nan')]})
+
+
+def test_an_interval_is_students(tmp_path):
+  low, high = cards.error_fields(1.0, 0.1, 1)['interval_95']
+  assert (low, high) == pytest.approx((1 - 1.27062, 1 + 1.27062), abs=1e-4)  # tables: 12.7062
+  low, high = cards.error_fields(1.0, 0.1, 1e6)['interval_95']
+  assert (low, high) == pytest.approx((1 - 0.19600, 1 + 0.19600), abs=1e-4)

@@ -77,7 +77,9 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   state, metrics = runner.step(state, runner.put_batch(batch))
   assert np.isfinite(metrics['bits_per_dim']) and np.isfinite(metrics['grad_norm'])
   result = evaluate.make_evaluator(config, model, mesh)(
-    state.ema_params, [batch | {'mask': np.ones(len(batch['label']), np.float32)}]
+    state.ema_params,
+    [batch | {'mask': np.ones(len(batch['label']), np.float32)}],
+    len(batch['label']),
   )
   assert np.isfinite(result.value)
   images = next(sample.make_sampler(config, model, mesh)(state.ema_params))

@@ -1,9 +1,12 @@
+import json
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from vdm.configs import default
 
-from vdm import build, data, evaluate, parallel, sample
+from vdm import build, cards, data, evaluate, parallel, sample
 from vdm.gaussian import Prediction, alpha, sigma
 from vdm.losses import DiffusionTerm
 from vdm.schedules import SCHEDULES
@@ -89,7 +92,7 @@ def score(model, config, images, evaluator=None):
     process_index=0,
     process_count=1,
   )
-  return evaluator({}, batches)
+  return evaluator({}, batches, data.num_eval_images(source_of(images), config.eval.max_images))
 
 
 def test_bound_of_the_exact_denoiser_is_the_exact_likelihood():
@@ -136,27 +139,54 @@ def test_discrete_bound_is_above_the_continuous_one_and_tends_to_it():
 
 def test_standard_error_is_that_of_repeated_evaluations():
   mean, covariance = gaussian_data()
-  images, _ = quantised(mean, covariance, 200)
+  images, _ = quantised(mean, covariance, 600)
   model = exact_model(mean, covariance)
-  config = config_of(draws=4, batch_size=64)
+  config = config_of(draws=4, batch_size=128)
   evaluator = evaluate.make_evaluator(config, model, parallel.make_mesh())
-  runs = []
-  for seed in range(24):
-    config.eval.seed = seed
-    runs.append(score(model, config, images, evaluator))
-  spread = np.std([run.value for run in runs], ddof=1)
-  stated = np.sqrt(np.mean([run.stderr**2 for run in runs]))
-  assert 0.6 < stated / spread < 1.6
+  for count in (16, 100, 600):
+    config.eval.max_images, runs = count, []
+    for config.eval.seed in range(100):
+      runs.append(score(model, config, images, evaluator))
+    spread = np.std([run.value for run in runs], ddof=1)
+    stated = np.sqrt(np.mean([run.stderr**2 for run in runs]))
+    assert 0.8 < stated / spread < 1.25, (count, stated, spread)
 
 
-def test_every_image_counts_once_whatever_the_batch_size():
-  """Padding and masks: the terms without Monte Carlo noise are the same for any batch size."""
+@pytest.mark.parametrize('count', [1, 16, 100, 600])
+def test_an_evaluation_does_not_depend_on_its_batches_and_devices(count):
+  """Value, errors, bins: whole batches, partial ones, batches larger than all images."""
   mean, covariance = gaussian_data()
-  images, _ = quantised(mean, covariance, 100)
+  images, _ = quantised(mean, covariance, 700)
   model = exact_model(mean, covariance)
-  small, large = (score(model, config_of(batch_size=size), images).terms for size in (24, 256))
-  for term in ('prior', 'recon'):  # the noise of the latter is drawn by image, not by batch
-    np.testing.assert_allclose(small[term]['value'], large[term]['value'], rtol=1e-5)
+  results = []
+  for size, devices in ((8, 8), (64, 8), (1000, 8), (1000, 1), (25, 1)):
+    config = config_of(batch_size=size, max_images=count)
+    mesh = parallel.make_mesh(devices=jax.devices()[:devices])
+    results.append(score(model, config, images, evaluate.make_evaluator(config, model, mesh)))
+  for other in results[1:]:
+    for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('count, groups', [(16, 1), (360, 1), (1000, 3)])
+def test_the_interval_covers_with_two_draws(count, groups):
+  """Totals of blocks over draws as they are, Gaussian: 95 % of 4,000 intervals hold the mean."""
+  rng, draws, sizes = np.random.default_rng(0), 2, [256] * (groups - 1)
+  sizes.append(count - sum(sizes))
+  block = np.repeat(np.arange(groups), sizes)
+  inside = 0
+  for _ in range(4000):
+    common = rng.normal(size=(groups, draws)) / np.sqrt(sizes)[:, None]  # u is a block's own
+    terms = np.zeros((draws, count, 3))
+    terms[..., 2] = common[block].T
+    part = {'terms': terms, 'loss': terms[..., 2], 'index': np.arange(count)}
+    part |= {'mask': np.ones(count), 'moments': np.ones(3)}
+    part |= {'bins': {'sum': np.ones(1), 'count': np.ones(1)}}
+    result = evaluate.summarize([part])
+    low, high = cards.error_fields(result.value, result.stderr, result.dof)['interval_95']
+    inside += low < 0 < high
+  assert result.dof == pytest.approx(count**2 / np.square(sizes).sum())
+  assert abs(inside / 4000 - 0.95) < 0.015, inside
 
 
 def test_max_images_evaluates_the_first_ones():
@@ -172,8 +202,19 @@ def test_max_images_evaluates_the_first_ones():
 def test_a_single_draw_has_no_standard_error():
   mean, covariance = gaussian_data()
   images, _ = quantised(mean, covariance, 16)
-  result = score(exact_model(mean, covariance), config_of(draws=1, batch_size=8), images)
-  assert np.isnan(result.stderr) and np.isfinite(result.stderr_images)
+  config = config_of(draws=1, batch_size=8)
+  result = score(exact_model(mean, covariance), config, images)
+  assert result.stderr is None and result.loss[1] is None and np.isfinite(result.stderr_images)
+  fields = evaluate.elbo_fields(config, result)
+  assert fields['stderr'] is None and fields['interval_95'] is None and fields['stderr_dof'] == 0
+  json.dumps(fields, allow_nan=False)
+
+
+def test_a_single_image_says_nothing_of_its_population():
+  mean, covariance = gaussian_data()
+  images, _ = quantised(mean, covariance, 1)
+  result = score(exact_model(mean, covariance), config_of(draws=2, batch_size=8), images)
+  assert result.stderr_images is None and np.isfinite(result.stderr)
 
 
 def test_bins_hold_the_bits_per_unit_of_log_snr():
@@ -257,7 +298,7 @@ def test_a_uniform_predictor_costs_log2_of_the_number_of_values(
   params = parallel.initial_state(parallel.make_mesh(), build.init_state(config, model)).params
   images = np.random.default_rng(0).integers(0, num_values, (11, *shape)).astype(np.uint8)
   batches = data.eval_batches(source_of(images), batch_size=8, process_index=0, process_count=1)
-  result = evaluate.make_evaluator(config, model, parallel.make_mesh())(params, batches)
+  result = evaluate.make_evaluator(config, model, parallel.make_mesh())(params, batches, 11)
   assert result.num_images == 11
   # XLA:CPU computes log(32) to 2e-6 of itself
   np.testing.assert_allclose(result.value, np.log2(num_values), rtol=3e-6)

@@ -167,7 +167,8 @@ def test_stats_and_score_from_the_command_line(tmp_path):
   want = fid.frechet_distance(fid.fit(rows[0][:25]), fid.fit(rows[1]))
   assert found['fd_pixels']['value'] == pytest.approx(want, rel=1e-5)
   assert found['fd_pixels']['low'] < want < found['fd_pixels']['high']
-  card = json.loads((folder_of_cards / 'fd_pixels.json').read_text())
+  (path,) = folder_of_cards.glob('fd_pixels_25_*.json')
+  card = json.loads(path.read_text())
   assert card['extractor'] == 'pixels' and card['num_samples'] == 25
   assert card['value'] == found['fd_pixels']['value']
 

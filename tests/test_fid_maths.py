@@ -101,7 +101,7 @@ def test_intervals_are_as_wide_as_fresh_draws_spread():
     rows = normal(seed, (300, 4))
     found = fid.measure(collected(rows, rows @ weights), reference, 'inception', halves=12)
     values.append([entry['value'] for entry in found.values()])
-    errors.append([(e['high'] - e['low']) / (2 * 1.96) for e in found.values()])
+    errors.append([(e['high'] - e['low']) / (2 * 2.201) for e in found.values()])
   assert list(found) == ['fid', 'inception_score', 'kid', 'precision', 'recall']
   ratio = np.mean(errors, axis=0) / np.std(values, axis=0)
   assert (ratio > 0.6).all() and (ratio < 1.6).all(), dict(zip(found, ratio, strict=True))

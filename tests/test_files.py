@@ -67,9 +67,14 @@ def test_config_and_cards_are_written_to_gs_and_read_again(bucket):
   config.train.batch_size = 16
   with pytest.raises(ValueError, match=r'holds a run with config\.train\.batch_size=8, not 16'):
     checkpoint.open_workdir(str(bucket), config)
-  card = {'data': {'split': 'test'}, 'value': 3.0, 'stderr': 0.1, 'step': 4}
-  cards.write(bucket / 'cards' / 'bits_per_dim_ema_continuous_step00000004.json', card)
-  assert cards.last_result(bucket).startswith('test: 3.0000 +- 0.1000 bits/dim at step 4 (gs://')
+  card = {'metric': 'bits_per_dim', 'bound': 'continuous-time ELBO', 'params': 'ema', 'step': 4}
+  card |= {'data': {'split': 'test'}, 'value': 3.0, 'stderr': 0.1, 'eval_seed': 0}
+  card |= {'num_images': 360, 'whole_split': True}
+  cards.write(cards.path_of(bucket, ('bits_per_dim', 'ema'), {}, 4), card)
+  assert cards.last_result(bucket).startswith(
+    'ema parameters, continuous-time ELBO, all 360 images of test, 1 draw, seed 0: '
+    '3.0000 +- 0.1000 bits/dim at step 4, the best of 1 (gs://'
+  )
 
 
 @pytest.mark.parametrize('image_format', ['npz', 'png'])

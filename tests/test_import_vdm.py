@@ -158,7 +158,7 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
   with pytest.raises(ValueError, match=r'--workdir=.* holds a run; choose another'):
     import_vdm.run(config, workdir, str(tmp_path / 'public-0'))
 
-  model, mesh, state = checkpoint.read_run(config, workdir)
+  _, model, mesh, state = checkpoint.read_run(config, workdir)
   assert int(state.step) == 7
   kernel = public_params('scalar', 5)['score_model']['conv_out']['kernel']
   np.testing.assert_array_equal(state.params['network']['conv_out']['kernel'], kernel)
@@ -172,7 +172,7 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
     'index': np.arange(16, dtype=np.int32),
     'mask': np.ones(16, np.float32),
   }
-  result = evaluate.make_evaluator(config, model, mesh)(state.ema_params, [batch])
+  result = evaluate.make_evaluator(config, model, mesh)(state.ema_params, [batch], 16)
   error = np.hypot(result.stderr, PUBLIC['bpd/stderr'])
   assert error < 0.01 * result.value
   assert abs(result.value - PUBLIC['bpd/mean']) < 4 * error

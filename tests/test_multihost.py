@@ -1,6 +1,5 @@
 """Real multi-host JAX on one machine: processes of their own, over loopback."""
 
-import json
 import os
 import pathlib
 import re
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, checkpoint, parallel, train
+from vdm import build, cards, checkpoint, parallel, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDES = [
@@ -146,12 +145,11 @@ def test_many_processes_and_devices_are_one_process_of_one(
   # one checkpoint, one set of metrics and cards, whoever made them
   assert [p.name for p in (two / 'checkpoints').iterdir()] == ['5']
   assert len(list((two / 'tensorboard').glob('events*'))) == 1
-  cards = [
-    json.loads((w / 'cards' / 'bits_per_dim_ema_continuous_step00000005.json').read_text())
-    for w in (one, two)
-  ]
-  assert cards[0]['value'] == pytest.approx(cards[1]['value'], rel=1e-4)
-  assert cards[1]['environment']['num_hosts'] == num_processes
+  both = [next(iter(cards.series(w).values()))[-1] for w in (one, two)]
+  assert both[0]['params'] == 'ema' and both[0]['value'] == pytest.approx(
+    both[1]['value'], rel=1e-4
+  )
+  assert both[1]['environment']['num_hosts'] == num_processes
   assert 'bits_per_dim' in outputs[0]
 
 

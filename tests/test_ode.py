@@ -4,6 +4,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -274,12 +275,17 @@ def test_eval_mode_writes_a_card_for_each_likelihood(tmp_path, rank_promotion_al
   config.eval.likelihood = 'elbo,ode'
   assert look.run(config, tmp_path) == 0
   found = {path.name: json.loads(path.read_text()) for path in (tmp_path / 'cards').glob('*.json')}
-  exact_card = found.pop('ode_bits_per_dim_ema_truncated_normal1_hutchinson_step00000004.json')
-  assert sorted(found) == [f'bits_per_dim_{p}_continuous_step00000004.json' for p in ('ema', 'raw')]
+  (name,) = (name for name in found if name.startswith('ode_'))
+  assert name.startswith('ode_bits_per_dim_ema_truncated_normal1_hutchinson_16_seed0_')
+  exact_card = found.pop(name)
+  elbo, raw = (found[name] for name in sorted(found))
+  assert all(
+    re.fullmatch(r'bits_per_dim_\w+_continuous_16x2_seed0_\w{8}_step0+4\.json', n) for n in found
+  )
+  assert (elbo['params'], raw['params']) == ('ema', 'raw')
   assert exact_card['bound'].startswith('probability-flow ODE, truncated_normal dequantisation')
   assert exact_card['num_images'] == 16 and exact_card['mean_evaluations'] > 6
   assert exact_card['stderr_is'].startswith('standard deviation over images')
-  elbo = found['bits_per_dim_ema_continuous_step00000004.json']
   common = elbo.keys() & exact_card.keys()
   assert {'metric', 'data', 'params', 'config', 'environment', 'log_snr_max'} <= common
   # Four steps from the start both are worse than uniform, log2(17) = 4.1, by not too much.

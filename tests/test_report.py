@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm import report
+from vdm import cards, report
 
 
 class Writer:
@@ -126,3 +126,67 @@ def test_plots_are_pictures(tmp_path):
 @pytest.mark.parametrize('seconds, text', [(5, '0:05'), (65.4, '1:05'), (3723, '1:02:03')])
 def test_durations(seconds, text):
   assert re.fullmatch(text, report._duration(seconds))
+
+
+CARD = {
+  'metric': 'bits_per_dim',
+  'bound': 'continuous-time ELBO',
+  'value': 2.0,
+  'stderr': 0.1,
+  'params': 'ema',
+  'step': 4,
+  'num_images': 360,
+  'whole_split': True,
+  'draws_per_image': 4,
+  'eval_seed': 0,
+  'data': {'split': 'test'},
+  'diffusion_cv': 1.0,
+  'diffusion_cv_linear': 2.0,
+}
+
+
+def curves(monkeypatch, draw):
+  """Label -> (x, y) of the curves with points that `draw` puts into its figure, and its title."""
+  found, titles = {}, []
+
+  def keep(figure, path):
+    for axes in figure.axes:
+      titles.append(axes.get_title())
+      for bars in axes.containers:
+        found[bars.get_label()] = tuple(map(list, bars[0].get_data()))
+
+  monkeypatch.setattr(report, 'save_figure', keep)
+  draw()
+  return found, titles
+
+
+def test_the_history_mixes_no_two_numbers_and_says_what_they_are(tmp_path, monkeypatch):
+  """Another count, draws, seed, bound or split is another curve, whatever is written later."""
+  changes = {
+    'part': dict(num_images=64, whole_split=False, value=9.0),
+    'one': dict(draws_per_image=1, stderr=None),
+    'seed': dict(eval_seed=1),
+    'T': dict(bound='discrete-time ELBO, T = 10'),
+    'split': dict(data={'split': 'train'}),
+    'raw': dict(params='raw'),
+    'ode': dict(bound='probability-flow ODE, uniform dequantisation'),
+  }
+  for step in (4, 2):
+    for name, change in ({'own': {}} | changes).items():
+      path = cards.path_of(tmp_path, ['bits_per_dim'], {'name': name}, step)
+      cards.write(path, CARD | {'step': step, 'value': 2.0 + step / 10} | change)
+  found, (title,) = curves(
+    monkeypatch, lambda: report.plot_history(cards.series(tmp_path), tmp_path / 'x.png')
+  )
+  assert len(found) == 1 + len(changes) and title == ''
+  whole = found['ema parameters, continuous-time ELBO, all 360 images of test, 4 draws, seed 0']
+  assert whole == ([2, 4], [2.2, 2.4])
+  part = found['ema parameters, continuous-time ELBO, first 64 images of test, 4 draws, seed 0']
+  assert part == ([2, 4], [9.0, 9.0])
+
+
+def test_two_series_that_read_alike_end_in_their_hashes_and_the_rest_is_said_once(monkeypatch):
+  found = {f'a_{name}': [CARD] for name in ('11', '22')} | {'b_33': [CARD | {'params': 'raw'}]}
+  found, (title,) = curves(monkeypatch, lambda: report.plot_history(found, None))
+  assert title == 'continuous-time ELBO, all 360 images of test, 4 draws, seed 0'
+  assert set(found) == {'ema parameters 11', 'ema parameters 22', 'raw parameters'}

@@ -44,7 +44,9 @@ def read_run(monkeypatch):
   """A run on disk; the parameter of its newest state is `state.ema_params`."""
   state = types.SimpleNamespace(step=3, params=None, ema_params=jnp.ones(()), averages={})
   monkeypatch.setattr(
-    checkpoint, 'read_run', lambda config, workdir: (stub_model(), parallel.make_mesh(), state)
+    checkpoint,
+    'read_run',
+    lambda config, *_: checkpoint.Run(config, stub_model(), parallel.make_mesh(), state),
   )
   return state
 

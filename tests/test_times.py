@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vdm import times
 
@@ -23,6 +24,28 @@ def test_parts_of_a_batch_get_the_times_of_the_whole(key):
   parts = [times.stratified(key, jnp.arange(24)[part::4], 24) for part in range(4)]
   for number, part in enumerate(parts):
     np.testing.assert_array_equal(whole[number::4], part)
+
+
+@pytest.mark.parametrize('count', [1, 16, 360, 511, 512, 700, 1031])
+def test_blocks_of_an_evaluation_hold_every_example_once_each_with_strata_of_its_own(count, key):
+  index = jnp.arange(count)
+  number, position, size = times.block_of(index, count)
+  assert size.min() >= min(count, times.BLOCK) and size.max() < 2 * times.BLOCK
+  t = times.stratified_in_blocks(key, index, count)
+  for block in range(number.max() + 1):
+    own = np.flatnonzero(number == block)
+    np.testing.assert_array_equal(position[own], np.arange(len(own)))
+    np.testing.assert_array_equal(size[own], len(own))
+    np.testing.assert_array_equal(np.sort(np.floor(t[own] * len(own) + 1e-4)), np.arange(len(own)))
+    assert own.max() - own.min() == len(own) - 1  # consecutive
+  one_u = np.unique(np.round(t * size % 1, 3))
+  assert len(one_u) <= 2 * (number.max() + 1)
+
+
+def test_one_block_is_a_full_batch(key):
+  alone = times.stratified(jax.random.fold_in(key, 0), jnp.arange(360), 360)
+  whole = times.stratified_in_blocks(key, jnp.arange(360), 360)
+  np.testing.assert_allclose(whole, alone, rtol=0, atol=1e-7)  # the division rounds
 
 
 def test_each_time_is_uniform():

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, checkpoint, data, look, parallel, reconstruct, sample, train
+from vdm import build, cards, checkpoint, data, look, parallel, reconstruct, sample, train
 from vdm.gaussian import Prediction, fold_in
 from vdm.nn import layers
 
@@ -35,7 +35,7 @@ def config_of(**settings):
 
 
 def final_state(config, workdir):
-  return checkpoint.read_run(config, workdir)[2]
+  return checkpoint.read_run(config, workdir).state
 
 
 def assert_equal_bit_for_bit(one, other):
@@ -62,12 +62,12 @@ def test_a_run_leaves_checkpoints_cards_samples_plots_and_tensorboard(straight):
     'plots/schedule.png',
     'plots/spectrum.png',
     'samples/progressive_00000004.png',
-    'cards/bits_per_dim_ema_continuous_step00000004.json',
-    'cards/bits_per_dim_raw_continuous_step00000002.json',
   ):
     assert expected in names
   assert any(name.startswith('tensorboard/events') for name in names)
-  card = json.loads((straight / 'cards/bits_per_dim_ema_continuous_step00000004.json').read_text())
+  ema, raw = cards.series(straight).values()
+  assert [c['step'] for c in ema] == [c['step'] for c in raw] == [2, 4]
+  card = ema[-1]
   assert card['metric'] == 'bits_per_dim' and card['step'] == 4 and card['num_images'] == 8
   assert not card['whole_split'] and card['data']['name'] == 'digits'
   assert card['value'] == pytest.approx(sum(term['value'] for term in card['terms'].values()))
@@ -104,8 +104,8 @@ def test_a_finished_run_says_so_and_does_nothing(straight, caplog):
   with caplog.at_level('INFO'):
     assert train.train(config_of(), straight) == 0
   assert 'is done' in caplog.text and 'bits/dim' in caplog.text
-  cards = {path: t for path, t in before.items() if path.parent.name == 'cards'}
-  assert all(path.stat().st_mtime == t for path, t in cards.items())
+  written = {path: t for path, t in before.items() if path.parent.name == 'cards'}
+  assert all(path.stat().st_mtime == t for path, t in written.items())
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -202,7 +202,8 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
   spent = sum(float(r['bits_per_log_snr']) for r in rows) * 13 / len(rows)
   assert float(rows[-1]['bound_with_noise']) == pytest.approx(spent, rel=0.05)
   assert all(float(r['weight']) == 0 for r in rows)  # weight one: all of it on the data itself
-  card = json.loads((straight / 'cards/bits_per_dim_ema_T10_step00000004.json').read_text())
+  (card,) = straight.glob('cards/bits_per_dim_ema_T10_8x2_seed0_*_step00000004.json')
+  card = json.loads(card.read_text())
   assert card['bound'] == 'discrete-time ELBO, T = 10'
   assert sample.run(config, straight) == 0
   (path,) = (straight / 'samples').glob('*/*.npz')

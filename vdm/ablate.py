@@ -14,7 +14,6 @@ called `seed` is what means and spreads are over.
 """
 
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -31,7 +30,19 @@ from absl import app, flags, logging
 from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
-from vdm import build, checkpoint, data, fid, files, main, parallel, report, sample, train
+from vdm import (
+  build,
+  cards,
+  checkpoint,
+  data,
+  fid,
+  files,
+  main,
+  parallel,
+  report,
+  sample,
+  train,
+)
 from vdm.likelihood import to_grid
 from vdm.samplers import num_evaluations
 from vdm.state import named_params
@@ -95,7 +106,8 @@ def _change(run: ConfigDict, axis: str, block: str, change: Any):
 
 def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
   """Writes scores.json: Fréchet distances of samples by network evaluations, w and p of log_snr."""
-  model, mesh, state = checkpoint.read_run(config, workdir)
+  config, model, mesh, state = checkpoint.read_run(config, workdir)
+  config = config.copy_and_resolve_references()
   source = data.load(config.data, 'eval')
   reference = source.fetch(np.arange(len(source)))['image']
   params = named_params(state, config.sample.params)
@@ -112,7 +124,7 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
     'log_snr': np.asarray(log_snr).tolist(),
     'weight': np.asarray(model.weighting(log_snr)).tolist(),
   }
-  files.write(workdir / SCORES, json.dumps(result, indent=2))
+  files.write(workdir / SCORES, files.json_text(result))
 
 
 def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
@@ -130,17 +142,20 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
     path = workdir / folder(labels)
     if (path / SCORES).exists():
       params = config.eval.params.split(',')[-1]
-      cards = map(report.load_json, (path / 'cards').glob(f'bits_per_dim_{params}_*.json'))
-      cards = sorted(cards, key=lambda card: card['step'])
+      series = cards.series(path)
+      bounds = [s for s in series.values() if cards.is_bound(s[0]) and s[0]['params'] == params]
+      scored = max(bounds, key=len)  # what training evaluated, not somebody's look at a part of it
       curves = {
-        'bits': {card['step']: card['value'] for card in cards},
-        'loss': {card['step']: card['training_loss']['value'] for card in cards},
+        'bits': {card['step']: card['value'] for card in scored},
+        'loss': {card['step']: card['training_loss']['value'] for card in scored},
         'train_loss': report.read_scalars(path / 'tensorboard', 'train/loss'),
         'train_cv': report.read_scalars(path / 'tensorboard', 'train/diffusion_cv'),
         'distances': {},
       }
-      for (metric, *_), scored in report.distance_cards(path).items():
-        curves['distances'] |= {metric: {card['step']: card['value'] for card in scored}}
+      for scored in sorted(series.values(), key=len):  # the longest of a metric is training's
+        if cards.is_distance(scored[0]):
+          values = {card['step']: card['value'] for card in scored}
+          curves['distances'] |= {scored[0]['metric']: values}
       yield {'labels': labels} | curves | report.load_json(path / SCORES)
 
 

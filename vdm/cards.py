@@ -10,17 +10,24 @@ import functools
 import importlib.metadata
 import json
 import math
+import os
 import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from absl import logging
 from etils import epath
+from scipy import special
 
 import vdm
 from vdm import files
+
+ODE = 'probability-flow ODE'  # the bound of a card that is no bound begins with it
 
 
 class Field(NamedTuple):
@@ -99,34 +106,128 @@ def git_revision() -> str:
   return ''
 
 
+def stderr_of(values: np.ndarray) -> float | None:
+  """Returns the standard error of the mean of independent values [N]; None for a single one."""
+  return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def error_fields(value: float, stderr: float | None, dof: float) -> dict[str, Any]:
+  """Returns what a card says of an error: it and its degrees of freedom, and the 95 % interval.
+
+  The interval is Student's, so it holds for few degrees of freedom too; None where there is no
+  error.
+  """
+  half = None if stderr is None else float(special.stdtrit(dof, 0.975)) * stderr
+  interval = None if half is None else [value - half, value + half]
+  return {'stderr': stderr, 'stderr_dof': dof, 'interval_95': interval}
+
+
+def plus_minus(value: float, stderr: float | None) -> str:
+  """Returns 'value +- standard error', or the value alone where there is no error."""
+  return f'{value:.4f}' if stderr is None else f'{value:.4f} +- {stderr:.4f}'
+
+
 def write(path: pathlib.Path, card: dict[str, Any]):
   """Writes the card atomically; only the first process of a job does."""
   if jax.process_index():
     return
-  files.write(path, json.dumps(card | {'environment': environment()}, indent=2) + '\n')
+  files.write(path, files.json_text(card | {'environment': environment()}))
+
+
+def path_of(
+  workdir: pathlib.Path, parts: Iterable[Any], settings: dict[str, Any], step: int
+) -> pathlib.Path:
+  """Returns where a card goes, cards/<parts>_<hash of settings>_step<step>.json.
+
+  `settings` hold all that makes it another number, so that no card takes another one's place; the
+  name without its step is that of a series, of the numbers that may share a curve.
+  """
+  name = '_'.join([*map(str, parts), files.short_hash(settings)])
+  return workdir / 'cards' / f'{name}_step{step:08d}.json'
+
+
+def series(*workdirs: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
+  """Returns the cards of the workdirs by series (`path_of`), in the order of their steps.
+
+  Each has its 'path' as well. A file that is no card is passed over, with a warning.
+  """
+  found = {}
+  for workdir in dict.fromkeys(map(epath.Path, workdirs)):
+    for path in sorted((workdir / 'cards').glob('*_step*.json')):
+      try:
+        card = load(path)
+      except ValueError as error:
+        logging.warning('%s', error)
+        continue
+      name = path.name.rpartition('_step')[0]
+      found.setdefault(name, []).append(card | {'path': str(path)})
+  return {name: sorted(cards, key=lambda card: card['step']) for name, cards in found.items()}
+
+
+def is_bound(card: dict[str, Any]) -> bool:
+  """Whether the card is of a variational bound."""
+  return card['metric'] == 'bits_per_dim' and not card['bound'].startswith(ODE)
+
+
+def is_distance(card: dict[str, Any]) -> bool:
+  """Whether the card is of a Fréchet distance."""
+  return card['metric'] == 'fid' or card['metric'].startswith('fd_')
+
+
+def best(cards: list[dict[str, Any]]) -> dict[str, Any]:
+  """Returns the card of the lowest value in a series, the newest of equals."""
+  return min(cards, key=lambda card: (card['value'], -card['step']))
+
+
+def images_of(card: dict[str, Any]) -> str:
+  """Returns which images the card is about: all of a split, or its first ones."""
+  count, split = card['num_images'], card['data']['split']
+  return f'{"all" if card["whole_split"] else "first"} {count:,} images of {split}'
+
+
+def description(card: dict[str, Any]) -> list[str]:
+  """Returns what the number is, but for the step, in as many parts for every card of a kind."""
+  if card['metric'] != 'bits_per_dim':
+    drawn = f'{card["sampler"]}, {card["network_evaluations"]} evaluations'
+    return [card['metric'], f'{card["params"]} parameters', f'{card["num_samples"]} samples', drawn]
+  draws = _at(card, 'draws_per_image') or 1
+  times = f'{draws} draw{"s" if draws > 1 else ""}, seed {card["eval_seed"]}'
+  return [f'{card["params"]} parameters', card['bound'], images_of(card), times]
 
 
 def last_result(workdir: pathlib.Path) -> str:
-  """The newest bits/dim of the averaged parameters, in a sentence; '' where there is none."""
-  found = (epath.Path(workdir) / 'cards').glob('bits_per_dim_ema_*.json')
-  paths = sorted(found, key=lambda path: path.stat().mtime)
-  if not paths:
+  """Returns the bits/dim of the newest step in a sentence that says which; '' if there are none.
+
+  Of several at that step the first of these decides: averaged parameters, the bound, the whole
+  split, the number of images, and of draws.
+  """
+
+  def rank(card):
+    own = card['params'] == 'ema', is_bound(card), card['whole_split'], card['num_images']
+    return card['step'], *own, _at(card, 'draws_per_image') or 1
+
+  found = [cards for cards in series(workdir).values() if cards[0]['metric'] == 'bits_per_dim']
+  if not found:
     return ''
-  card = json.loads(paths[-1].read_text())
-  split, stderr = card['data']['split'], card['stderr']
+  cards = max(found, key=lambda cards: rank(cards[-1]))
+  card, lowest = cards[-1], best(cards)
+  value = plus_minus(card['value'], card['stderr'])
+  whose = 'the best' if lowest is card else f'the best is {lowest["value"]:.4f} at {lowest["step"]}'
   return (
-    f'{split}: {card["value"]:.4f} +- {stderr:.4f} bits/dim at step {card["step"]} ({paths[-1]}).'
+    f'{", ".join(description(card))}: {value} bits/dim at step {card["step"]}, '
+    f'{whose} of {len(cards)} ({card["path"]}).'
   )
 
 
-def load(path: str) -> dict[str, Any]:
+def load(path: os.PathLike | str) -> dict[str, Any]:
   """The card in a file.
 
   Raises:
     ValueError: there is none.
   """
   try:
-    card = json.loads(pathlib.Path(path).read_text())
+    # what is no JSON number, in cards of before, is as good as none
+    card = json.loads(epath.Path(path).read_text(), parse_constant=lambda _: None)
   except OSError as error:
     raise ValueError(f'{path} cannot be read ({error.strerror}); give a JSON file.') from error
   except ValueError as error:
@@ -153,7 +254,7 @@ def facts(card: dict[str, Any]) -> dict[str, Any]:
     derived['data'] = {'num_bits': 0, 'resize': False} | at('data')
   own, other = at('config.schedule.name'), at('config.eval.schedule.name')
   bound = str(at('bound') or '')
-  if bound.startswith('probability-flow ODE'):
+  if bound.startswith(ODE):
     ode = at('config.eval.ode') or {}
     derived['estimate'] = (
       f'ODE, {_at(ode, "dequantization")} dequantisation, K = {_at(ode, "importance_samples")}'

@@ -16,7 +16,7 @@ import math
 import types
 import zlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +55,27 @@ _FREE_LEAVES = (
 )
 
 
+CONFIG = 'config.json'
+# What a command that only reads a run takes from the config it is given: the rest is the run's own.
+READING_BLOCKS = ('eval', 'sample', 'fid', 'parallel')
+READING_LEAVES = (
+  ('data', 'dir'),
+  ('data', 'eval_split'),
+  ('data', 'eval_images'),
+  ('model', 'scan_blocks'),
+  ('ema', 'reconstruct_std'),
+)
+
+
+class Run(NamedTuple):
+  """A run as it was read."""
+
+  config: ConfigDict  # its own, but for what reading may choose
+  model: build.Model
+  mesh: Mesh
+  state: Any
+
+
 def open_workdir(workdir: str, config: ConfigDict) -> None:
   """Creates the workdir, or finds the same run in it, and writes `config` to its `config.json`.
 
@@ -68,30 +89,13 @@ def open_workdir(workdir: str, config: ConfigDict) -> None:
     ValueError: the workdir cannot be written, or holds a run with another config: another value of
       any leaf that changes what is trained.
   """
+  check_writable(workdir, '--workdir', 'choose another --workdir')
   path = epath.Path(workdir)
-  probe = path / f'.probe_{jax.process_index()}'
-  try:
-    path.mkdir(parents=True, exist_ok=True)
-    probe.write_text('')
-    probe.unlink()
-  except OSError as error:
-    cause = error.strerror or error
-    raise ValueError(
-      f'--workdir={workdir} cannot be written ({cause}); choose another --workdir.'
-    ) from error
-
   parallel.keep_compiled(path / 'xla_cache')
-  file = path / 'config.json'
-  text = json.dumps(config.to_dict(), indent=2)
+  file = path / CONFIG
+  text = files.json_text(config.to_dict())
   if file.exists():
-    try:
-      saved = _flat(json.loads(file.read_text()))
-    except (ValueError, AttributeError) as error:
-      raise ValueError(
-        f'--workdir={workdir} holds a config.json that cannot be read ({error}); '
-        'choose another --workdir, or restore that file.'
-      ) from error
-    differences = _differences(saved, _flat(json.loads(text)))
+    differences = _differences(_flat(_saved_config(workdir)), _flat(json.loads(text)))
     if differences:
       raise ValueError(
         f'--workdir={workdir} holds a run with {", and ".join(differences)}; '
@@ -99,6 +103,74 @@ def open_workdir(workdir: str, config: ConfigDict) -> None:
       )
   if jax.process_index() == 0:
     files.write(file, text)
+
+
+def check_writable(folder: str, flag: str, remedy: str):
+  """Makes the folder that `flag` names.
+
+  Raises:
+    ValueError: nothing can be written there; `remedy` says what to do.
+  """
+  path = epath.Path(folder)
+  probe = path / f'.probe_{jax.process_index()}'
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    cause = error.strerror or error
+    raise ValueError(f'{flag}={folder} cannot be written ({cause}); {remedy}.') from error
+
+
+def out_folder(workdir: epath.Path, out: epath.Path | None) -> epath.Path:
+  """Returns where a command that reads a run writes what it makes, --out or else the workdir.
+
+  Raises:
+    ValueError: nothing can be written there.
+  """
+  if out:
+    check_writable(out, '--out', 'choose another --out')
+    return out
+  check_writable(workdir, '--workdir', 'name a folder for what is made, --out=DIR')
+  return workdir
+
+
+def _saved_config(workdir: str) -> dict[str, Any]:
+  """The config.json of a workdir, with lists where the config has tuples."""
+  try:
+    saved = json.loads((epath.Path(workdir) / CONFIG).read_text())
+    _flat(saved)
+  except (OSError, ValueError, AttributeError) as error:
+    cause = (isinstance(error, OSError) and error.strerror) or error
+    raise ValueError(
+      f'--workdir={workdir} holds a {CONFIG} that cannot be read ({cause}); '
+      'choose another --workdir, or restore that file.'
+    ) from error
+  return saved
+
+
+def own_config(workdir: str, given: ConfigDict) -> ConfigDict:
+  """Returns the config of the run in a workdir, with what reading it may choose from `given`.
+
+  That is how to evaluate, sample, score and split over devices (READING_BLOCKS), and where the data
+  is. What the run is older than has its default, as in `configs/default.py`.
+  """
+  config, defaults = ConfigDict(_with_tuples(_saved_config(workdir))), default.get_config()
+  for name, block in defaults.items():
+    if name not in config:
+      config[name] = block
+    elif isinstance(block, ConfigDict):
+      # a network, say, does not take the leaves of every other one
+      mine = [leaf for leaf in block if 'name' not in block or leaf in given[name]]
+      for leaf in mine:
+        if leaf not in config[name]:
+          config[name][leaf] = block[leaf]
+  for name in READING_BLOCKS:
+    config[name] = given[name].copy_and_resolve_references()
+  for block, leaf in READING_LEAVES:
+    if leaf in given[block] and leaf in config[block]:
+      config[block][leaf] = given[block][leaf]
+  return config.lock()
 
 
 def _flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
@@ -116,7 +188,7 @@ def _differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
   free = _FREE_LEAVES
   if new.get('optimizer.decay') == 'constant':
     free += ('train.num_steps',)  # a cosine is stretched to num_steps: there it belongs to the run
-  defaults = _flat(json.loads(json.dumps(default.get_config().to_dict())))
+  defaults = _flat(_plain(default.get_config()))
   lines = []
   for leaf in sorted(saved.keys() | new.keys()):
     if leaf in free or leaf.startswith(_FREE_BLOCKS):
@@ -185,6 +257,7 @@ def save(
   if step in manager.all_steps():
     return False
   metrics = {name: float(value) for name, value in (metrics or {}).items()}
+  metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # for JSON
   leaves = {
     name: [*_signature(leaf), checksum]
     for (name, leaf), checksum in zip(_named(state).items(), _checksums(state), strict=True)
@@ -253,19 +326,30 @@ def restore(
   )
 
 
-def read_run(config: ConfigDict, workdir: str) -> tuple[build.Model, Mesh, Any]:
-  """The model, the mesh and the newest state of a run, to evaluate it or to sample from it.
+def read_run(config: ConfigDict, workdir: str, step: str = 'newest') -> Run:
+  """Reads a run, to evaluate it or to sample from it, by its own config (`own_config`).
+
+  Nothing is written, so that the workdir may be read-only, or be trained in meanwhile.
+
+  Args:
+    config: as the user gave it.
+    workdir: of the run.
+    step: 'newest', 'best' (the lowest bits/dim among the checkpoints), or a number.
 
   Raises:
-    ValueError: there is no checkpoint, it cannot be restored, or the workdir holds another run.
+    ValueError: there is no such checkpoint, it cannot be restored, or config.json cannot.
   """
-  model = build.model(config)
-  build.check_devices(config, jax.device_count())
-  mesh = parallel.make_mesh(config.parallel.fsdp)
   if not (epath.Path(workdir) / 'checkpoints').exists():
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
-  open_workdir(workdir, config)
-  return model, mesh, _newest(workdir, config, model, mesh)
+  own = own_config(workdir, config)
+  differences = _differences(_flat(_saved_config(workdir)), _flat(_plain(config)))
+  if differences:
+    logging.info('%s is read by its own config: it has %s', workdir, ', and '.join(differences))
+  parallel.keep_compiled(files.cache_folder() / 'xla')
+  model = build.model(own)
+  build.check_devices(own, jax.device_count())
+  mesh = parallel.make_mesh(own.parallel.fsdp)
+  return Run(own, model, mesh, _state(workdir, own, model, mesh, step))
 
 
 def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[build.Model, Any]:
@@ -276,13 +360,13 @@ def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[buil
       makes other images than the model of `config`.
   """
   workdir = config.sample.guidance.checkpoint
-  file = epath.Path(workdir) / 'config.json'
-  if not (file.exists() and (epath.Path(workdir) / 'checkpoints').exists()):
+  folder = epath.Path(workdir)
+  if not ((folder / CONFIG).exists() and (folder / 'checkpoints').exists()):
     raise ValueError(
       f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
-      'with config.json and checkpoints; train it first, or name another.'
+      f'with {CONFIG} and checkpoints; train it first, or name another.'
     )
-  guide_config = ConfigDict(_with_tuples(json.loads(file.read_text())))
+  guide_config = own_config(workdir, config)
   own, other = config.model.name, guide_config.model.name
   field, remedy = 'sample.guidance.checkpoint', 'name another run'
   # A guide is to make the model's own mistakes, only more of them (arXiv 2406.02507, section 3).
@@ -296,16 +380,30 @@ def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[buil
     f'not {guide.num_values} and {guide.image_shape}',
     remedy,
   )
-  return guide, _newest(workdir, guide_config, guide, mesh)
+  return guide, _state(workdir, guide_config, guide, mesh, 'newest')
 
 
-def _newest(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh) -> Any:
+def _state(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh, step: str) -> Any:
+  """The state at `step`, which is 'newest', 'best' or a number."""
   with manager(workdir) as reader:
-    step = latest_step(reader)
-    if step is None:
+    steps, lowest = sorted(reader.all_steps()), best_step(reader)
+    if not steps:
       raise ValueError(f'--workdir={workdir} holds no finished checkpoint yet; wait for the first.')
+    named = {'newest': steps[-1], 'best': lowest} | {str(number): number for number in steps}
+    there = f'--workdir={workdir} holds the steps {", ".join(map(str, steps))}'
+    if step not in named:
+      raise ValueError(f'--step={step} is not there: {there}; choose one, or newest, or best.')
+    if named[step] is None:
+      raise ValueError(f'--step=best is not known: {there}, none of them evaluated; choose one.')
+    best = 'none was evaluated' if lowest is None else f'the best by bits/dim is {lowest}'
+    logging.info('%s: step %d of %s; %s', workdir, named[step], ', '.join(map(str, steps)), best)
     abstract = parallel.abstract_state(mesh, build.init_state(config, model))
-    return restore(reader, abstract, step)[0]
+    return restore(reader, abstract, named[step])[0]
+
+
+def _plain(config: ConfigDict) -> dict[str, Any]:
+  """As JSON has it, with lists for tuples."""
+  return json.loads(json.dumps(config.to_dict()))
 
 
 def _with_tuples(value: Any) -> Any:

@@ -143,6 +143,11 @@ def train_batches(
   return _iterate(range(start_step, sys.maxsize), batch, source)
 
 
+def num_eval_images(source: Source, max_images: int) -> int:
+  """Returns how many images an evaluation counts: at most `max_images`; 0: the whole split."""
+  return min(max_images or len(source), len(source))
+
+
 def eval_batches(
   source: Source,
   *,
@@ -165,7 +170,7 @@ def eval_batches(
     filling, 'index': int32 [b], position of the image in the split}.
   """
   local = _local_batch_size('eval', batch_size, process_count)
-  total = min(max_images or len(source), len(source))
+  total = num_eval_images(source, max_images)
 
   def batch(step):
     rows = step * batch_size + process_index * local + np.arange(local)

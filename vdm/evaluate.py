@@ -1,5 +1,6 @@
 """Bits per dimension of a whole split, each image once, with its standard error."""
 
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterable
@@ -17,7 +18,7 @@ from vdm.gaussian import fold_in, standard_normal
 from vdm.likelihood import bits_per_dim
 from vdm.losses import DiffusionTerm, coefficients_of_variation, moments, variational_bound
 from vdm.state import named_params
-from vdm.times import stratified
+from vdm.times import BLOCK, stratified_in_blocks
 
 NUM_BINS = 20
 TERMS = ('recon', 'prior', 'diffusion')
@@ -38,18 +39,18 @@ def log_snr_bins(
 
 
 def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
-  """step(params, batch, batch_number, seed) -> sums over the batch's real images, in bits per dim.
+  """step(params, batch, num_images, seed) -> what each image of the batch has, and sums over it.
 
-  'terms' [draws, 3] over images, 'loss' [draws] the training loss in nats/dim; 'image' the sum,
-  and 'image_squared' the sum of squares, of each image's mean over draws; 'bins' and 'moments' [3]
-  of the diffusion term.
+  Of each image: 'terms' [draws, B, 3] in bits/dim and 'loss' [draws, B], the training loss in
+  nats/dim, beside the batch's 'index' and 'mask'. Summed over those that count: 'bins' and
+  'moments' [3] of the diffusion term. Every random number of an image is a function of its index,
+  the seed and `num_images`, of the whole evaluation: none knows of batches, devices or hosts.
   """
   num_dims = math.prod(model.image_shape)
   settings = config.eval
 
-  def step(params, batch, batch_number, seed):
+  def step(params, batch, num_images, seed):
     u, index, mask = batch['image'].astype(jnp.int32), batch['index'], batch['mask']
-    position = index % settings.batch_size  # eval batches are consecutive parts of the split
     denoiser, schedule = model.denoiser(params, batch['label']), model.schedule(params)
     ends = schedule(jnp.array([0.0, 1.0]))
 
@@ -61,7 +62,7 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
         schedule,
         model.weighting,
         u,
-        stratified(jax.random.fold_in(key_t, batch_number), position, settings.batch_size),
+        stratified_in_blocks(key_t, index, num_images),
         standard_normal(fold_in(key_recon, index), model.image_shape),
         standard_normal(fold_in(key_eps, index), model.image_shape),
         model.num_values,
@@ -73,15 +74,14 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
       diffusion = bound.diffusion._replace(loss=terms[:, 2])
       spread = mask @ moments(diffusion, ends[0] - ends[1])
       bins = log_snr_bins(diffusion, ends, num_dims, mask)
-      return mask @ terms, mask @ loss, terms.sum(axis=1), bins, spread
+      return terms, loss, bins, spread
 
-    terms, loss, image, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
-    image = image.mean(axis=0)
+    terms, loss, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
     return {
       'terms': terms,
       'loss': loss,
-      'image': mask @ image,
-      'image_squared': mask @ image**2,
+      'index': index,
+      'mask': mask,
       'bins': jax.tree.map(lambda a: a.sum(axis=0), bins),
       'moments': spread.mean(axis=0),
     }
@@ -90,62 +90,76 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
 
 
 class BitsPerDim(NamedTuple):
-  """An evaluation. `stderr` is the Monte Carlo error of the value for these very images (nan for a
-  single draw); `stderr_images` the error as an estimate for the population they come from. `cv` are
-  the coefficients of variation of the diffusion term (`losses.coefficients_of_variation`)."""
+  """An evaluation. `stderr` is the Monte Carlo error of the value for these very images, `dof` its
+  degrees of freedom: a single draw has none, and no error. `stderr_images` is the error as an
+  estimate for the population they come from, None for a single image. `cv` are the coefficients of
+  variation of the diffusion term (`losses.coefficients_of_variation`)."""
 
   value: float
-  stderr: float
-  stderr_images: float
-  terms: dict[str, dict[str, float]]
+  stderr: float | None
+  dof: float
+  stderr_images: float | None
+  terms: dict[str, dict[str, float | None]]
   num_images: int
-  loss: tuple[
-    float, float
-  ]  # the training loss on these images, nats/dim, and its Monte Carlo error
+  # the training loss on these images, nats/dim, and its Monte Carlo error
+  loss: tuple[float, float | None]
   bins: np.ndarray  # [NUM_BINS] bits/dim per unit of log-SNR, nan where none fell
   cv: tuple[float, float]
 
 
-def summarize(sums: list[dict], counts: list[int]) -> BitsPerDim:
-  """From the sums of every batch, in float64.
+def summarize(parts: list[dict]) -> BitsPerDim:
+  """From what `make_eval_step` says of every batch, in float64.
 
-  Batches and draws are independent, and t is stratified within a batch, so the spread of a batch's
-  total over draws is what its Monte Carlo error is estimated from.
+  Draws are independent, and so are blocks of images (`times.block_of`), which have strata of their
+  own. So the error is that of the blocks' totals over draws: Student's t with as many degrees of
+  freedom as variances in proportion to the blocks' sizes give (Welch and Satterthwaite).
   """
-  num_images = sum(counts)
-  terms = np.stack([s['terms'] for s in sums]).astype(np.float64)  # [batches, draws, 3]
+  joined = {
+    k: np.concatenate(
+      [np.moveaxis(part[k], 1, 0) if part[k].ndim > 1 else part[k] for part in parts]
+    )
+    for k in ('index', 'mask', 'terms', 'loss')
+  }
+  kept = np.flatnonzero(joined['mask'])
+  order = kept[np.argsort(joined['index'][kept])]
+  num_images = len(order)
+  terms, loss = (joined[k][order].astype(np.float64) for k in ('terms', 'loss'))  # [N draws (3)]
   draws = terms.shape[1]
+  starts = np.arange(0, max(num_images - BLOCK, 0) + 1, BLOCK)
+  sizes = np.diff([*starts, num_images])
+  dof = float((draws - 1) * num_images**2 / (sizes**2).sum())
 
-  def mean_and_error(totals):  # [batches, draws]
+  def mean_and_error(values):  # [N draws]
+    mean = float(values.mean())
     if draws == 1:
-      return totals.sum() / num_images, math.nan
-    variance = totals.var(axis=1, ddof=1) / draws
-    return totals.mean(axis=1).sum() / num_images, math.sqrt(variance.sum()) / num_images
+      return mean, None
+    totals = np.add.reduceat(values, starts)
+    return mean, float(np.sqrt(totals.var(axis=1, ddof=1).sum() / draws) / num_images)
 
-  value, stderr = mean_and_error(terms.sum(axis=2))
-  loss = mean_and_error(np.stack([s['loss'] for s in sums]).astype(np.float64))
+  per_image = terms.sum(axis=2)
+  value, stderr = mean_and_error(per_image)
   per_term = dict(zip(TERMS, map(mean_and_error, np.moveaxis(terms, 2, 0)), strict=True))
-  mean = sum(s['image'].astype(np.float64) for s in sums) / num_images
-  square = sum(s['image_squared'].astype(np.float64) for s in sums) / num_images
-  bins = {k: sum(s['bins'][k].astype(np.float64) for s in sums) for k in ('sum', 'count')}
+  bins = {k: sum(part['bins'][k].astype(np.float64) for part in parts) for k in ('sum', 'count')}
   with np.errstate(invalid='ignore'):
     bins = bins['sum'] / bins['count']
+  moments = sum(part['moments'].astype(np.float64) for part in parts) / num_images
   return BitsPerDim(
-    value=float(value),
-    stderr=float(stderr),
-    stderr_images=math.sqrt(max(0.0, square - mean**2) / max(1, num_images - 1)),
-    terms={k: {'value': float(v), 'stderr': float(e)} for k, (v, e) in per_term.items()},
+    value=value,
+    stderr=stderr,
+    dof=dof,
+    stderr_images=cards.stderr_of(per_image.mean(axis=1)),
+    terms={name: {'value': v, 'stderr': e} for name, (v, e) in per_term.items()},
     num_images=num_images,
-    loss=tuple(map(float, loss)),
+    loss=mean_and_error(loss),
     bins=bins,
-    cv=coefficients_of_variation(sum(s['moments'].astype(np.float64) for s in sums) / num_images),
+    cv=coefficients_of_variation(moments),
   )
 
 
 def make_evaluator(
   config: ConfigDict, model: build.Model, mesh: Mesh
-) -> Callable[[Any, Iterable[dict]], BitsPerDim]:
-  """(params, batches) -> BitsPerDim; compiled once, then used for any parameters.
+) -> Callable[[Any, Iterable[dict], int], BitsPerDim]:
+  """(params, batches, number of images) -> BitsPerDim; compiled once, for any parameters.
 
   With a config.eval.schedule, which lies between the end points of the parameters, once for each.
   """
@@ -157,16 +171,17 @@ def make_evaluator(
 
   own = compile_for(model)
 
-  def evaluate(params, batches):
-    sums, compiled = [], own
+  def evaluate(params, batches, num_images):
+    parts, compiled = [], own
     if config.eval.schedule.name != 'schedule':
       fixed = build.other_schedule(config, 'eval.schedule', model.schedule(params))
       compiled = compile_for(model._replace(schedule=lambda params: fixed))
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
-    for number, batch in enumerate(on_devices):
-      sums.append((compiled(params, batch, number, config.eval.seed), batch['mask'].sum()))
-    sums, counts = zip(*jax.device_get(sums), strict=True)
-    return summarize(list(sums), [int(c) for c in counts])
+    launched = (compiled(params, batch, num_images, config.eval.seed) for batch in on_devices)
+    # the next batch is under way while the last one is fetched
+    for part, _ in itertools.pairwise(itertools.chain(launched, [None])):
+      parts.append(jax.device_get(part))
+    return summarize(parts)
 
   return evaluate
 
@@ -208,22 +223,45 @@ def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
   bound = f'discrete-time ELBO, T = {steps}' if steps else 'continuous-time ELBO'
   return {
     'value': result.value,
-    'stderr': result.stderr,
+    **cards.error_fields(result.value, result.stderr, result.dof),
     'stderr_images': result.stderr_images,
     'terms': result.terms,
     'bound': bound if schedule == 'schedule' else f'{bound}, {schedule} schedule',
     'num_images': result.num_images,
     'draws_per_image': config.eval.draws,
     'training_loss': {'value': result.loss[0], 'stderr': result.loss[1]},
-    'diffusion_cv': result.cv[0],
-    'diffusion_cv_linear': result.cv[1],
-    'bits_per_dim_per_log_snr': [None if math.isnan(b) else float(b) for b in result.bins],
+    'diffusion_cv': _or_none(result.cv[0]),
+    'diffusion_cv_linear': _or_none(result.cv[1]),
+    'bits_per_dim_per_log_snr': list(map(_or_none, result.bins)),
   }
+
+
+def _or_none(number: float) -> float | None:
+  """What a card has for a number that could not be estimated: JSON has no NaN."""
+  return None if math.isnan(number) else float(number)
 
 
 def _ends(model: build.Model, params: Any) -> tuple[float, float]:
   """log_snr_max and log_snr_min."""
   return tuple(map(float, jax.device_get(model.schedule(params)(jnp.array([0.0, 1.0])))))
+
+
+def card_path(
+  config: ConfigDict, source: data.Source, name: str, step: int, workdir: pathlib.Path
+) -> pathlib.Path:
+  """Returns where the card of a bound goes (`cards.path_of`): cards/bits_per_dim_<name of the
+  parameters>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json."""
+  settings, num_images = config.eval, data.num_eval_images(source, config.eval.max_images)
+  time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
+  own = [] if settings.schedule.name == 'schedule' else [settings.schedule.name]
+  times = f'{num_images}x{settings.draws}', f'seed{settings.seed}'
+  same = ('num_timesteps', 'schedule', 'draws', 'seed')
+  made_of = {k: v for k, v in settings.to_dict().items() if k in same} | {
+    'num_images': num_images,
+    'data': source.identity,
+    'dtype': str(build.dtype(config)),
+  }
+  return cards.path_of(workdir, ('bits_per_dim', name, time, *own, *times), made_of, step)
 
 
 def evaluate_and_write(
@@ -234,13 +272,9 @@ def evaluate_and_write(
   train_state: Any,
   workdir: pathlib.Path,
 ) -> dict[str, BitsPerDim]:
-  """Scores config.eval.params on the split and writes a card for each:
-  cards/bits_per_dim_<params>_T<T>_step<step>.json."""
-  step, steps = int(train_state.step), config.eval.num_timesteps
-  time = f'T{steps}' if steps else 'continuous'
-  if config.eval.schedule.name != 'schedule':
-    time += f'_{config.eval.schedule.name}'
-  results = {}
+  """Scores config.eval.params on the split and writes a card for each (`card_path`)."""
+  step, results = int(train_state.step), {}
+  num_images = data.num_eval_images(source, config.eval.max_images)
   for name in config.eval.params.split(','):
     params = named_params(train_state, name)
     batches = data.eval_batches(
@@ -250,8 +284,8 @@ def evaluate_and_write(
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
-    results[name] = evaluator(params, batches)
-    path = workdir / 'cards' / f'bits_per_dim_{name}_{time}_step{step:08d}.json'
+    results[name] = evaluator(params, batches, num_images)
+    path = card_path(config, source, name, step, workdir)
     fields = elbo_fields(config, results[name])
     write_card(path, config, source.identity, name, step, _ends(model, params), fields)
   return results
@@ -265,13 +299,27 @@ def evaluate_ode_and_write(
   train_state: Any,
   workdir: pathlib.Path,
 ) -> evaluate_ode.OdeBitsPerDim:
-  """Scores config.eval.ode.params by the ODE and writes its card:
-  cards/ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_step<step>.json."""
+  """Scores config.eval.ode.params by the ODE and writes its card (`cards.path_of`): cards/
+  ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_<images>_seed<seed>_<hash>_step<step>.json.
+  """
   settings, step = config.eval.ode, int(train_state.step)
   params = named_params(train_state, settings.params)
   result = evaluate_ode.evaluate(config, model, mesh, source, params)
-  how = f'{settings.dequantization}{settings.importance_samples}_{settings.trace}'
-  path = workdir / 'cards' / f'ode_bits_per_dim_{settings.params}_{how}_step{step:08d}.json'
+  parts = (
+    'ode_bits_per_dim',
+    settings.params,
+    f'{settings.dequantization}{settings.importance_samples}',
+    settings.trace,
+    result.num_images,
+    f'seed{config.eval.seed}',
+  )
+  made_of = settings.to_dict() | {
+    'seed': config.eval.seed,
+    'num_images': result.num_images,
+    'data': source.identity,
+    'dtype': str(build.dtype(config)),
+  }
+  path = cards.path_of(workdir, parts, made_of, step)
   fields = evaluate_ode.card_fields(config, result)
   write_card(path, config, source.identity, settings.params, step, _ends(model, params), fields)
   return result
@@ -282,11 +330,10 @@ def say(results: dict[str, BitsPerDim], step: int):
   for name, result in results.items():
     terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
     logging.info(
-      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim (%s)',
+      '%s parameters, step %d, %d images: %s bits/dim (%s)',
       name,
       step,
       result.num_images,
-      result.value,
-      result.stderr,
+      cards.plus_minus(result.value, result.stderr),
       terms,
     )

@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, data, ode, parallel
+from vdm import build, cards, data, ode, parallel
 from vdm.gaussian import fold_in
 from vdm.likelihood import bits_per_dim
 
@@ -27,7 +27,7 @@ class OdeBitsPerDim(NamedTuple):
   """An evaluation; `stderr` is what STDERR says."""
 
   value: float
-  stderr: float
+  stderr: float | None  # None for a single image
   num_images: int
   evaluations: float  # of the network and its vector-Jacobian product: mean over images
   max_evaluations: int  # of the image that took most
@@ -127,7 +127,7 @@ def summarize(sums: list[dict]) -> OdeBitsPerDim:
   variance = max(0.0, total['bits_squared'] / n - mean**2)
   return OdeBitsPerDim(
     value=float(mean),
-    stderr=math.sqrt(variance / max(1, n - 1)),
+    stderr=math.sqrt(variance / (n - 1)) if n > 1 else None,
     num_images=int(n),
     evaluations=float(total['evaluations'] / n),
     max_evaluations=int(max(part['max_evaluations'] for part in sums)),
@@ -145,7 +145,7 @@ def evaluate(
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )
-  num_images = min(config.eval.max_images or len(source), len(source))
+  num_images = data.num_eval_images(source, config.eval.max_images)
   return make_evaluator(config, model, mesh)(params, batches, num_images)
 
 
@@ -159,7 +159,7 @@ def card_fields(config: ConfigDict, result: OdeBitsPerDim) -> dict[str, Any]:
   )
   return {
     'value': result.value,
-    'stderr': result.stderr,
+    **cards.error_fields(result.value, result.stderr, result.num_images - 1),
     'stderr_is': STDERR,
     'bound': f'probability-flow ODE, {settings.dequantization} dequantisation, '
     f'{settings.importance_samples} importance sample(s), {trace}, '

@@ -1,8 +1,12 @@
 """Files of a run, in a local directory or on gs://: whole, or not there."""
 
+import hashlib
 import io
+import json
+import math
 import os
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -14,11 +18,41 @@ def absolute(path: os.PathLike | str) -> epath.Path:
   return path if '://' in str(path) else path.absolute()
 
 
+def cache_folder() -> pathlib.Path:
+  """Returns where this user's weights, references and compiled code are kept by default."""
+  return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'vdm'
+
+
 def content(save: Callable[[BinaryIO], Any]) -> bytes:
   """What `save(file)` writes, for a library that has to seek, which files on gs:// cannot."""
   file = io.BytesIO()
   save(file)
   return file.getvalue()
+
+
+def json_text(tree: Any, indent: int | None = 2) -> str:
+  """Returns plain values as JSON that every reader takes: it has no NaN and no infinity.
+
+  Raises:
+    ValueError: a number is not finite; what may lack a number holds None instead.
+  """
+  for field, value in _leaves(tree, ''):
+    if isinstance(value, float) and not math.isfinite(value):
+      raise ValueError(f'{field}={value} must be a finite number: JSON has no other.')
+  return json.dumps(tree, indent=indent, allow_nan=False) + '\n'
+
+
+def _leaves(tree: Any, field: str) -> Iterator[tuple[str, Any]]:
+  if isinstance(tree, dict | list | tuple):
+    for name, part in tree.items() if isinstance(tree, dict) else enumerate(tree):
+      yield from _leaves(part, f'{field}.{name}' if field else str(name))
+  else:
+    yield field, tree
+
+
+def short_hash(settings: dict[str, Any]) -> str:
+  """Returns eight hexadecimal digits that distinguish settings of plain values."""
+  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def write(path: os.PathLike | str, data: bytes | str):

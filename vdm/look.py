@@ -12,7 +12,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, checkpoint, data, evaluate, progressive, report, sample, score
+from vdm import build, cards, checkpoint, data, evaluate, progressive, report, sample, score
 from vdm.augmented import augmented
 from vdm.likelihood import to_grid
 from vdm.state import named_params
@@ -45,7 +45,7 @@ def make_look(
       for name, result in results.items()
       for k, v in (
         ('bits_per_dim', result.value),
-        ('stderr', result.stderr),
+        *([] if result.stderr is None else [('stderr', result.stderr)]),
         ('loss', result.loss[0]),
         ('diffusion_cv', result.cv[0]),
         ('diffusion_cv_linear', result.cv[1]),
@@ -73,12 +73,18 @@ def make_look(
 
 
 def make_pictures(
-  config: ConfigDict, model: build.Model, mesh: Mesh, source: data.Source, workdir: pathlib.Path
+  config: ConfigDict,
+  model: build.Model,
+  mesh: Mesh,
+  source: data.Source,
+  workdir: pathlib.Path,
+  *with_cards_of: pathlib.Path,
 ) -> Callable[[Any, dict[str, np.ndarray]], dict[str, np.ndarray]]:
   """pictures(state, curves) -> name -> uint8 [H W C], all but the samples, written to the workdir.
 
-  `curves` are bits/dim per unit of log-SNR by bin, for each set of parameters. To be called on
-  every host; the first one writes.
+  `curves` are bits/dim per unit of log-SNR by bin, for each set of parameters. The history is that
+  of the cards of the workdir and of other ones, `with_cards_of`. To be called on every host; the
+  first one writes.
   """
   denoise = progressive.make_denoise(model, mesh)
   most = SPECTRUM_VALUES // math.prod(model.image_shape)
@@ -98,52 +104,66 @@ def make_pictures(
     columns = progressive.NUM_LEVELS
     picture = progressive.picture_of(z, x_hat, model.num_values)
     picture = sample.grid(picture, model.num_values, columns)
-    step, plots = int(train_state.step), workdir / 'plots'
+    step, plots, found = (
+      int(train_state.step),
+      workdir / 'plots',
+      cards.series(*with_cards_of, workdir),
+    )
     sample.save_png(workdir / 'samples' / f'progressive_{step:08d}.png', picture)
     ends = log_snr[0], log_snr[-1]
     return {
       'progressive': picture,
       'diffusion_loss': report.plot_bins(curves, ends, plots / 'diffusion_loss.png'),
-      'schedule': report.plot_schedule(workdir, log_snr, plots / 'schedule.png'),
+      'schedule': report.plot_schedule(found, log_snr, plots / 'schedule.png'),
       'spectrum': report.plot_spectrum(*spectrum, levels, plots / 'spectrum.png'),
-      'history': report.plot_history(workdir, plots / 'bits_per_dim.png'),
+      'history': report.plot_history(found, plots / 'bits_per_dim.png'),
     }
 
   return pictures
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> int:
-  """--mode=eval: scores the newest checkpoint as config.eval.likelihood says, and plots it."""
-  model, mesh, train_state = checkpoint.read_run(config, workdir)
+def run(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  step: str = 'newest',
+  out: pathlib.Path | None = None,
+) -> int:
+  """--mode=eval: scores a checkpoint as config.eval.likelihood says, and plots it.
+
+  `step` chooses it as in `checkpoint.read_run`. All that is made goes to `out`, the workdir unless
+  it is given; the workdir's own cards are in the plots in any case.
+  """
+  config, model, mesh, train_state = checkpoint.read_run(config, workdir, step)
+  folder = checkpoint.out_folder(workdir, out)
   source = data.load(config.data, 'eval')
   step = int(train_state.step)
   if 'elbo' in config.eval.likelihood:
     evaluator = evaluate.make_evaluator(config, model, mesh)
-    results = evaluate.evaluate_and_write(config, model, evaluator, source, train_state, workdir)
+    results = evaluate.evaluate_and_write(config, model, evaluator, source, train_state, folder)
     evaluate.say(results, step)
     curves = {name: result.bins for name, result in results.items()}
-    make_pictures(config, model, mesh, source, workdir)(train_state, curves)
+    make_pictures(config, model, mesh, source, folder, workdir)(train_state, curves)
     if config.eval.augmented_elbo and jax.process_index() == 0:
       for name, result in results.items():
         ends = jax.device_get(
           model.schedule(named_params(train_state, name))(jnp.array([1.0, 0.0]))
         )
-        write_augmented(config, model, name, step, ends, result, workdir)
+        card = evaluate.card_path(config, source, name, step, folder)
+        write_augmented(config, model, name, ends, result, card)
   if config.eval.fid:
     sampler = sample.make_sampler(config, model, mesh)
-    scorer = score.make_scorer(config, model, mesh, workdir, config.fid.num_images)
+    scorer = score.make_scorer(config, model, mesh, folder, config.fid.num_images)
     batches = sampler(named_params(train_state, config.sample.params), config.fid.num_images)
     score.say(scorer(step, batches), config.sample.params, step)
   if 'ode' in config.eval.likelihood:
-    result = evaluate.evaluate_ode_and_write(config, model, mesh, source, train_state, workdir)
+    result = evaluate.evaluate_ode_and_write(config, model, mesh, source, train_state, folder)
     logging.info(
-      '%s parameters, step %d, %d images: %.4f +- %.4f bits/dim by the ODE (over images; '
+      '%s parameters, step %d, %d images: %s bits/dim by the ODE (over images; '
       '%.0f evaluations an image, at most %d)',
       config.eval.ode.params,
       step,
       result.num_images,
-      result.value,
-      result.stderr,
+      cards.plus_minus(result.value, result.stderr),
       result.evaluations,
       result.max_evaluations,
     )
@@ -154,17 +174,17 @@ def write_augmented(
   config: ConfigDict,
   model: build.Model,
   name: str,
-  step: int,
   ends: np.ndarray,
   result: evaluate.BitsPerDim,
-  workdir: pathlib.Path,
+  card: pathlib.Path,
 ):
   """config.eval.augmented_elbo: the weighted loss as a mixture of bounds, as a table and a plot.
 
-  plots/augmented_elbo_<params>.png, and tables/augmented_elbo_<params>_step<step>.csv, whose rows
-  are bins of log-SNR: its ends, bits/dim spent there per unit, the weight of data with that much
-  noise added, its bound at the upper end; all in bits/dim (VDM++ theorem 1).
+  plots/augmented_elbo_<params>.png, and tables/augmented_elbo_*.csv, called like the evaluation's
+  card. Its rows are bins of log-SNR: its ends, bits/dim spent there per unit, the weight of data
+  with that much noise added, its bound at the upper end; all in bits/dim (VDM++ theorem 1).
   """
+  workdir = card.parent.parent
   edges = np.linspace(*ends, evaluate.NUM_BINS + 1)
   h = 2 * report.filled(result.bins)
   prior = result.terms['prior']['value']
@@ -173,7 +193,8 @@ def write_augmented(
   monotone = is_monotone(model.weighting, *map(float, ends))
   title = f'{config.weighting.name}, {"" if monotone else "not "}monotone'
   report.plot_augmented(edges, table, title, workdir / 'plots' / f'augmented_elbo_{name}.png')
-  path = workdir / 'tables' / f'augmented_elbo_{name}_step{step:08d}.csv'
+  table_name = card.stem.replace('bits_per_dim', 'augmented_elbo', 1)
+  path = workdir / 'tables' / f'{table_name}.csv'
   share = table.mass / table.total
   rows = zip(edges[:-1], edges[1:], h / 2, share, table.losses[1:], strict=True)
   header = ('log_snr_from', 'log_snr_to', 'bits_per_log_snr', 'weight', 'bound_with_noise')

@@ -3,6 +3,7 @@
   python -m vdm.main --config=configs/digits.py                  train, evaluate, draw samples
   python -m vdm.main --config=configs/digits.py --mode=eval      score the newest checkpoint
   python -m vdm.main --config=configs/digits.py --mode=sample    draw images from it
+      --step=best, or a number, takes another checkpoint; --out=DIR leaves the workdir as it is
   python -m vdm.main --config=configs/cifar10.py --mode=plan --topology=v5e:2x4
                                  will it fit, how fast: of devices that need not be here
   python -m vdm.main --config=configs/cifar10.py:debug           any config, shrunk to seconds
@@ -37,6 +38,14 @@ _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :de
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
 _MODES = ['train', 'eval', 'sample', 'reconstruct', 'import_vdm', 'plan']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
+_STEP = flags.DEFINE_string(
+  'step', 'newest', 'For eval and sample: newest, best (by bits/dim), or a number.'
+)
+_OUT = flags.DEFINE_string(
+  'out',
+  '',
+  'Folder for what eval and sample make, not the workdir; for cards of vdm.fid.',
+)
 _CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Of the public VDM code, for import_vdm.')
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'For plan: v5e:2x4, h100:8; else what is here.')
 _PLAN_SEARCH = flags.DEFINE_integer(
@@ -61,13 +70,21 @@ def main(_):
   report.set_up_logging()
   modes = {
     'train': train.train,
-    'eval': look.run,
-    'sample': sample.run,
+    'eval': functools.partial(look.run, step=_STEP.value, out=_out()),
+    'sample': functools.partial(sample.run, step=_STEP.value, out=_out()),
     'reconstruct': reconstruct.run,
     'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
     'plan': lambda config, _: plan.run(config, _TOPOLOGY.value, _PLAN_SEARCH.value),
   }
+  reads = _MODE.value in ('eval', 'sample')
+  for flag in (_STEP, _OUT):
+    if flag.present and not reads:
+      sys.exit(f'--{flag.name}={flag.value} is for --mode=eval and --mode=sample; leave it out.')
   in_one_line(modes[_MODE.value])
+
+
+def _out() -> epath.Path | None:
+  return epath.Path(_OUT.value) if _OUT.value else None
 
 
 def in_one_line(

@@ -39,7 +39,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   images = settings.max_images or config.data.eval_images
   replicated = parallel.replicated(mesh)
   function = parallel.jit(evaluate.make_eval_step(config, model), mesh, out_shardings=replicated)
-  args = (state.params, _batch(config, mesh, settings.batch_size, mask=True), 0, settings.seed)
+  args = (state.params, _batch(config, mesh, settings.batch_size, mask=True), images, settings.seed)
   calls = params * math.ceil(images / settings.batch_size)
   yield Step('eval', function, args, settings.batch_size, 1, calls)
 

@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     ValueError: the run stored no power-function averages.
   """
   std = config.ema.reconstruct_std
-  model, mesh, state = checkpoint.read_run(config, workdir)
+  config, model, mesh, state = checkpoint.read_run(config, workdir)
   ema.exponent(std)
   build.check(
     len(power_averages(state)) > 0 and (epath.Path(workdir) / FOLDER).exists(),

@@ -19,7 +19,7 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
-from vdm import files
+from vdm import cards, files
 from vdm.augmented import Augmented
 from vdm.losses import coefficients_of_variation
 from vdm.writers import MetricWriter
@@ -124,48 +124,58 @@ def write_table(path: pathlib.Path, header: tuple[str, ...], rows: Iterable[tupl
   files.write(path, text.getvalue())
 
 
-def plot_history(workdir: pathlib.Path, path: pathlib.Path):
-  """Bits/dim and Fréchet distances against steps, from the workdir's number cards; returns the
-  picture."""
-  distances = distance_cards(workdir)
-  count = 1 + bool(distances)
+def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
+  """Bits/dim and Fréchet distances against steps, from series of number cards (`cards.series`).
+
+  A curve for each series, with its errors and a star at its best; what all of them share is said
+  above, the rest in the legend. Returns the picture.
+  """
+  bits = {k: s for k, s in found.items() if s[0]['metric'] == 'bits_per_dim'}
+  distances = {k: s for k, s in found.items() if cards.is_distance(s[0])}
+  kinds = [(bits, 'bits/dim', 'linear'), (distances, 'Fréchet distance', 'log')]
+  kinds = kinds if distances else kinds[:1]
   figure, panels = plt.subplots(
-    1, count, figsize=(6 * count, 3.5), layout='constrained', squeeze=False
+    1, len(kinds), figsize=(6 * len(kinds), 3.5), layout='constrained', squeeze=False
   )
-  axes = panels[0, 0]
-  for (params, bound), cards in _bound_cards(workdir).items():
-    steps, values, errors = ([card[k] for card in cards] for k in ('step', 'value', 'stderr'))
-    axes.errorbar(steps, values, errors, marker='.', label=f'{params}, {bound}')
-  axes.set(xlabel='steps', ylabel='bits/dim')
-  axes.legend(fontsize='small')
-  for (metric, params, images), cards in distances.items():
-    axes = panels[0, 1]
-    steps, values = ([card[k] for card in cards] for k in ('step', 'value'))
-    errors = [card['stderr'] if 'stderr' in card else 0.0 for card in cards]
-    name = 'FID' if metric == 'fid' else f'FD-{metric.removeprefix("fd_")}'
-    label = f'{name}, {params}, {images} samples'
-    axes.errorbar(steps, values, errors, marker='.', label=label)
-    axes.set(xlabel='steps', ylabel='Fréchet distance', yscale='log')
+  for axes, (chosen, label, scale) in zip(panels[0], kinds, strict=True):
+    shared, labels = _labels(chosen)
+    for name, series in chosen.items():
+      steps, values = ([card[k] for card in series] for k in ('step', 'value'))
+      errors = [0.0 if 'stderr' not in c or c['stderr'] is None else c['stderr'] for c in series]
+      bars = axes.errorbar(steps, values, errors, marker='.', label=labels[name])
+      best = cards.best(series)
+      axes.plot(best['step'], best['value'], '*', color=bars[0].get_color(), markersize=10)
+    axes.set(xlabel='steps (star: the best)', ylabel=label, yscale=scale)
+    axes.set_title(shared, fontsize='small')
     axes.legend(fontsize='small')
   return save_figure(figure, path)
 
 
-def distance_cards(workdir: pathlib.Path) -> dict[tuple[str, str, int], list[dict]]:
-  """(metric, parameters, number of samples) -> cards of Fréchet distances by step."""
-  found = {}
-  for path in sorted((workdir / 'cards').glob('f*d*.json')):
-    card = load_json(path)
-    if card['metric'] == 'fid' or card['metric'].startswith('fd_'):
-      key = card['metric'], card['params'], card['num_samples']
-      found.setdefault(key, []).append(card)
-  return {key: sorted(cards, key=lambda card: card['step']) for key, cards in found.items()}
+def _labels(found: dict[str, list[dict]]) -> tuple[str, dict[str, str]]:
+  """What the series are alike in, and what each is called among them: no two the same."""
+  parts = {name: cards.description(series[0]) for name, series in found.items()}
+  columns = list(zip(*parts.values(), strict=True))
+  varies = [len(set(column)) > 1 for column in columns]
+  labels = {
+    name: ', '.join(part for part, own in zip(row, varies, strict=True) if own)
+    for name, row in parts.items()
+  }
+  names = list(labels.values())
+  hashes = {name: name.rpartition('_')[2] for name in labels}
+  labels = {
+    name: f'{label} {hashes[name]}'.strip() if names.count(label) > 1 else label
+    for name, label in labels.items()
+  }
+  shared = ', '.join(column[0] for column, own in zip(columns, varies, strict=True) if not own)
+  return shared, labels
 
 
-def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path):
+def plot_schedule(found: dict[str, list[dict]], log_snr: np.ndarray, path: pathlib.Path):
   """The schedule at equally spaced times, its density, and what it does to the loss's variance.
 
-  The history is that of the averaged parameters, from the workdir's number cards: the spread of the
-  bound under the schedule of evaluation, which for an adaptive one is linear.
+  The history is that of the averaged parameters, the longest among series of number cards
+  (`cards.series`): the spread of the bound under the schedule of evaluation, which for an adaptive
+  one is linear.
   """
   figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5), layout='constrained')
   t = np.linspace(0, 1, len(log_snr))
@@ -176,23 +186,16 @@ def plot_schedule(workdir: pathlib.Path, log_snr: np.ndarray, path: pathlib.Path
   middle.stairs((-np.diff(t) / np.diff(log_snr))[::-1], log_snr[::-1])  # edges must rise
   middle.axhline(1 / (log_snr[0] - log_snr[-1]), color='k', linestyle=':')
   middle.set(xlabel='log-SNR', ylabel='density of training times', ylim=(0, None))
-  cards = next((c for (params, _), c in _bound_cards(workdir).items() if params == 'ema'), [])
-  steps = [card['step'] for card in cards]
-  right.plot(steps, [card['diffusion_cv'] for card in cards], '.-', label='as evaluated')
-  right.plot(steps, [card['diffusion_cv_linear'] for card in cards], 'k.:', label='linear')
+  bounds = [s for s in found.values() if cards.is_bound(s[0]) and s[0]['params'] == 'ema']
+  series = max(bounds, key=len, default=[])
+  steps = [card['step'] for card in series]
+  right.plot(steps, [card['diffusion_cv'] for card in series], '.-', label='as evaluated')
+  right.plot(steps, [card['diffusion_cv_linear'] for card in series], 'k.:', label='linear')
   right.set(xlabel='steps', ylabel='std / mean of the diffusion loss')
   right.margins(y=0.2)
   right.set_ylim(0)
   right.legend()
   return save_figure(figure, path)
-
-
-def _bound_cards(workdir: pathlib.Path) -> dict[tuple[str, str], list[dict]]:
-  """The number cards of the bound by (parameters, bound), each in the order of steps."""
-  cards = {}
-  for card in map(load_json, sorted((workdir / 'cards').glob('bits_per_dim_*.json'))):
-    cards.setdefault((card['params'], card['bound']), []).append(card)
-  return {k: sorted(v, key=lambda card: card['step']) for k, v in sorted(cards.items())}
 
 
 def read_scalars(directory: pathlib.Path, tag: str) -> dict[int, float]:

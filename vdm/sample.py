@@ -179,21 +179,28 @@ def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
   files.write(path, shards.png(image))
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> int:
-  """--mode=sample: images from the newest checkpoint, in shards, and the first of them as a grid.
+def run(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  step: str = 'newest',
+  out: pathlib.Path | None = None,
+) -> int:
+  """--mode=sample: images from a checkpoint, in shards, and the first of them as a grid.
 
-  Everything is in samples/<name>, with manifest.json; the grid is samples/<name>.png. A second run
-  draws what is missing. The first process writes.
+  `step` chooses it as in `checkpoint.read_run`. Everything is in samples/<name> of `out`, the
+  workdir unless it is given, with manifest.json; the grid is samples/<name>.png. A second run draws
+  what is missing. The first process writes.
   """
+  config, model, mesh, train_state = checkpoint.read_run(config, workdir, step)
   shards.check(config.sample.format, config.data.image_shape[-1])
-  model, mesh, train_state = checkpoint.read_run(config, workdir)
+  folder = checkpoint.out_folder(workdir, out) / 'samples'
   settings, guidance = config.sample, make_guidance(config, model, mesh)
   params = named_params(train_state, settings.params)
   draw, labels = make_sampler(config, model, mesh, guidance), labels_of(config)
   manifest = manifest_of(
     config, int(train_state.step), checkpoint.fingerprint((params, guidance[1]))
   )
-  folder = workdir / 'samples' / folder_name(config, int(train_state.step))
+  folder /= folder_name(config, int(train_state.step))
   starts = shards.open_folder(folder, manifest)
   logging.info(
     '%s, %d steps, %d network evaluations an image%s',
@@ -226,7 +233,7 @@ def _what_is_drawn(settings: ConfigDict) -> dict[str, Any]:
 def folder_name(config: ConfigDict, step: int) -> str:
   """Short, and another one for other settings: its end is a hash of step and config.sample."""
   settings = config.sample
-  ending = shards.short_hash({'step': step} | _what_is_drawn(settings))
+  ending = files.short_hash({'step': step} | _what_is_drawn(settings))
   return f'step{step:08d}_{settings.params}_{settings.sampler.name}{settings.num_steps}_{ending}'
 
 

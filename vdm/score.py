@@ -18,9 +18,9 @@ def make_scorer(
 ) -> Callable[[int, Iterable[np.ndarray]], dict[str, dict[str, Any]]]:
   """score(step, batches) of samples [B H W C], as integers -> {metric: {'value', 'low', ...}}.
 
-  It takes the first `num_images` of them, and writes a card for each metric:
-  cards/<metric>_<params>_<number>_step<step>.json. What it lacks, weights or a reference, it says
-  at once.
+  It takes the first `num_images` of them, and writes a card for each metric (`cards.path_of`):
+  cards/<metric>_<params>_<sampler><steps>_<number>_<hash>_step<step>.json. What it lacks, weights
+  or a reference, it says at once.
   """
   settings, how = config.fid, config.sample
   drawn = {
@@ -33,15 +33,22 @@ def make_scorer(
   extractor = fid.make(config, mesh)
   fid.check_count(settings, num_images, extractor)
   reference = fid.of_config(config, extractor)
+  of_no_image = ('num_images', 'preview_images', 'batch_size', 'format')
+  made_of = {k: v for k, v in how.to_dict().items() if k not in of_no_image} | {
+    'num_samples': num_images,
+    'extractor': [extractor.name, extractor.sha256],
+    'reference': reference.facts,
+    'dtype': drawn['dtype'],
+  }
 
   def score(step, batches):
     rows = fid.batches_of(_first(batches, num_images), extractor, settings.batch_size)
     samples = fid.collect(extractor, rows, keep=num_images)
     found = fid.measure(samples, reference, extractor.label, settings.halves)
     for name, estimate in found.items():
-      file = f'{name}_{config.sample.params}_{num_images}_step{step:08d}.json'
+      parts = name, how.params, f'{how.sampler.name}{how.num_steps}', num_images
       facts = fid.card_fields(name, estimate, extractor, reference) | drawn | {'step': step}
-      cards.write(workdir / 'cards' / file, facts)
+      cards.write(cards.path_of(workdir, parts, made_of, step), facts)
     return found
 
   return score

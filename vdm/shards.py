@@ -4,7 +4,6 @@ A shard is there whole or not at all, and its bytes are those of its images alon
 that was killed goes on at the first shard that is missing, and ends in the same files.
 """
 
-import hashlib
 import io
 import json
 import pathlib
@@ -30,11 +29,6 @@ def check(image_format: str, channels: int):
   held = image_format == 'npz' or channels in (1, 3)
   fact = f"'npz' for images of {channels} channels"
   build.check(held, field, image_format, fact, 'PNG files here hold 1 or 3')
-
-
-def short_hash(settings: dict[str, Any]) -> str:
-  """Eight hexadecimal digits that distinguish settings of plain values."""
-  return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
 
 
 def open_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> list[int]:
@@ -79,7 +73,7 @@ def _claim(folder: pathlib.Path, manifest: dict[str, Any]):
     return
   if any(folder.glob('[0-9]*')):
     raise ValueError(f'{folder} holds images without {MANIFEST}; {remedy}.')
-  files.write(file, json.dumps(manifest, indent=2) + '\n')
+  files.write(file, files.json_text(manifest))
 
 
 def _path(folder: pathlib.Path, image_format: str, start: int) -> pathlib.Path:

@@ -1,8 +1,10 @@
-"""Times for the examples of one global batch."""
+"""Times for the examples of one global batch, and for those of an evaluation."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+BLOCK = 256  # examples of an evaluation that share their strata, or up to twice as many
 
 
 def stratified(
@@ -26,6 +28,48 @@ def stratified(
   turn = jax.random.randint(key_turn, (), 0, batch_size)
   stratum = (index + turn) % batch_size
   return (stratum + jax.random.uniform(key_offset)) / batch_size
+
+
+def block_of(
+  index: Int[Array, ' b'], num_examples: int | Int[Array, '']
+) -> tuple[Int[Array, ' b'], Int[Array, ' b'], Int[Array, ' b']]:
+  """Returns the block of each example of an evaluation, its position there, and the block's size.
+
+  Blocks are BLOCK consecutive examples each; the last one takes the rest, and has fewer than twice
+  as many.
+  """
+  last = jnp.maximum(num_examples // BLOCK, 1) - 1
+  number = jnp.minimum(index // BLOCK, last)
+  return (
+    number,
+    index - BLOCK * number,
+    jnp.where(number < last, BLOCK, num_examples - BLOCK * last),
+  )
+
+
+def stratified_in_blocks(
+  key: Array, index: Int[Array, ' b'], num_examples: int | Int[Array, '']
+) -> Float[Array, ' b']:
+  """Returns times that are stratified over the examples of an evaluation, whatever its batches are.
+
+  Blocks (`block_of`) are stratified each for itself, with a u of its own. So an example's time is a
+  function of key, index and num_examples alone, each block is an independent estimate, and examples
+  that are sorted, by class for instance, meet all times within a block of their like.
+
+  Args:
+    key: the same on every device.
+    index: positions among all examples, integers in [0, num_examples), [B].
+    num_examples: in the whole evaluation.
+
+  Returns:
+    t in [0, 1], [B] float32.
+  """
+  number, position, size = block_of(index, num_examples)
+
+  def time_of(number, position, size):
+    return stratified(jax.random.fold_in(key, number), position[None], size)[0]
+
+  return jax.vmap(time_of)(number, position, size)
 
 
 def discretize(t: Float[Array, ' b'], num_timesteps: int) -> Float[Array, ' b']:

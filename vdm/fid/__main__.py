@@ -10,21 +10,17 @@ of such files. REFERENCE is a file of `stats`, one of ADM's or EDM's, or images.
 is Inception on 8-bit images; any leaf can be overridden, --config.fid.num_images=10000.
 """
 
-import json
 import pathlib
 import sys
 
 import jax
 from absl import app, flags, logging
 
-from vdm import cards, data, main, parallel, report
+from vdm import cards, data, files, main, parallel, report
 from vdm.fid import extractor as extractors
 from vdm.fid import images, metrics, references, streaming, weights
 
 _ALLOW_UNKNOWN = flags.DEFINE_bool('allow_unknown', False, 'convert: take weights of any sha256.')
-_OUT = flags.DEFINE_string(
-  'out', '', 'score: also write a number card for each metric into this folder.'
-)
 _SPLIT = flags.DEFINE_enum('split', 'train', ['train', 'eval'], 'stats: of config.data.')
 _DEFAULTS = (
   '--config=configs/default.py',
@@ -72,11 +68,14 @@ def score(config, path: str, reference_path: str) -> str:
   )
   samples = streaming.collect(extractor, batches, wanted)
   found = metrics.measure(samples, reference, extractor.label, settings.halves)
-  if _OUT.value:
+  if flags.FLAGS.out:  # the flag of vdm.main
     for name, estimate in found.items():
       facts = metrics.card_fields(name, estimate, extractor, reference)
-      cards.write(pathlib.Path(_OUT.value) / f'{name}.json', facts | {'samples': source.identity})
-  return json.dumps(found, indent=2)
+      facts |= {'samples': source.identity}
+      made_of = {k: facts[k] for k in ('num_samples', 'extractor_sha256', 'reference', 'samples')}
+      file = f'{name}_{wanted}_{files.short_hash(made_of)}.json'  # no other number's
+      cards.write(pathlib.Path(flags.FLAGS.out) / file, facts)
+  return files.json_text(found).rstrip()
 
 
 def _extractor(config, source: data.Source) -> extractors.Extractor:

@@ -18,7 +18,7 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from vdm import build, data
+from vdm import build, data, files
 from vdm.fid import weights
 from vdm.fid.network import Network
 from vdm.likelihood import to_grid
@@ -60,9 +60,7 @@ def classifier_network(settings, data_settings) -> Network:
   made_of = {'data': source.identity, 'classes': data_settings.num_classes, 'recipe': RECIPE}
   text = json.dumps(made_of, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
-  path = pathlib.Path(
-    settings.weights or weights.default_folder() / f'classifier_{digest[:16]}.npz'
-  )
+  path = pathlib.Path(settings.weights or files.cache_folder() / f'classifier_{digest[:16]}.npz')
   model = Classifier(data_settings.num_classes)
 
   def make(blank):

@@ -5,7 +5,7 @@ sampler; the reference is fixed. They come from random halves of the images, a b
 replacement: half of n spreads about the value of all n just as n fresh ones about theirs. The usual
 bootstrap repeats images, which KID, the nearest neighbours of precision and recall, and the rank of
 a covariance all take for structure. Halves carry the bias of n / 2, so their spread alone is used:
-value +- 1.96 times their standard deviation.
+value +- their standard deviation times Student's quantile for as many halves.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+from scipy import special
 
 from vdm.fid import statistics
 from vdm.fid.extractor import Extractor
@@ -160,12 +161,13 @@ def _names(label: str) -> dict[str, str]:
 
 
 def _estimate(
-  value: float, error: np.ndarray | float | None, num_images: int, **facts
+  value: float, error: np.ndarray | float | None, num_images: int, halves: int, **facts
 ) -> dict[str, Any]:
   interval = {}
   if error is not None:
     error = float(error)
-    interval = {'stderr': error, 'low': value - 1.96 * error, 'high': value + 1.96 * error}
+    half = float(special.stdtrit(halves - 1, 0.975)) * error
+    interval = {'stderr': error, 'low': value - half, 'high': value + half}
   return {'value': value, **interval, 'num_images': num_images, **facts}
 
 
@@ -180,14 +182,14 @@ def _frechet(samples: Collected, reference: Reference, kind: str, halves: int):
 
     error = spread(of_some, own.count, halves)
   value = statistics.frechet_distance(statistics.finish(own), theirs, root)
-  return _estimate(value, error, own.count, reference_images=reference.facts['num_images'])
+  return _estimate(value, error, own.count, halves, reference_images=reference.facts['num_images'])
 
 
 def _score(logits: np.ndarray, halves: int):
   value, deviation = inception_score(logits)
   of_some = lambda index: inception_score(logits[index])[0]
   error = spread(of_some, len(logits), halves) if halves > 1 else None
-  return _estimate(value, error, len(logits), std_over_splits=deviation, splits=SPLITS)
+  return _estimate(value, error, len(logits), halves, std_over_splits=deviation, splits=SPLITS)
 
 
 def _kid(rows: Features, reference: Features, halves: int):
@@ -201,7 +203,7 @@ def _kid(rows: Features, reference: Features, halves: int):
     of_some = lambda index: unbiased_mmd(xx[np.ix_(index, index)], xy[index], yy)
     error = spread(of_some, len(some_x), halves) * np.sqrt(len(some_x) / len(x))
   facts = dict(std_over_subsets=deviation, subset_size=min(SUBSET_SIZE, len(x), len(y)))
-  return _estimate(value, error, len(x), reference_images=len(y), **facts)
+  return _estimate(value, error, len(x), halves, reference_images=len(y), **facts)
 
 
 def _precision_recall(rows: Features, reference: Features, halves: int, names: dict[str, str]):
@@ -216,6 +218,6 @@ def _precision_recall(rows: Features, reference: Features, halves: int, names: d
 
     errors = spread(of_some, len(x), halves)
   return {
-    names[name]: _estimate(value, error, len(x), reference_images=len(y))
+    names[name]: _estimate(value, error, len(x), halves, reference_images=len(y))
     for name, value, error in zip(('precision', 'recall'), values, errors, strict=True)
   }

@@ -12,7 +12,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from vdm import data
+from vdm import data, files
 from vdm.fid import images, statistics, weights
 from vdm.fid.extractor import Extractor
 from vdm.fid.network import Features
@@ -144,7 +144,7 @@ def of_config(config, extractor: Extractor) -> Reference:
   source = data.load(config.data, 'train')
   text = json.dumps([extractor.name, source.identity], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-  path = weights.default_folder() / f'reference_{digest}.npz'
+  path = files.cache_folder() / f'reference_{digest}.npz'
   if _on_all_hosts(path.exists()):
     return read(str(path), extractor, settings.batch_size)
   reference = of_source(source, extractor, settings.batch_size)

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from vdm import files
 from vdm.fid.inception import SIDE, Inception, conv_names
 
 NAME = 'inception-2015-12-05'
@@ -35,11 +36,6 @@ FETCH = (
 EPSILON = 1e-3  # of batch normalisation
 
 Params = dict[str, np.ndarray]  # {'mixed/tower/conv/kernel': [H, W, I, O], ..., 'softmax': ...}
-
-
-def default_folder() -> pathlib.Path:
-  """Where weights and references are kept unless the config says otherwise."""
-  return pathlib.Path(os.environ.get('XDG_CACHE_HOME') or '~/.cache').expanduser() / 'vdm'
 
 
 @functools.cache
@@ -139,7 +135,7 @@ def convert(path: str, out: str, allow_unknown: bool = False) -> str:
     params[name] = np.asarray(tensors[name], np.float32)
   known = digest in PUBLISHED
   name = NAME if known else f'inception-{fingerprint(params)[:8]}'
-  target = pathlib.Path(out) if out else default_folder() / 'inception.npz'
+  target = pathlib.Path(out) if out else files.cache_folder() / 'inception.npz'
   write(target, params, {'name': name, 'source': source.name, 'source_sha256': digest})
   return f'wrote {target}: {name}, from {source.name} (sha256 {digest})'
 
@@ -254,7 +250,7 @@ def inception(path: str) -> tuple[Params, dict]:
   Raises:
     ValueError: they are not there; says what to fetch, and where it goes.
   """
-  target = pathlib.Path(path) if path else default_folder() / 'inception.npz'
+  target = pathlib.Path(path) if path else files.cache_folder() / 'inception.npz'
   if not target.exists():
     raise ValueError(
       f"config.fid.features='inception' needs its weights in {target}, where there are none; "

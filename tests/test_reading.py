@@ -1,0 +1,222 @@
+"""A run that is only read: by its own config, at any of its steps, without a trace in its workdir."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+from vdm.configs import default, digits
+
+from vdm import cards, checkpoint, look, plan, sample, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def _libraries(rank_promotion_allowed):
+  pass
+
+
+def config_of(**settings):
+  config = digits.get_config('debug')
+  with config.unlocked():
+    config.update_from_flattened_dict({'model.dropout': 0.0, 'eval.max_images': 8} | settings)
+  return config
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A run with checkpoints of steps 2 and 4, both evaluated."""
+  workdir = tmp_path_factory.mktemp('run')
+  with jax.numpy_rank_promotion('allow'):
+    assert train.train(config_of(), workdir) == 0
+  return workdir
+
+
+def traces(folder):
+  """Every file and folder with its time of change: a file that comes and goes changes its folder."""
+  return {path: path.stat().st_mtime_ns for path in (folder, *folder.rglob('*'))}
+
+
+# Of another run, of another length and kind: what trains is no business of who reads.
+OTHERS = {
+  'length': {'train.num_steps': 9, 'train.batch_size': 16, 'seed': 3},
+  'network': {'model.width': 64, 'model.num_blocks': 3, 'model.fourier_exponents': (1,)},
+  'maths': {'schedule.log_snr_max': 5.0, 'model.output': 'v', 'optimizer.learning_rate': 1.0},
+}
+
+
+@pytest.mark.parametrize('change', OTHERS)
+def test_eval_and_sample_leave_no_trace_and_read_by_the_runs_own_config(
+  change, finished, tmp_path, caplog
+):
+  before = traces(finished)
+  config = config_of(**OTHERS[change])
+  with caplog.at_level('INFO'):
+    assert look.run(config, finished, out=tmp_path) == 0
+    assert sample.run(config, finished, out=tmp_path) == 0
+  assert traces(finished) == before
+  (leaf, value), *_ = OTHERS[change].items()
+  assert f'config.{leaf}=' in caplog.text and f'not {value}' in caplog.text  # said, not refused
+  (own,) = (s for name, s in cards.series(finished).items() if 'bits_per_dim_ema' in name)
+  (read,) = (s for name, s in cards.series(tmp_path).items() if 'bits_per_dim_ema' in name)
+  assert read[-1]['value'] == pytest.approx(own[-1]['value'], rel=1e-6)
+  assert read[-1]['config']['train'] == own[-1]['config']['train']
+  assert {path.name for path in tmp_path.iterdir()} == {'cards', 'plots', 'samples'}
+
+
+def test_what_is_evaluated_and_drawn_is_as_given(finished, tmp_path):
+  config = config_of(**{'eval.draws': 3, 'eval.seed': 7, 'sample.num_images': 5})
+  assert look.run(config, finished, out=tmp_path) == 0
+  series = cards.series(tmp_path)
+  assert all(name.rpartition('_')[0].endswith('continuous_8x3_seed7') for name in series)
+  assert sample.run(config, finished, out=tmp_path) == 0
+  manifest = json.loads(next(tmp_path.glob('samples/*/manifest.json')).read_text())
+  assert manifest['num_images'] == 5
+
+
+def test_no_evaluation_takes_the_place_of_another(finished, tmp_path):
+  changes = (
+    {},
+    {'eval.max_images': 16},
+    {'eval.draws': 1},
+    {'eval.seed': 1},
+    {'eval.num_timesteps': 10},
+    {'eval.schedule.name': 'cosine'},
+    {'data.eval_split': 'train', 'data.eval_images': 1437},
+  )
+  for number, change in enumerate(changes, 1):
+    assert look.run(config_of(**change), finished, out=tmp_path) == 0
+    assert len(list((tmp_path / 'cards').iterdir())) == 2 * number, change  # raw and ema
+  assert look.run(config_of(**{'eval.batch_size': 16}), finished, out=tmp_path) == 0
+  assert len(list((tmp_path / 'cards').iterdir())) == 2 * number  # the same number again
+
+
+@pytest.mark.parametrize('step, read', [('newest', 4), ('2', 2), ('4', 4), ('best', None)])
+def test_any_step_is_read_and_the_log_says_which_is_the_best(
+  step, read, finished, tmp_path, caplog
+):
+  (own,) = (s for name, s in cards.series(finished).items() if 'bits_per_dim_ema' in name)
+  lowest = cards.best(own)
+  read = read or lowest['step']
+  with caplog.at_level('INFO'):
+    assert look.run(config_of(), finished, step, tmp_path) == 0
+    assert sample.run(config_of(), finished, step, tmp_path) == 0
+  assert f'step {read} of 2, 4; the best by bits/dim is {lowest["step"]}' in caplog.text
+  (series,) = (s for name, s in cards.series(tmp_path).items() if 'bits_per_dim_ema' in name)
+  assert [card['step'] for card in series] == [read]
+  assert series[0]['value'] == pytest.approx({c['step']: c['value'] for c in own}[read], rel=1e-6)
+  assert len(list(tmp_path.glob(f'samples/step{read:08d}_*.png'))) == 1
+
+
+@pytest.mark.parametrize('step', ['3', 'last', '-1', ''])
+def test_a_step_that_is_not_there_is_refused_with_those_that_are(step, finished):
+  with pytest.raises(ValueError) as error:
+    look.run(config_of(), finished, step)
+  assert str(error.value) == (
+    f'--step={step} is not there: --workdir={finished} holds the steps 2, 4; choose one, or newest, '
+    'or best.'
+  )
+
+
+def test_the_best_is_not_known_where_none_was_evaluated(tmp_path):
+  config = config_of(**{'train.eval_every_steps': 4, 'checkpoint.every_steps': 1})
+  config.train.num_steps = 2
+  assert train.train(config, tmp_path) == 0
+  with checkpoint.manager(tmp_path, 3) as manager:
+    manager.delete(2)
+  with pytest.raises(ValueError, match=r'^--step=best is not known: .* holds the steps 1, none of'):
+    look.run(config, tmp_path, 'best')
+  assert look.run(config, tmp_path, '1') == 0
+
+
+def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
+  """And a config of another network does not lend it leaves."""
+  (tmp_path / 'run').symlink_to(finished)
+  saved = json.loads((finished / 'config.json').read_text())
+  del saved['model']['remat'], saved['data']['num_bits'], saved['profile']
+  other = default.get_config().unlock()
+  other.data.num_bits, other.model = 5, dict(name='mlp', width=3)
+  for path in finished.iterdir():
+    if path.name != 'config.json':
+      (tmp_path / path.name).symlink_to(path)
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  read = checkpoint.own_config(tmp_path, config_of())
+  assert read.model.remat is False and read.data.num_bits == 0 and read.profile.num_steps == 0
+  assert isinstance(read.model.fourier_exponents, tuple)
+  read = checkpoint.own_config(tmp_path, other)
+  assert read.data.num_bits == 0 and 'remat' not in read.model and read.model.name == 'vdm_unet'
+
+
+def test_a_workdir_without_a_config_is_refused(finished, tmp_path):
+  (tmp_path / 'checkpoints').symlink_to(finished / 'checkpoints')
+  with pytest.raises(ValueError, match=r'config.json that cannot be read \(No such file'):
+    look.run(config_of(), tmp_path)
+  assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
+
+
+READ_ONLY = """
+import os, sys
+os.setgroups([]), os.setgid(65534), os.setuid(65534)
+sys.argv = ['vdm.main', *sys.argv[1:]]
+from absl import app
+from vdm import main
+app.run(main.main, flags_parser=main.parse_flags)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.geteuid() != 0, reason='becomes another user, who may not write')
+def test_a_workdir_of_somebody_else_is_read_with_out(finished, tmp_path):
+  for path in (finished, *finished.rglob('*')):
+    path.chmod(0o755 if path.is_dir() else 0o644)
+  parents = [p for p in (finished, *finished.parents) if p.owner() == 'root' and p != ROOT]
+  modes = {p: p.stat().st_mode for p in parents}
+  out = tmp_path / 'out'
+  try:
+    for parent in (*parents, *tmp_path.parents):
+      parent.chmod(parent.stat().st_mode | 0o055)
+    tmp_path.chmod(0o777)
+    cache = {'XDG_CACHE_HOME': str(tmp_path), 'HOME': str(tmp_path)}
+    env = os.environ | cache | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+
+    def command(mode, *flags):
+      arguments = ['--config=configs/digits.py:debug', f'--mode={mode}', f'--workdir={finished}']
+      arguments = [sys.executable, '-c', READ_ONLY, *arguments, *flags]
+      done = subprocess.run(arguments, cwd=ROOT, env=env, capture_output=True, text=True)
+      return done.returncode, done.stdout + done.stderr
+
+    for mode in ('eval', 'sample'):
+      status, text = command(mode)
+      assert status == 1, text
+      assert text.strip().splitlines()[-1] == (
+        f'--workdir={finished} cannot be written (Permission denied); '
+        'name a folder for what is made, --out=DIR.'
+      )
+      status, text = command(mode, f'--out={out}', '--step=best')
+      assert status == 0, text
+  finally:
+    for parent, mode in modes.items():
+      parent.chmod(mode)
+  assert {path.name for path in out.iterdir()} == {'cards', 'plots', 'samples'}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flag', ['--step=2', '--out=x'])
+@pytest.mark.parametrize('mode', ['train', 'plan'])
+def test_flags_of_reading_are_refused_elsewhere(flag, mode, tmp_path):
+  command = [sys.executable, '-m', 'vdm.main', '--config=configs/digits.py:debug']
+  command += [f'--mode={mode}', flag, f'--workdir={tmp_path}/w']
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+  assert done.returncode == 1 and not (tmp_path / 'w').exists()
+  assert done.stderr == f'{flag} is for --mode=eval and --mode=sample; leave it out.\n'
+
+
+def test_a_plan_writes_nothing(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  assert plan.run(config_of(), '', 0) == 0
+  assert 'digits_debug on' in capsys.readouterr().out
+  assert not list(tmp_path.iterdir())
