@@ -152,8 +152,9 @@ def get_config(arg=''):
       seed=0,
     )
   )
-  # 'ancestral', 'ddim', 'heun' (two network evaluations a step) or 'dpmpp_2m': vdm.samplers. Each
-  # takes its own arguments; another one's that is not at its default is refused.
+  # 'ancestral', 'ddim', 'heun' (two network evaluations a step), 'dpmpp_2m', 'dpmpp_2m_sde' (with
+  # noise) or 'deis': vdm.samplers; docs/samplers.md has their errors. Each takes its own arguments,
+  # the last three none; another one's that is not at its default is refused.
   config.sample.sampler = ConfigDict(
     dict(
       name='ancestral',

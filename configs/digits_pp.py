@@ -21,7 +21,7 @@ def get_config(arg=''):
     config.weighting = ConfigDict(dict(name='sigmoid', bias=2.0))
     config.train.label_dropout = 0.1
     config.sample.num_steps = 32
-    config.sample.grid = ConfigDict(dict(name='cosine'))
+    config.sample.grid = ConfigDict(dict(name='edm_train', std=5.0))
     if arg == 'debug':
       default.debug(config)
   return config.lock()

@@ -41,7 +41,7 @@ def get_config(arg=''):
     )
     config.sample.num_steps = 32
     config.fid.train_every_steps = 500
-    config.sample.grid = ConfigDict(dict(name='cosine'))
+    config.sample.grid = ConfigDict(dict(name='edm_train', std=5.0))
     config.checkpoint.every_steps = 500
     if arg == 'debug':
       default.debug(config)

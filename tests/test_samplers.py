@@ -1,6 +1,8 @@
 """Samplers on Gaussian data, whose denoiser and probability flow have closed forms."""
 
+import importlib
 import itertools
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +10,19 @@ import numpy as np
 import pytest
 from vdm.configs import default
 
-from vdm import build, samplers
+from vdm import build, configs, samplers
 from vdm.gaussian import Prediction, alpha, expand_to, fold_in, sigma, standard_normal
-from vdm.samplers import SAMPLERS, ancestral, ddim, dpmpp_2m, heun, sample, time_grid
+from vdm.samplers import (
+  SAMPLERS,
+  ancestral,
+  ddim,
+  deis,
+  dpmpp_2m,
+  dpmpp_2m_sde,
+  heun,
+  sample,
+  time_grid,
+)
 from vdm.schedules import SCHEDULES
 
 MEAN = np.array([0.3, -0.5])
@@ -23,7 +35,17 @@ EVERY = {
   'ddim, half ancestral': ddim(0.5),
   'heun, churning': heun(s_churn=30.0),
   'dpmpp_2m': dpmpp_2m(),
+  'dpmpp_2m_sde': dpmpp_2m_sde(),
+  'deis': deis(),
 }
+HIGHER_ORDER = ('heun', 'dpmpp_2m', 'dpmpp_2m_sde', 'deis')
+
+
+@pytest.fixture
+def exact(monkeypatch):
+  """benchmarks.samplers: exact moments of what samplers draw."""
+  monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1])
+  return importlib.import_module('benchmarks.samplers')
 
 
 def denoiser(z, log_snr):
@@ -80,13 +102,16 @@ def test_samples_have_the_mean_and_covariance_of_the_data(name, key):
 
 
 @pytest.mark.parametrize(
-  ('sampler', 'order'), [(ddim(), 1), (heun(), 2), (dpmpp_2m(), 2)], ids=['ddim', 'heun', '2m']
+  ('sampler', 'order', 'end'),
+  # towards data without noise the third order shows below what float32 resolves only
+  [(ddim(), 1, 6.0), (heun(), 2, 6.0), (dpmpp_2m(), 2, 6.0), (deis(), 3, 3.0)],
+  ids=['ddim', 'heun', '2m', 'deis'],
 )
-def test_order_of_convergence_to_the_probability_flow(sampler, order, key):
+def test_order_of_convergence_to_the_probability_flow(sampler, order, end, key):
   keys = fold_in(key, jnp.arange(64))
 
   def error(num_steps):
-    grid = linear_grid(num_steps)
+    grid = linear_grid(num_steps, log_snr_max=end)
     y, _ = start_and_noises(grid[:1], keys)
     exact = flow(y, *levels(grid[np.array([0, -1])]))
     return np.sqrt(np.mean((draw(sampler, grid, keys) - exact) ** 2))
@@ -138,21 +163,157 @@ def test_churn_never_goes_above_the_first_level(key):
   assert min(highest) >= -6.001 and len(highest) == 6
 
 
-def test_dpmpp_2m_is_the_textbook_algorithm(key):
-  """Algorithm 2 of the paper, in float64: half log-SNR, coefficients by r."""
+@pytest.mark.parametrize('stochastic', [False, True])
+def test_dpmpp_2m_is_the_textbook_algorithm(stochastic, key):
+  """Algorithm 2 of the paper and its SDE version, in float64: half log-SNR, coefficients by r.
+
+  The last step of the grid is five times the one before it.
+  """
   keys = fold_in(key, jnp.arange(8))
-  grid = time_grid(SCHEDULES['cosine'](-7.0, 7.0), 9)
+  grid = time_grid(SCHEDULES['cosine'](-7.0, 12.0), 9)
   half = np.float64(grid) / 2
   a, s = 1 / np.sqrt(1 + np.exp(-2 * half)), 1 / np.sqrt(1 + np.exp(2 * half))
-  y, _ = start_and_noises(grid, keys)
+  y, noises = start_and_noises(grid, keys)
   z, last = a[0] * y, None
   for i in range(len(grid) - 1):
     x = x_hat(z / a[i], s[i] / a[i])
     h = half[i + 1] - half[i]
-    r = (half[i] - half[i - 1]) / h
+    r = max(1.0, (half[i] - half[i - 1]) / h)
     data = x if i == 0 else (1 + 1 / (2 * r)) * x - 1 / (2 * r) * last
-    z, last = s[i + 1] / s[i] * z - a[i + 1] * np.expm1(-h) * data, x
-  np.testing.assert_allclose(draw(dpmpp_2m(), grid, keys), z / a[-1], atol=1e-5)
+    if stochastic:
+      z = s[i + 1] / s[i] * np.exp(-h) * z - a[i + 1] * np.expm1(-2 * h) * data
+      z += s[i + 1] * np.sqrt(-np.expm1(-2 * h)) * noises[i]
+    else:
+      z = s[i + 1] / s[i] * z - a[i + 1] * np.expm1(-h) * data
+    last = x
+  sampler = dpmpp_2m_sde() if stochastic else dpmpp_2m()
+  np.testing.assert_allclose(draw(sampler, grid, keys), z / a[-1], atol=1e-5)
+
+
+@pytest.mark.parametrize('grid', ['linear', 'cosine', 'edm_sample'])
+def test_deis_is_the_textbook_algorithm(grid, key):
+  """In float64: eps_hat along y by Lagrange's polynomial in the level, integrated."""
+  keys = fold_in(key, jnp.arange(8))
+  grid = time_grid(SCHEDULES[grid](-7.0, 12.0), 9)
+  y, _ = start_and_noises(grid, keys)
+  at, past = levels(grid), []
+  for i, (t, t_next) in enumerate(itertools.pairwise(at)):
+    past.append((y - x_hat(y, t)) / t)
+    nodes = at[max(0, i - 2) : i + 1]
+    for node, eps in zip(nodes, past[-3:], strict=True):
+      others = nodes[nodes != node]
+      integral = np.poly1d(np.poly(others) / np.prod(node - others)).integ()
+      y = y + (integral(t_next) - integral(t)) * eps
+  np.testing.assert_allclose(draw(deis(), grid, keys), y, atol=1e-4)
+
+
+def test_deis_is_exact_for_a_parabola_in_the_level(key):
+  """After its two first steps, which have no three predictions."""
+  grid = time_grid(SCHEDULES['cosine'](-3.0, 9.0), 6)
+
+  def parabola(z, log_snr):
+    a, s = (expand_to(f(log_snr), z) for f in (alpha, sigma))
+    eps = jnp.broadcast_to(0.4 - 0.3 * (s / a) + 0.2 * (s / a) ** 2, z.shape)
+    return Prediction((z - s * eps) / a, eps)
+
+  whole, part = (sample(key[None], deis(), parabola, g, (2,)) for g in (grid, grid[:3]))
+  integral = np.polynomial.Polynomial([0.4, -0.3, 0.2]).integ()
+  at = levels(grid)
+  np.testing.assert_allclose(whole - part, integral(at[-1]) - integral(at[2]), rtol=1e-4)
+
+
+def test_the_first_steps_of_multistep_samplers_are_those_of_the_single_step_ones(key):
+  keys, grid = fold_in(key, jnp.arange(4)), linear_grid(1)
+  first = {name: np.asarray(draw(EVERY[name], grid, keys)) for name in HIGHER_ORDER[1:]}
+  np.testing.assert_allclose(first['dpmpp_2m'], draw(ddim(), grid, keys), rtol=1e-5)
+  np.testing.assert_allclose(first['deis'], draw(ddim(), grid, keys), rtol=1e-5)
+  np.testing.assert_allclose(first['dpmpp_2m_sde'], draw(ancestral(), grid, keys), rtol=1e-5)
+
+
+def test_variance_of_the_stochastic_multistep_sampler_converges_to_second_order(exact):
+  """To that of x and the noise that is left, wherever it started."""
+  one = jnp.ones(1)
+
+  def error(num_steps):
+    drawn = exact.moments(dpmpp_2m_sde(), linear_grid(num_steps), 0.3 * one, 0.04 * one, False)[1]
+    return float(drawn[0]) - 0.04 - np.exp(-6.0)
+
+  assert np.log2(error(40) / error(80)) == pytest.approx(2, abs=0.2)
+
+
+@pytest.mark.parametrize('name', ['heun, churning', 'dpmpp_2m_sde', 'deis', 'dpmpp_2m'])
+@pytest.mark.parametrize('denoise_last', [False, True])
+def test_exact_moments_are_those_of_samples(name, denoise_last, exact, key):
+  mean, variance, count = jnp.array([0.3, -0.5]), jnp.array([0.04, 0.5]), 20_000
+  grid = time_grid(SCHEDULES['cosine'](-4.0, 4.0), 6)
+  keys = fold_in(key, jnp.arange(count))
+  x = sample(keys, EVERY[name], exact.gaussian(mean, variance), grid, (2,), denoise_last)
+  drawn_mean, drawn = exact.moments(EVERY[name], grid, mean, variance, denoise_last)
+  np.testing.assert_allclose(drawn_mean, x.mean(axis=0), atol=5 * np.sqrt(0.6 / count))
+  np.testing.assert_allclose(drawn, x.var(axis=0), rtol=5 * np.sqrt(2 / count))
+
+
+CONFIGS = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_samplers_of_higher_order_are_right_on_the_grid_of_every_config(name, exact):
+  """Within 1 % of a standard deviation of .2, and 5 % of the energy of fine detail."""
+  case = exact.load(name)
+  assert set(case.samplers) == set(SAMPLERS)
+  for sampler, made in case.samplers.items():
+    mean, std, _, _, top = exact.sampler_errors(case, made)
+    assert np.isfinite([mean, std, top]).all() and abs(mean) < 0.006
+    if sampler in HIGHER_ORDER and case.config.sample.num_steps >= 32:
+      assert abs(std) < 0.01 and abs(top) < 0.05, f'{sampler}: {std:.4f}, {top:.4f}'
+
+
+@pytest.mark.parametrize('sampler', ['dpmpp_2m', 'dpmpp_2m_sde', 'deis'])
+@pytest.mark.parametrize('ends', [(-8.0, 8.0), (-9.0, 13.3), (-20.0, 20.0)])
+def test_a_long_last_step_does_not_carry_multistep_samplers_away(sampler, ends, exact):
+  """32 steps by cosine: the last is up to ten times the one before."""
+  grid, one = time_grid(SCHEDULES['cosine'](*ends), 32), jnp.ones(1)
+  variance = exact.moments(SAMPLERS[sampler](), grid, 0.3 * one, 0.04 * one, False)[1]
+  assert np.sqrt(variance[0]) == pytest.approx(0.2, rel=0.01)
+
+
+@pytest.mark.parametrize('grid', ['linear', 'cosine', 'edm_sample'])
+@pytest.mark.parametrize('sampler', HIGHER_ORDER)
+def test_samplers_of_higher_order_are_right_on_long_grids_of_every_kind(grid, sampler, exact):
+  grid, one = time_grid(SCHEDULES[grid](-9.0, 13.3), 100), jnp.ones(1)
+  variance = exact.moments(SAMPLERS[sampler](), grid, 0.3 * one, 0.04 * one, False)[1]
+  assert np.sqrt(variance[0]) == pytest.approx(0.2, rel=0.01)
+
+
+@pytest.mark.parametrize('name', EVERY)
+@pytest.mark.parametrize('denoise_last', [False, True])
+def test_trajectory_is_the_prediction_of_every_step(name, denoise_last, key):
+  keys, grid, seen = fold_in(key, jnp.arange(3)), linear_grid(5), []
+
+  def recording(z, log_snr):
+    prediction = denoiser(z, log_snr)
+    jax.debug.callback(lambda x: seen.append(np.asarray(x)), prediction.x, ordered=True)
+    return prediction
+
+  run = lambda trajectory: sample(
+    keys, EVERY[name], recording, grid, (2,), denoise_last, trajectory=trajectory
+  )
+  x, x_hats = run(True)
+  jax.effects_barrier()
+  predictions = seen[:: EVERY[name].evaluations]
+  assert x_hats.shape == (5 + denoise_last, 3, 2)
+  np.testing.assert_allclose(x_hats, predictions, rtol=1e-6)
+  np.testing.assert_array_equal(x, run(False))
+  if denoise_last:
+    np.testing.assert_array_equal(x, x_hats[-1])
+
+
+def test_without_trajectory_no_step_is_kept(key):
+  keys, grid = fold_in(key, jnp.arange(3)), linear_grid(5)
+  program = lambda trajectory: str(
+    jax.make_jaxpr(lambda: sample(keys, dpmpp_2m(), denoiser, grid, (2,), trajectory=trajectory))()
+  )
+  assert 'f32[5,3,2]' in program(True) and 'f32[5,3,2]' not in program(False)
 
 
 @pytest.mark.parametrize('variance', [0.0, 0.3, 1.0])
@@ -202,7 +363,15 @@ def test_a_perfect_prediction_returns_the_data_from_any_level(name, denoise_last
 
 @pytest.mark.parametrize(
   ('name', 'denoise_last'),
-  [('ancestral', False), ('ddim', True), ('heun', False), ('heun', True), ('dpmpp_2m', False)],
+  [
+    ('ancestral', False),
+    ('ddim', True),
+    ('heun', False),
+    ('heun', True),
+    ('dpmpp_2m', False),
+    ('dpmpp_2m_sde', True),
+    ('deis', False),
+  ],
 )
 def test_number_of_evaluations(name, denoise_last, key):
   calls = []

@@ -27,8 +27,8 @@ from vdm.gaussian import (
   standard_normal,
 )
 
-# (keys [B], z_t, memory, denoiser, log_snr_t [B], log_snr_s [B]) -> (z_s, memory)
-Step = Callable[[Array, Array, Any, Denoiser, Array, Array], tuple[Array, Any]]
+# (keys [B], z_t, memory, denoiser, log_snr_t [B], log_snr_s [B]) -> (z_s, x_hat, memory)
+Step = Callable[[Array, Array, Any, Denoiser, Array, Array], tuple[Array, Array, Any]]
 
 
 class Sampler(NamedTuple):
@@ -49,9 +49,10 @@ def ancestral(variance: float = 0.0) -> Sampler:
   _require(0 <= variance <= 1, 'variance', variance, 'from 0, the lower, to 1, the upper one')
 
   def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
-    mean, lower = posterior(z_t, denoiser(z_t, log_snr_t).x, log_snr_t, log_snr_s)
+    x = denoiser(z_t, log_snr_t).x
+    mean, lower = posterior(z_t, x, log_snr_t, log_snr_s)
     scale = jnp.sqrt(lower) * (sigma(log_snr_t) / sigma(log_snr_s)) ** variance
-    return mean + expand_to(scale, z_t) * standard_normal(keys, z_t.shape[1:]), memory
+    return mean + expand_to(scale, z_t) * standard_normal(keys, z_t.shape[1:]), x, memory
 
   return Sampler(step)
 
@@ -70,7 +71,7 @@ def ddim(eta: float = 0.0) -> Sampler:
     keep = jnp.sqrt(jnp.exp(-h) + (1 - eta**2) * c)  # of 1 - eta^2 c, without its cancellation
     noise = standard_normal(keys, z_t.shape[1:])
     eps = expand_to(keep, z_t) * eps + expand_to(eta * jnp.sqrt(c), z_t) * noise
-    return q_sample(x, eps, log_snr_s), memory
+    return q_sample(x, eps, log_snr_s), x, memory
 
   return Sampler(step)
 
@@ -106,7 +107,7 @@ def heun(
     correction = denoiser(euler, log_snr_s).eps - eps
     # alpha_s (level_s - level) / 2
     half_step = -0.5 * sigma(log_snr_s) * jnp.expm1((log_snr_s - log_snr) / 2)
-    return euler + expand_to(half_step, z_t) * correction, memory
+    return euler + expand_to(half_step, z_t) * correction, x, memory
 
   return Sampler(step, evaluations=2, init=init)
 
@@ -115,25 +116,97 @@ def dpmpp_2m() -> Sampler:
   """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic, second order.
 
   x_hat is extrapolated to the middle of the step from this and the last one: the step is DDIM's
-  with, instead of x_hat, D = x_hat + h / (2 h_last) (x_hat - x_hat_last) in the part that z_t does
-  not carry. The first step, whose h_last is infinite, is DDIM's.
+  with, instead of x_hat, D = x_hat + r / 2 (x_hat - x_hat_last) in the part that z_t does not
+  carry. r is h / h_last, but at most 1 (`_lead`). The first step, whose h_last is infinite, is
+  DDIM's.
+  """
+
+  def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
+    x, eps = denoiser(z_t, log_snr_t)
+    weight = -alpha(log_snr_s) * jnp.expm1((log_snr_t - log_snr_s) / 2)
+    lead = _lead(x, memory, log_snr_t, log_snr_s)
+    z_s = q_sample(x, eps, log_snr_s) + expand_to(weight, z_t) * lead
+    return z_s, x, (x, log_snr_t)
+
+  return Sampler(step, init=_nothing_yet)
+
+
+def dpmpp_2m_sde() -> Sampler:
+  """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section on diffusion SDEs), stochastic.
+
+  `dpmpp_2m` for the reverse SDE: the ancestral step with the lower variance and, instead of x_hat,
+  the same D. The mean and variance of what it draws converge to second order.
+  """
+
+  def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
+    x = denoiser(z_t, log_snr_t).x
+    ahead = x + _lead(x, memory, log_snr_t, log_snr_s)
+    mean, variance = posterior(z_t, ahead, log_snr_t, log_snr_s)
+    noise = standard_normal(keys, z_t.shape[1:])
+    return mean + expand_to(jnp.sqrt(variance), z_t) * noise, x, (x, log_snr_t)
+
+  return Sampler(step, init=_nothing_yet)
+
+
+def _nothing_yet(z, log_snrs):
+  """(x_hat_last, log_snr_last) before the first step, at an infinite distance."""
+  return jnp.zeros_like(z), jnp.full(z.shape[:1], -jnp.inf)
+
+
+def _lead(x, memory, log_snr_t, log_snr_s):
+  """D - x_hat of DPM-Solver++(2M): half the last change of x_hat, times min(h / h_last, 1).
+
+  x_hat comes to rest as the noise vanishes, in proportion to exp(-log_snr). A last step much longer
+  than the one before, as grids by cosine have, would go on in a straight line far beyond, which
+  makes data of standard deviation 0.2 come out with up to 0.29. The bound on the ratio is from
+  github.com/crowsonkb/k-diffusion/issues/56; it costs no order, for where h / h_last exceeds 1 by
+  O(h), a step changes by O(h^3). The usual remedy, a first-order last step, is too coarse there.
+  """
+  x_last, log_snr_last = memory
+  ratio = jnp.minimum((log_snr_s - log_snr_t) / (log_snr_t - log_snr_last), 1.0)
+  return expand_to(ratio / 2, x) * (x - x_last)
+
+
+def deis() -> Sampler:
+  """rho-AB-DEIS of third order (arXiv 2204.13902, section 3), deterministic.
+
+  With y = z / alpha at level exp(-log_snr / 2), dy = eps_hat dlevel is integrated over the parabola
+  in the level through this and the last two eps_hat: the method of Adams and Bashforth for unequal
+  steps. The first step is DDIM's, the second follows a line. The levels of all usual grids come
+  closer towards the data, so that it never extrapolates by more than the step before.
   """
 
   def init(z, log_snrs):
-    return jnp.zeros_like(z), jnp.full(z.shape[:1], -jnp.inf)
+    far = lambda distance: jnp.full(z.shape[:1], log_snrs[0] - distance)
+    return jnp.zeros_like(z), jnp.zeros_like(z), far(60.0), far(120.0)  # of no weight: e^-30
 
   def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
-    x_last, log_snr_last = memory
+    eps_last, slope_last, log_snr_last, log_snr_before = memory
     x, eps = denoiser(z_t, log_snr_t)
-    h = log_snr_s - log_snr_t
-    weight = -alpha(log_snr_s) * jnp.expm1(-h / 2) * h / (2 * (log_snr_t - log_snr_last))
-    z_s = q_sample(x, eps, log_snr_s) + expand_to(weight, z_t) * (x - x_last)
-    return z_s, (x, log_snr_t)
+    # all levels over that at t, less one
+    away = lambda log_snr: jnp.expm1((log_snr_t - log_snr) / 2)
+    ahead, last, before = map(away, (log_snr_s, log_snr_last, log_snr_before))
+    # Newton's divided differences
+    slope = (eps_last - eps) / expand_to(last, z_t)
+    slope_last = slope_last / expand_to(1 + last, z_t)  # per level at t, not at the last one
+    curve = (slope_last - slope) / expand_to(before, z_t)
+    integral = expand_to(ahead**2 / 2, z_t) * slope
+    integral += expand_to(ahead**3 / 3 - last * ahead**2 / 2, z_t) * curve
+    level = sigma(log_snr_s) * jnp.exp((log_snr_s - log_snr_t) / 2)  # alpha_s level_t
+    z_s = q_sample(x, eps, log_snr_s) + expand_to(level, z_t) * integral
+    return z_s, x, (eps, slope, log_snr_t, log_snr_last)
 
   return Sampler(step, init=init)
 
 
-SAMPLERS = {'ancestral': ancestral, 'ddim': ddim, 'heun': heun, 'dpmpp_2m': dpmpp_2m}
+SAMPLERS = {
+  'ancestral': ancestral,
+  'ddim': ddim,
+  'heun': heun,
+  'dpmpp_2m': dpmpp_2m,
+  'dpmpp_2m_sde': dpmpp_2m_sde,
+  'deis': deis,
+}
 
 
 def time_grid(schedule: Schedule, num_steps: int) -> Float[Array, ' n']:
@@ -153,7 +226,8 @@ def sample(
   log_snrs: Float[Array, ' n'],
   shape: tuple[int, ...],
   denoise_last: bool = False,
-) -> Float[Array, 'b ...']:
+  trajectory: bool = False,
+) -> Float[Array, 'b ...'] | tuple[Float[Array, 'b ...'], Float[Array, 'm b ...']]:
   """Draws x from N(0, I) at the first of `log_snrs`.
 
   Args:
@@ -163,10 +237,11 @@ def sample(
     log_snrs: increasing grid, noise to data.
     shape: of one example.
     denoise_last: returns x_hat of the last level, which is EDM's last step, to a level of zero;
-      else z_0 / alpha_0, whose noise is that of the last level.
+      else z_0 / alpha_0, whose noise is that of the last level: of variance exp(-log_snr_max).
+    trajectory: returns the x_hat of every step too, which takes memory for all of them.
 
   Returns:
-    x [B, *shape].
+    x [B, *shape]; with `trajectory` (x, x_hat [num_steps, B, *shape]), the first step's first.
   """
   batch = keys.shape[0]
   key_start, key_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
@@ -175,12 +250,16 @@ def sample(
   def body(carry, inputs):
     number, log_snr_t, log_snr_s = inputs
     step_keys = fold_in(key_steps, jnp.full((batch,), number))
-    return sampler.step(step_keys, *carry, denoiser, at(log_snr_t), at(log_snr_s)), None
+    z, x, memory = sampler.step(step_keys, *carry, denoiser, at(log_snr_t), at(log_snr_s))
+    return (z, memory), x if trajectory else None
 
   z = standard_normal(key_start, shape)
   grid = (jnp.arange(len(log_snrs) - 1), log_snrs[:-1], log_snrs[1:])
-  (z, _), _ = jax.lax.scan(body, (z, sampler.init(z, log_snrs)), grid)
-  return denoiser(z, at(log_snrs[-1])).x if denoise_last else z / alpha(log_snrs[-1])
+  (z, _), x_hats = jax.lax.scan(body, (z, sampler.init(z, log_snrs)), grid)
+  x = denoiser(z, at(log_snrs[-1])).x if denoise_last else z / alpha(log_snrs[-1])
+  if not trajectory:
+    return x
+  return x, jnp.concatenate([x_hats, x[None]]) if denoise_last else x_hats
 
 
 def _require(condition: bool, name: str, value: float, constraint: str):
