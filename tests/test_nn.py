@@ -8,8 +8,9 @@ import pytest
 from flax import linen as nn
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice
 
+from vdm import parallel
 from vdm.nn import NETWORKS, attention, layers
 from vdm.nn.mlp import MLP
 from vdm.nn.vdm_unet import VDMUNet
@@ -346,7 +347,7 @@ def test_attention_on_tpu_is_softmax_attention(width, monkeypatch):
   assert_close(actual, value_and_gradients(naive_attention, *args), 1e-5)
 
   device = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
-  mesh = AbstractMesh((4, 2), ('data', 'fsdp'), abstract_device=device)
+  mesh = parallel.abstract_mesh(4, 2, device)
   shapes = [jax.ShapeDtypeStruct((8, 1024, 2, width), a.dtype) for a in args]
   traced = lambda: str(jax.make_jaxpr(lambda *args: attention.softmax_attention(*args))(*shapes))
   with jax.sharding.use_abstract_mesh(mesh):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vdm import build, chips, costs, counts, plan
+from vdm import build, chips, costs, counts, parallel, plan
 from vdm.nn.attention import softmax_attention
 
 # Two devices; a loop of 32 whose body gathers, and takes and replaces slices of stacked arrays, in
@@ -169,7 +169,7 @@ def test_matmuls_of_loops_choices_and_convolutions():
 def test_matmuls_of_a_kernel_on_a_mesh():
   """A kernel's grid, and the devices that each run it on their part."""
   device = jax.sharding.AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
-  mesh = jax.sharding.AbstractMesh((4, 2), ('data', 'fsdp'), abstract_device=device)
+  mesh = parallel.abstract_mesh(4, 2, device)
   batch, size, heads, width = 16, 2048, 3, 128
   x = jax.ShapeDtypeStruct((batch, size, heads, width), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(mesh):
@@ -199,7 +199,7 @@ def test_roofline_names_what_binds():
 
 
 def test_gradients_are_exchanged_by_replicas_and_shards():
-  mesh = lambda data, fsdp: jax.sharding.AbstractMesh((data, fsdp), ('data', 'fsdp'))
+  mesh = parallel.abstract_mesh
   assert costs.gradient_exchange(100, mesh(1, 1)) == {}
   assert costs.gradient_exchange(100, mesh(4, 1)) == {'all-reduce': (1, 150)}
   sharded = costs.gradient_exchange(100, mesh(2, 4))

@@ -65,7 +65,7 @@ def target(topology: str, config: ConfigDict) -> Target:
   kind, _, size = topology.partition(':')
   if kind in GPUS and re.fullmatch(r'[1-9]\d*', size):
     build.check_devices(config, int(size))
-    mesh = AbstractMesh((int(size) // fsdp, fsdp), parallel.BATCH_AXES)
+    mesh = parallel.abstract_mesh(int(size) // fsdp, fsdp)
     return Target(topology, GPUS[kind], mesh, 'gpu')
   if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', size):
     raise ValueError(
