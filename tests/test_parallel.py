@@ -133,9 +133,9 @@ def test_dropout_differs_between_microbatches_and_devices():
   keys = []
   original = model.denoiser
 
-  def spy(params, label=None, key_dropout=None, flag=None):
+  def spy(params, label, flag, *, train, key_dropout):
     jax.debug.callback(lambda k: keys.append(tuple(np.ravel(k))), jax.random.key_data(key_dropout))
-    return original(params, label, key_dropout, flag)
+    return original(params, label, flag, train=train, key_dropout=key_dropout)
 
   step = train.make_train_step(config, model._replace(denoiser=spy), optimizer)
   jax.block_until_ready(jax.jit(step)(state, same))

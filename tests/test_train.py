@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vdm.configs import digits
+from flax import linen as nn
+from vdm.configs import default, digits
 
 from vdm import build, checkpoint, data, look, parallel, reconstruct, sample, train
 from vdm.gaussian import Prediction, fold_in
-from vdm.nn import layers
+from vdm.nn import NETWORKS, layers
 
 
 @pytest.fixture(autouse=True)
@@ -221,7 +222,7 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   model, seen = build.model(config), []
   params = jax.eval_shape(model.init, jax.random.key(0))
 
-  def denoiser(params, label, key_dropout, flag):
+  def denoiser(params, label, flag, *, train, key_dropout):
     seen.append(flag)
     return lambda z, log_snr: Prediction(z, z)
 
@@ -249,6 +250,43 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
       lambda p, given=given: model.denoiser(p, flag=given)(jnp.ones(image.shape), index / 8), params
     )
     assert seen[-1] is given
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('rate', [None, 0.3])
+def test_dropout_is_on_in_training_alone_at_the_rate_of_the_network(name, rate):
+  """The leaf's, and where there is none that which the network has by default."""
+  config = digits.get_config()
+  default_rate = NETWORKS[name].dropout
+  leaves = dict(default.SMALL_NETWORKS[name], name=name) | (
+    {} if rate is None else {'dropout': rate}
+  )
+  with config.unlocked():
+    kept = ('output', 'class_conditional', 'condition_on', 'dtype')
+    config.model = {leaf: config.model[leaf] for leaf in kept} | leaves
+    config.data.image_shape = (16, 16, 1)
+  model, calls = build.model(config), []
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, layers.Dropout) and context.method_name == '__call__':
+      calls.append((context.module.rate, kwargs['train']))
+    return call(*args, **kwargs)
+
+  def seen(run, *args):
+    calls.clear()
+    with nn.intercept_methods(note):
+      jax.eval_shape(run, *args)
+    return {call for call in calls if call[0]}
+
+  image, index = jnp.zeros((8, 16, 16, 1), jnp.uint8), jnp.arange(8)
+  batch = {'image': image, 'label': 0 * index, 'index': index}
+  mesh = parallel.make_mesh()
+  state = parallel.abstract_state(mesh, build.init_state(config, model))
+  step = train.make_train_step(config, model, build.optimizer(config))
+  evaluated = lambda params: model.denoiser(params)(jnp.float32(image), index / 8)
+  wanted = default_rate if rate is None else rate
+  assert seen(step, state, batch) == ({(wanted, True)} if wanted else set())
+  assert seen(evaluated, state.params) == ({(wanted, False)} if wanted else set())
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
       label = drop_labels(fold_in(key_label, index), label, config.train.label_dropout)
     t = stratified(key_t, index, config.train.batch_size)
     bound = variational_bound(
-      model.denoiser(params, label, key_dropout, flag),
+      model.denoiser(params, label, flag, train=True, key_dropout=key_dropout),
       schedule,
       model.weighting,
       u,
@@ -147,11 +147,10 @@ def make_train_step(
       key_dropout = jax.random.fold_in(key_dropout, jax.lax.axis_index(axis_name))
 
     def part_grads(number, part):
-      dropout = jax.random.fold_in(key_dropout, number) if config.model.get('dropout') else None
       params, zeros = train_state.params, jnp.zeros(len(part['index']))
       probe = (zeros, zeros)
       (grads, probe_grads), (metrics, (t, loss)) = grad_fn(
-        params, probe, train_state.adaptive, part, key, dropout
+        params, probe, train_state.adaptive, part, key, jax.random.fold_in(key_dropout, number)
       )
       if learns_interior(config, params):
         as_schedule = lambda schedule: model.schedule({'schedule': schedule})
