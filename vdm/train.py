@@ -193,20 +193,27 @@ def make_train_step(
 
 
 class _StopSignal:
-  """Notes SIGTERM and Ctrl-C, for the loop to save and stop; a second one acts at once.
+  """Notes SIGTERM, Ctrl-C and SIGHUP, for the loop to save and stop.
 
-  In a job of several processes JAX has a SIGTERM handler of its own, which tells all hosts.
+  A second SIGTERM or Ctrl-C acts at once. A terminal that closes sends SIGHUP more than once, and
+  under nohup it is to be ignored. In a job of several processes JAX has a SIGTERM handler of its
+  own, which tells all hosts.
   """
 
   def __init__(self):
     self.name = 'preemption notice'
     self.noted = False
-    signals = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+    signals = []
+    if jax.process_count() == 1:
+      hangup = [s for s in signal.Signals if s.name == 'SIGHUP']  # not on Windows
+      kept = [s for s in hangup if signal.getsignal(s) != signal.SIG_IGN]
+      signals = [signal.SIGTERM, signal.SIGINT, *kept]
     self._old = {s: signal.signal(s, self._note) for s in signals}
 
   def _note(self, number, _):
     self.name, self.noted = signal.Signals(number).name, True
-    self.restore()
+    for again in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(again, self._old[again])
 
   def restore(self):
     for number, handler in self._old.items():
