@@ -273,7 +273,7 @@ def test_errors_are_one_line_with_a_remedy(topology, leaves, message):
 def test_a_missing_compiler_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(
-    ValueError, match=r"v5e:2x2 needs XLA's TPU compiler; pip install 'vdm\[tpu\]'"
+    ValueError, match=r"v5e:2x2 needs XLA's TPU compiler; pip install 'vdm-jax\[tpu\]'"
   ):
     plan.run(digits(), 'v5e:2x2', 0)
 

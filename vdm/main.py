@@ -141,5 +141,10 @@ def _locate(arg: str) -> str:
   return arg
 
 
-if __name__ == '__main__':
+def console():
+  """The command `vdm`."""
   app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == '__main__':
+  console()
