@@ -82,7 +82,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
-      f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm-jax[tpu]', also without a TPU."
+      f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm-jax[tpu]', also without a "
+      'TPU.'
     )
   os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # away from Google's cloud it waits for nothing
   os.environ.setdefault(
