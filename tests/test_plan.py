@@ -3,6 +3,9 @@
 import importlib
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -328,6 +331,15 @@ def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
   assert cost.limit is None and 0 < cost.temporaries < cost.memory < where.chip.hbm_bytes
   assert cost.traffic > 0 and math.isfinite(cost.flops)
   assert cost.collectives['all-reduce'][1] > 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")
+@pytest.mark.slow
+def test_the_compiler_says_nothing_of_the_cloud_that_it_is_not_in():
+  code = "from vdm import costs; print(len(costs.tpu_devices('v5e:2x4')))"
+  env = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'ALLOW_', 'XLA_'))}
+  done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+  assert done.stdout.strip() == '8' and 'TPU_' not in done.stderr and 'Failed' not in done.stderr
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")

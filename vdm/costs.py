@@ -20,6 +20,15 @@ from vdm import build, counts, parallel
 from vdm.chips import GPUS, TPUS, Chip, of_kind
 
 
+# What libtpu would ask Google's cloud for, and complain about where it is not.
+LIBTPU = {
+  'TPU_SKIP_MDS_QUERY': '1',  # elsewhere it waits for nothing
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip is taken: plans may run at once
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any: the topology is given
+}
+
+
 class Target(NamedTuple):
   """Where a run is planned to be."""
 
@@ -85,10 +94,8 @@ def tpu_devices(topology: str) -> list[jax.Device]:
       f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm-jax[tpu]', also without a "
       'TPU.'
     )
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # away from Google's cloud it waits for nothing
-  os.environ.setdefault(
-    'ALLOW_MULTIPLE_LIBTPU_LOAD', '1'
-  )  # no chip is taken: plans may run at once
+  for name, value in LIBTPU.items():
+    os.environ.setdefault(name, value)
   # libtpu would count the two cores of a v4 apart; on a TPU JAX sees the chip
   as_one = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
   try:
