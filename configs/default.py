@@ -62,6 +62,7 @@ def get_config(arg=''):
       num_heads=1,
       fourier_exponents=(3, 4),  # sin and cos of 2 pi 2^n z for each n; 6, 7 for 8-bit data
       dropout=0.1,
+      norm_groups=0,  # of channels in every norm; 0: 32, but at least four channels in each
       class_conditional=False,
       # The network sees (log_snr_max - log_snr) / (log_snr_max - log_snr_min) by the end points as
       # they are learned, 'live', or as they are written below, 'configured' (the public VDM code).

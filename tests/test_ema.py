@@ -1,3 +1,5 @@
+import decimal
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,6 +61,49 @@ def test_stored_averages_add_up_to_one_that_was_tracked(target_std, target_time)
   assert error < 1e-3, error
   nearest = np.linalg.norm(np.asarray(path[target_time - 1]) - want) / np.linalg.norm(want)
   assert nearest > 0.02  # the parameters themselves are far from it
+
+
+def exact_weights(times, stds, target_time, target_std):
+  """EDM2's formula in 60 digits: overlaps of profiles, by elimination, divided by the sum."""
+
+  def gamma(std):  # by bisection of the standard deviation of tau^gamma
+    low, high = decimal.Decimal(0), decimal.Decimal(10**6)
+    for _ in range(200):
+      g = (low + high) / 2
+      variance = (g + 1) / (g + 3) - ((g + 1) / (g + 2)) ** 2
+      low, high = (g, high) if variance > decimal.Decimal(std) ** 2 else (low, g)
+    return low
+
+  def overlap(a, b):
+    (s, f), (t, g) = sorted([a, b])  # s <= t: the integral ends at s
+    return (f + 1) * (g + 1) / (f + g + 1) * (s / t) ** g / t
+
+  with decimal.localcontext(decimal.Context(prec=60)):
+    of = lambda time, std: (decimal.Decimal(int(time)), gamma(std))
+    stored = [of(*pair) for pair in zip(times, stds, strict=True)]
+    target = of(target_time, target_std)
+    rows = [[overlap(a, b) for b in stored] + [overlap(a, target)] for a in stored]
+    for i, pivot in enumerate(rows):
+      for row in rows:
+        if row is not pivot:
+          factor = row[i] / pivot[i]
+          row[i:] = [x - factor * p for x, p in zip(row[i:], pivot[i:], strict=True)]
+    weights = [row[-1] / row[i] for i, row in enumerate(rows)]
+    return np.array([float(weight / sum(weights)) for weight in weights])
+
+
+@pytest.mark.parametrize('num_snapshots', [2, 5, 50])
+@pytest.mark.parametrize('target_std', [0.05, 0.12, 0.2, 0.25])
+def test_a_combination_is_an_average_and_that_of_the_formula(num_snapshots, target_std):
+  steps = 40 * (1 + np.arange(num_snapshots))
+  times, stds = np.tile(steps, 2), np.repeat([0.05, 0.1], num_snapshots)
+  weights = ema.combination(times, stds, steps[-1], target_std)
+  np.testing.assert_allclose(weights.sum(), 1, rtol=1e-12)
+  want = exact_weights(times, stds, steps[-1], target_std)
+  path = 3 + np.random.default_rng(0).normal(size=(steps[-1], 8)).cumsum(axis=0) / 50
+  stored = np.stack([np.asarray(track(path, std))[steps - 1] for std in (0.05, 0.1)])
+  stored = stored.reshape(len(times), -1).astype(np.float64)
+  np.testing.assert_allclose(weights @ stored, want @ stored, rtol=1e-6)
 
 
 def test_a_length_no_profile_has_is_refused():

@@ -44,7 +44,7 @@ def exact_model(mean, covariance, schedule='linear'):
   return build.Model(
     init=None,
     schedule=lambda params: fixed,
-    denoiser=lambda params, label=None, key_dropout=None: denoise,
+    denoiser=lambda params, label=None: denoise,
     weighting=WEIGHTINGS['elbo'](),
     image_shape=SHAPE,
     num_values=VALUES,

@@ -4,8 +4,10 @@ import json
 import logging
 import os
 import pathlib
+import struct
 import subprocess
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -187,3 +189,101 @@ def test_too_few_images_are_refused(tmp_path, extractor):
   fid.check_count(config.fid, 13, extractor)
   config.fid.allow_few = True
   fid.check_count(config.fid, 12, extractor)
+  for halves, few, least in ((20, 3, 4), (0, 1, 2)):  # a covariance, and that of each half
+    config.fid.halves = halves
+    with pytest.raises(ValueError, match=f'num_images={few} must be {least} or more with .*halves'):
+      fid.check_count(config.fid, few, extractor)
+    fid.check_count(config.fid, least, extractor)
+
+
+@pytest.mark.parametrize('num_images, halves', [(4, 2), (2, 0), (2, 1)])
+def test_the_fewest_images_that_are_allowed_give_numbers(num_images, halves, extractor):
+  batches = fid.batches_of([pictures(0, num_images)], extractor, 8)
+  samples = fid.collect(extractor, batches, num_images)
+  real = pictures(1, 2)
+  gaussian = fid.fit(real.reshape(2, -1)[:, :12] / 255)
+  rows = {'features': np.float32(real.reshape(2, -1)[:, :12] / 255)}
+  reference = fid.Reference({'features': gaussian}, rows, {'num_images': 2})
+  found = fid.measure(samples, reference, extractor.label, halves)
+  assert all(np.isfinite(estimate['value']) for estimate in found.values())
+
+
+def test_a_reference_of_too_few_images_is_refused_as_samples_are(tmp_path, extractor):
+  from vdm.fid import __main__ as cli
+
+  config = default.get_config()
+  config.data.num_values = 256
+  config.fid.update(features='test_fid_files.statistics_network', num_images=30, halves=0)
+  samples, real = save(tmp_path / 'samples', pictures(1, 30)), tmp_path / 'real.npz'
+  np.savez(real, arr_0=pictures(0, 12))
+  few = tmp_path / 'few.npz'
+  references.write(few, references.of_source(images.load(str(real)), extractor, 16))
+  message = r' has 12 images, must have 13 or more, or the covariance of 12 .*; make one of more'
+  for path in (real, few):
+    with pytest.raises(ValueError, match=f'reference {path}{message}'):
+      cli.score(config, samples, str(path))
+    config.fid.reference = str(path)
+    with pytest.raises(ValueError, match=message):
+      fid.of_config(config, extractor)
+  config.fid.allow_few = True
+  assert fid.of_config(config, extractor).facts['num_images'] == 12
+
+
+def as_png(image):
+  """The content of a PNG file; Pillow writes no 16-bit colour."""
+  if image.dtype == np.uint8 or image.ndim == 2:
+    return shards.png(Image.fromarray(image))
+  height, width, _ = image.shape
+  rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in image)
+
+  def chunk(kind, content):
+    body = kind + content
+    return struct.pack('>I', len(content)) + body + struct.pack('>I', zlib.crc32(body))
+
+  header = struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0)
+  parts = chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+  return b'\x89PNG\r\n\x1a\n' + parts
+
+
+DEEP = (257 * np.arange(30)).astype(np.uint16).reshape(5, 6)
+OPAQUE = np.concatenate([pictures(0, 1, (5, 6, 3))[0], np.full((5, 6, 1), 255, np.uint8)], axis=-1)
+SEEN_THROUGH = np.where(np.arange(4) == 3, 128, OPAQUE).astype(np.uint8)
+
+
+@pytest.mark.parametrize(
+  'content, want',
+  [
+    (as_png(DEEP), 'I;16'),
+    (as_png(np.stack([DEEP] * 3, axis=-1)), 'RGB;16'),
+    (as_png(SEEN_THROUGH), 'RGBA'),
+    (as_png(OPAQUE), OPAQUE[..., :3]),
+    (as_png(OPAQUE[..., :3]), OPAQUE[..., :3]),
+  ],
+)
+def test_training_and_fid_read_pixels_alike_and_refuse_alike(content, want, tmp_path):
+  """Through a TFDS data set, and through a folder of pictures."""
+  import tensorflow_datasets as tfds
+
+  (tmp_path / 'folder').mkdir()
+  (tmp_path / 'folder/0.png').write_bytes(content)
+  tfds.dataset_builders.store_as_tfds_dataset(
+    name='pictures',
+    version='1.0.0',
+    features=tfds.features.FeaturesDict({'image': tfds.features.Image(shape=(5, 6, 3))}),
+    split_datasets={'train': [(0, {'image': str(tmp_path / 'folder/0.png')})]},
+    data_dir=tmp_path,
+    file_format='array_record',
+  )
+  settings = default.get_config().data.unlock()
+  settings.update(name='pictures', dir=str(tmp_path), train_images=1, image_shape=(5, 6, 3))
+  settings.update(num_values=256, num_classes=0)
+  sources = [lambda: data.load(settings, 'train'), lambda: images.load(str(tmp_path / 'folder'))]
+  if isinstance(want, str):
+    for source in sources:
+      with pytest.raises(ValueError, match=f'pixels of kind {want}, must be 8-bit grey or RGB'):
+        source()
+    return
+  first, second = (source() for source in sources)
+  np.testing.assert_array_equal(first[0]['image'], want)
+  np.testing.assert_array_equal(second[0]['image'], want)
+  assert first.identity['sha256_first_64'] == second.identity['sha256_first_64']

@@ -138,7 +138,7 @@ def test_training_withholds_labels(rate, key):
   class Seen(Exception):
     """Carries the labels that the network would have been given."""
 
-  def denoiser(params, label, key_dropout, flag):
+  def denoiser(params, label, flag, *, train, key_dropout):
     raise Seen(label)
 
   linear = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=5.0)
@@ -264,7 +264,7 @@ def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):
   config.sample.update(denoise_last=True, num_images=8)
   build.model(config)
 
-  def denoiser(params, label=None, key_dropout=None):
+  def denoiser(params, label=None):
     def denoise(z, log_snr):
       level = jnp.where(label == -1, 0.0, 0.1 * label)
       x = jnp.broadcast_to(expand_to(level, z), z.shape)

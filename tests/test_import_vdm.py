@@ -7,6 +7,9 @@ and the outputs. Parameters and inputs are too large to keep; `public_params` an
 from a seed by the rule by which they were made then.
 """
 
+import functools
+import itertools
+import json
 import pathlib
 
 import flax
@@ -19,7 +22,7 @@ from clu import checkpoint as clu_checkpoint
 from vdm.configs import cifar10
 
 from vdm import build, checkpoint, evaluate, import_vdm
-from vdm.gaussian import log_snr_and_slope
+from vdm.gaussian import log_snr_and_slope, q_sample
 from vdm.losses import variational_bound
 
 PUBLIC = np.load(pathlib.Path(__file__).parent / 'public_vdm.npz')
@@ -40,11 +43,13 @@ def _libraries(rank_promotion_allowed):
   pass
 
 
-def public_params(case, seed):
+def public_params(case, seed, width=128):
   """Standard normal draws, leaf after leaf in the order of the sorted paths, then scaled."""
   draws, leaves = np.random.RandomState(seed), {}
+  of_width = {129: width + 1} | {128 * n: width * n for n in (1, 2, 4)}
   for path, shape in zip(PUBLIC[f'{case}/names'], PUBLIC[f'{case}/shapes'], strict=True):
-    a = draws.standard_normal([int(n) for n in shape.split(',')])
+    shape = [int(n) for n in shape.split(',')]
+    a = draws.standard_normal([of_width.get(n, n) for n in shape])
     if path in GAMMA:
       a = GAMMA[path][0] + GAMMA[path][1] * a
     elif path.endswith('scale'):
@@ -65,19 +70,111 @@ def inputs(seed):
   return jnp.asarray(images, jnp.int32), *(jnp.asarray(a, jnp.float32) for a in noise)
 
 
-def config_of(case):
+def config_of(case, width=128):
   config = cifar10.get_config()
   with config.unlocked():
+    config.model.update(width=width, norm_groups=import_vdm.norm_groups(width))
     config.model.update(num_blocks=1, augmentation_flag=True, condition_on='configured')
     config.model.attention = case == 'attention'
     config.schedule.name = 'learned_net' if case == 'net' else 'learned_endpoints'
   return config
 
 
-def convert(case, params):
-  config = config_of(case)
+def convert(case, params, width=128):
+  config = config_of(case, width)
   model = build.model(config)
   return model, import_vdm.convert(config, model, params)
+
+
+def public_network(p, z, t):
+  """eps_hat of the public network, of 32 groups at any width, written out leaf by leaf."""
+  product = functools.partial(jnp.einsum, precision='highest')
+
+  def dense(p, x):
+    return product('...i,io->...o', x, p['kernel']) + p.get('bias', jnp.zeros(()))
+
+  def conv(p, x):
+    height, width = x.shape[1:3]
+    x, total = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), p['bias']
+    for i, j in itertools.product(range(3), repeat=2):
+      total = total + product(
+        'bhwi,io->bhwo', x[:, i : i + height, j : j + width], p['kernel'][i, j]
+      )
+    return total
+
+  def norm(p, x):
+    groups = x.reshape(*x.shape[:3], 32, -1)
+    centred = groups - groups.mean((1, 2, 4), keepdims=True)
+    variance = (centred**2).mean((1, 2, 4), keepdims=True)
+    return (centred / jnp.sqrt(variance + 1e-6)).reshape(x.shape) * p['scale'] + p['bias']
+
+  def block(p, x):
+    h = conv(p['conv1'], jax.nn.swish(norm(p['GroupNorm_0'], x)))
+    h += dense(p['cond_proj'], cond)[:, None, None]
+    h = conv(p['conv2'], jax.nn.swish(norm(p['GroupNorm_1'], h)))
+    return h + (dense(p['nin_shortcut'], x) if 'nin_shortcut' in p else x)
+
+  def attention(p, x):
+    h = norm(p['GroupNorm_0'], x).reshape(len(x), -1, x.shape[-1])
+    q, k, v = (dense(p[name], h) for name in 'qkv')
+    weights = jax.nn.softmax(product('bqc,bkc->bqk', q, k) / np.sqrt(x.shape[-1]))
+    return x + dense(p['proj_out'], product('bqk,bkc->bqc', weights, v)).reshape(x.shape)
+
+  half = (p['dense0']['kernel'].shape[0] - 1) // 2
+  angles = 1000 * t[:, None] * jnp.exp(-np.log(10_000) / (half - 1) * jnp.arange(half))
+  cond = jnp.concatenate([jnp.sin(angles), jnp.cos(angles), jnp.zeros((len(t), 1))], axis=-1)
+  cond = jax.nn.swish(dense(p['dense1'], jax.nn.swish(dense(p['dense0'], cond))))
+  scaled = jnp.stack([z * 2.0**n for n in (6, 7)], axis=-1).reshape(*z.shape[:3], -1)
+  angles = 2 * np.pi * (scaled - jnp.round(scaled))
+  first = conv(p['conv_in'], jnp.concatenate([z, jnp.sin(angles), jnp.cos(angles)], axis=-1))
+  h = second = block(p['down.block_0'], first)
+  h = block(p['mid.block_2'], attention(p['mid.attn_1'], block(p['mid.block_1'], h)))
+  h = block(p['up.block_0'], jnp.concatenate([h, second], axis=-1))
+  h = block(p['up.block_1'], jnp.concatenate([h, first], axis=-1))
+  return z + conv(p['conv_out'], jax.nn.swish(norm(p['GroupNorm_0'], h)))
+
+
+@pytest.mark.parametrize('width', [32, 64, 128])
+def test_network_and_gradient_are_those_of_32_groups_at_any_width(width):
+  public = public_params('scalar', 1, width)
+  model, params = convert('scalar', public, width)
+  draws = np.random.RandomState(7)
+  z, weights = (jnp.asarray(draws.standard_normal((2, 8, 8, 3)), jnp.float32) for _ in range(2))
+  t, ends = jnp.array([0.3, 0.8]), cifar10.get_config().schedule
+  log_snr = ends.log_snr_max + t * (ends.log_snr_min - ends.log_snr_max)
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def of(network, params):
+    said, pullback = jax.vjp(network, params, z)
+    return said, *pullback(weights)
+
+  want, *slopes = of(lambda p, z: public_network(p, z, t), public['score_model'])
+  ours = lambda p, z: model.denoiser(params | {'network': p})(z, log_snr).eps
+  eps_hat, gradient, slope_in_z = of(ours, params['network'])
+  assert np.abs(want - z).max() > 1
+  np.testing.assert_allclose(eps_hat, want, atol=1e-5 * np.abs(want).max(), rtol=0)
+  np.testing.assert_allclose(slope_in_z, slopes[1], atol=1e-5 * np.abs(slopes[1]).max(), rtol=0)
+  _, wanted = convert('scalar', {'score_model': slopes[0], 'gamma': public['gamma']}, width)
+  largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted['network']))
+  for (path, leaf), want in zip(
+    jax.tree.leaves_with_path(gradient), jax.tree.leaves(wanted['network']), strict=True
+  ):
+    np.testing.assert_allclose(leaf, want, atol=1e-5 * largest, rtol=1e-4, err_msg=str(path))
+
+
+def test_the_written_out_network_is_that_of_the_public_code():
+  public = public_params('scalar', 1)
+  model, params = convert('scalar', public)
+  images, _, eps = inputs(1)
+  t = (jnp.float32(0.3) + jnp.arange(2) / 2) % 1
+  log_snr = model.schedule(params)(t)
+  x = jnp.float32(2 * (images + 0.5) / 256 - 1)
+  z = q_sample(x, eps, log_snr)
+  ends = cifar10.get_config().schedule
+  seen = (ends.log_snr_max - log_snr) / (ends.log_snr_max - ends.log_snr_min)
+  said = jax.jit(public_network)(public['score_model'], z, seen)
+  want = PUBLIC['scalar/eps_hat']
+  np.testing.assert_allclose(said, want, atol=1e-4 * np.abs(want).max(), rtol=0)
 
 
 @pytest.mark.parametrize('case', SEEDS)
@@ -179,6 +276,18 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
   prior, recon = (result.terms[name]['value'] for name in ('prior', 'recon'))
   np.testing.assert_allclose(prior, PUBLIC['bpd/terms'][1], rtol=1e-4)
   np.testing.assert_allclose(recon, PUBLIC['bpd/terms'][0], rtol=0.03)
+
+
+def test_an_import_of_a_narrow_network_sets_its_groups(tmp_path):
+  public = public_params('scalar', 1, 32)
+  save(tmp_path / 'public', public, public, 3)
+  config = config_of('scalar', 32)
+  config.model.norm_groups = 0
+  assert import_vdm.run(config, tmp_path / 'run', str(tmp_path / 'public-0')) == 0
+  assert json.loads((tmp_path / 'run/config.json').read_text())['model']['norm_groups'] == 32
+  config.model.norm_groups = 0
+  with pytest.raises(ValueError, match=r'norm_groups=0 must be 32 .*; give --config.model.norm_gr'):
+    import_vdm.convert(config, build.model(config), public)
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):

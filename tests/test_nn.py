@@ -8,8 +8,10 @@ import pytest
 from flax import linen as nn
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import AbstractDevice
+from vdm.configs import default
 
+from vdm import parallel
 from vdm.nn import NETWORKS, attention, layers
 from vdm.nn.mlp import MLP
 from vdm.nn.vdm_unet import VDMUNet
@@ -242,6 +244,24 @@ def test_groups_are_large_enough_and_the_public_codes_where_they_can_be(channels
     assert (norm.num_groups, norm.epsilon) == (nn.GroupNorm.num_groups, nn.GroupNorm.epsilon)
 
 
+@pytest.mark.parametrize('name', sorted(NETWORKS.keys() - {'mlp'}))
+@pytest.mark.parametrize('norm_groups', [0, 8])
+def test_every_norm_has_the_groups_of_the_leaf(name, norm_groups):
+  network, seen = NETWORKS[name](**default.SMALL_NETWORKS[name], norm_groups=norm_groups), []
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, layers.GroupNorm) and context.method_name == '__call__':
+      channels = args[0].shape[-1]
+      seen.append(context.module.num_groups == (norm_groups or layers.auto_groups(channels)))
+    return call(*args, **kwargs)
+
+  with nn.intercept_methods(note):
+    jax.eval_shape(
+      lambda: network.init(jax.random.key(0), jnp.zeros((1, 16, 16, 1)), jnp.zeros(1), train=False)
+    )
+  assert len(seen) > 5 and all(seen)
+
+
 @pytest.mark.parametrize('shape', [(3, 5, 4, 24), (2, 7, 16)])
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_group_norm_is_that_of_flax(shape, dtype, tolerance):
@@ -346,7 +366,7 @@ def test_attention_on_tpu_is_softmax_attention(width, monkeypatch):
   assert_close(actual, value_and_gradients(naive_attention, *args), 1e-5)
 
   device = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
-  mesh = AbstractMesh((4, 2), ('data', 'fsdp'), abstract_device=device)
+  mesh = parallel.abstract_mesh(4, 2, device)
   shapes = [jax.ShapeDtypeStruct((8, 1024, 2, width), a.dtype) for a in args]
   traced = lambda: str(jax.make_jaxpr(lambda *args: attention.softmax_attention(*args))(*shapes))
   with jax.sharding.use_abstract_mesh(mesh):
@@ -361,6 +381,11 @@ def test_attention_on_tpu_is_softmax_attention(width, monkeypatch):
     (VDMUNet(width=31), r'config\.model\.width=31 must be even and at least 4; try 32\.'),
     (VDMUNet(dropout=1.0), r'config\.model\.dropout=1\.0 must be in \[0, 1\)'),
     (VDMUNet(num_blocks=0), r'config\.model\.num_blocks=0 must be at least 1'),
+    (
+      VDMUNet(norm_groups=24),
+      r'norm_groups=24 must be 0 or a divisor of the 128 channels .*; try 0',
+    ),
+    (VDMUNet(norm_groups=-1), r'config\.model\.norm_groups=-1 must be 0 or a divisor of the 128'),
     (VDMUNet(num_classes=-1), r'config\.model\.num_classes=-1 must not be negative'),
   ],
 )

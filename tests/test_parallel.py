@@ -133,9 +133,9 @@ def test_dropout_differs_between_microbatches_and_devices():
   keys = []
   original = model.denoiser
 
-  def spy(params, label=None, key_dropout=None, flag=None):
+  def spy(params, label, flag, *, train, key_dropout):
     jax.debug.callback(lambda k: keys.append(tuple(np.ravel(k))), jax.random.key_data(key_dropout))
-    return original(params, label, key_dropout, flag)
+    return original(params, label, flag, train=train, key_dropout=key_dropout)
 
   step = train.make_train_step(config, model._replace(denoiser=spy), optimizer)
   jax.block_until_ready(jax.jit(step)(state, same))
@@ -293,3 +293,8 @@ def test_flips_and_turns_are_drawn_as_published_and_flagged():
     assert abs(count - expected) < 4 * expected**0.5
   assert drawn(images, False, True)[False, 0] == pytest.approx(1200, abs=100)
   assert drawn(images, False, False)[False, 0] == 2400
+
+
+def test_a_mesh_of_devices_that_are_not_here_is_like_one_that_is():
+  assert parallel.make_mesh(2).abstract_mesh.axis_types == parallel.abstract_mesh(4, 2).axis_types
+  assert parallel.make_mesh(2).shape == parallel.abstract_mesh(4, 2).shape

@@ -3,12 +3,15 @@
 import importlib
 import importlib.util
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from vdm import build, chips, costs, counts, plan
+from vdm import build, chips, costs, counts, parallel, plan
 from vdm.nn.attention import softmax_attention
 
 # Two devices; a loop of 32 whose body gathers, and takes and replaces slices of stacked arrays, in
@@ -169,7 +172,7 @@ def test_matmuls_of_loops_choices_and_convolutions():
 def test_matmuls_of_a_kernel_on_a_mesh():
   """A kernel's grid, and the devices that each run it on their part."""
   device = jax.sharding.AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
-  mesh = jax.sharding.AbstractMesh((4, 2), ('data', 'fsdp'), abstract_device=device)
+  mesh = parallel.abstract_mesh(4, 2, device)
   batch, size, heads, width = 16, 2048, 3, 128
   x = jax.ShapeDtypeStruct((batch, size, heads, width), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(mesh):
@@ -199,7 +202,7 @@ def test_roofline_names_what_binds():
 
 
 def test_gradients_are_exchanged_by_replicas_and_shards():
-  mesh = lambda data, fsdp: jax.sharding.AbstractMesh((data, fsdp), ('data', 'fsdp'))
+  mesh = parallel.abstract_mesh
   assert costs.gradient_exchange(100, mesh(1, 1)) == {}
   assert costs.gradient_exchange(100, mesh(4, 1)) == {'all-reduce': (1, 150)}
   sharded = costs.gradient_exchange(100, mesh(2, 4))
@@ -273,7 +276,7 @@ def test_errors_are_one_line_with_a_remedy(topology, leaves, message):
 def test_a_missing_compiler_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(
-    ValueError, match=r"v5e:2x2 needs XLA's TPU compiler; pip install 'vdm\[tpu\]'"
+    ValueError, match=r"v5e:2x2 needs XLA's TPU compiler; pip install 'vdm-jax\[tpu\]'"
   ):
     plan.run(digits(), 'v5e:2x2', 0)
 
@@ -328,6 +331,15 @@ def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
   assert cost.limit is None and 0 < cost.temporaries < cost.memory < where.chip.hbm_bytes
   assert cost.traffic > 0 and math.isfinite(cost.flops)
   assert cost.collectives['all-reduce'][1] > 0
+
+
+@pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")
+@pytest.mark.slow
+def test_the_compiler_says_nothing_of_the_cloud_that_it_is_not_in():
+  code = "from vdm import costs; print(len(costs.tpu_devices('v5e:2x4')))"
+  env = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'ALLOW_', 'XLA_'))}
+  done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
+  assert done.stdout.strip() == '8' and 'TPU_' not in done.stderr and 'Failed' not in done.stderr
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")

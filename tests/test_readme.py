@@ -1,7 +1,9 @@
 """What the README says can be typed, and what it maps exists."""
 
+import importlib
 import pathlib
 import re
+import tomllib
 
 import jax
 import pytest
@@ -42,6 +44,18 @@ def test_there_is_one_command_to_run_and_one_to_test():
   for name, part in (('main', '--config=configs/digits.py'), ('test', 'pytest')):
     (command,) = blocks(f'bash {name}')
     assert part in command and len(command.strip().splitlines()) == 1
+
+
+def test_what_is_installed_has_the_name_and_the_extras_that_are_typed():
+  project = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
+  assert project['name'] == 'vdm-jax' and project['version'] == vdm.__version__
+  module, _, function = project['scripts']['vdm'].partition(':')
+  assert callable(getattr(importlib.import_module(module), function))
+  files = [README, *ROOT.glob('vdm/**/*.py'), *ROOT.glob('launch/**/*'), *ROOT.glob('docs/*.md')]
+  text = ''.join(path.read_text() for path in files if path.is_file())
+  typed = re.findall(r"""['"](\.|vdm[\w-]*)\[(\w+)\]['"]""", text)
+  assert {name for name, _ in typed} == {'.', 'vdm-jax'}
+  assert {extra for _, extra in typed} <= project['optional-dependencies'].keys()
 
 
 def test_map_names_every_file_and_pictures_exist():

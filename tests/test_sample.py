@@ -32,7 +32,7 @@ def config_of(**settings):
 def stub_model():
   """x_hat is z and the class: images differ, and follow their labels."""
 
-  def denoiser(params, label=None, key_dropout=None):
+  def denoiser(params, label=None):
     return lambda z, log_snr: Prediction(0.8 * z + params * expand_to(label / 30.0, z), z)
 
   own = SCHEDULES['linear'](-5.0, 8.0)

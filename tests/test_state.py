@@ -40,8 +40,8 @@ def test_weight_decay_reaches_kernels_alone():
 
 
 @pytest.mark.parametrize('decay, end', [('constant', 0.1), ('cosine', 0.0)])
-def test_learning_rate_warms_up_from_zero_and_decays(decay, end):
-  """The first update of a constant gradient under Adam is the learning rate itself."""
+def test_learning_rate_warms_up_without_an_update_of_zero_and_decays(decay, end):
+  """Every update of a constant gradient under Adam is the learning rate itself."""
   settings = SETTINGS | dict(warmup_steps=10, decay=decay, weight_decay=0.0)
   optimizer = state.make_optimizer(**settings)
   params, opt_state, sizes = {'network': jnp.zeros(1)}, None, []
@@ -50,8 +50,16 @@ def test_learning_rate_warms_up_from_zero_and_decays(decay, end):
   for _ in range(101):
     updates, opt_state = optimizer.update(jax.tree.map(jnp.ones_like, params), opt_state, params)
     sizes.append(-float(updates['network']['bias'][0]))
-  np.testing.assert_allclose(sizes[:11], np.arange(11) * 0.01, atol=1e-6)
+  np.testing.assert_allclose(sizes[:10], (1 + np.arange(10)) * 0.01, atol=1e-6)
+  np.testing.assert_allclose(sizes[10], 0.1, atol=1e-6)
   np.testing.assert_allclose(sizes[100], end, atol=1e-5)
+
+
+@pytest.mark.parametrize('warmup_steps', [1, 2])
+def test_a_short_warm_up_changes_the_parameters_at_once(warmup_steps):
+  optimizer = state.make_optimizer(**SETTINGS | dict(warmup_steps=warmup_steps, weight_decay=0.0))
+  updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
+  np.testing.assert_allclose(updates['network']['conv_in']['bias'], -0.1 / warmup_steps, rtol=1e-4)
 
 
 def test_the_schedule_moves_at_its_own_rate():

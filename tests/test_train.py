@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vdm.configs import digits
+from flax import linen as nn
+from vdm.configs import default, digits
 
 from vdm import build, cards, checkpoint, data, look, parallel, reconstruct, sample, train
 from vdm.gaussian import Prediction, fold_in
-from vdm.nn import layers
+from vdm.nn import NETWORKS, layers
 
 
 @pytest.fixture(autouse=True)
@@ -108,7 +109,7 @@ def test_a_finished_run_says_so_and_does_nothing(straight, caplog):
   assert all(path.stat().st_mtime == t for path, t in written.items())
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(number, straight, tmp_path):
   """Sent from a thread once the first step has been made."""
   config = config_of(train__num_steps=4, checkpoint__every_steps=100)
@@ -135,12 +136,28 @@ def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(number, stra
 
 
 def test_handlers_are_the_old_ones_after_a_run():
-  numbers = (signal.SIGINT, signal.SIGTERM)
+  numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
   before = [signal.getsignal(number) for number in numbers]
   stop = train._StopSignal()
   assert [signal.getsignal(number) for number in numbers] != before
   stop.restore()
   assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_a_terminal_may_hang_up_more_than_once_and_nohup_stays():
+  before = signal.getsignal(signal.SIGHUP)
+  stop = train._StopSignal()
+  for _ in range(3):
+    signal.raise_signal(signal.SIGHUP)
+  assert stop.agreed(1) and stop.name == 'SIGHUP'
+  stop.restore()
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    stop = train._StopSignal()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    stop.restore()
+  finally:
+    signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(
@@ -222,7 +239,7 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   model, seen = build.model(config), []
   params = jax.eval_shape(model.init, jax.random.key(0))
 
-  def denoiser(params, label, key_dropout, flag):
+  def denoiser(params, label, flag, *, train, key_dropout):
     seen.append(flag)
     return lambda z, log_snr: Prediction(z, z)
 
@@ -250,6 +267,43 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
       lambda p, given=given: model.denoiser(p, flag=given)(jnp.ones(image.shape), index / 8), params
     )
     assert seen[-1] is given
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+@pytest.mark.parametrize('rate', [None, 0.3])
+def test_dropout_is_on_in_training_alone_at_the_rate_of_the_network(name, rate):
+  """The leaf's, and where there is none that which the network has by default."""
+  config = digits.get_config()
+  default_rate = NETWORKS[name].dropout
+  leaves = dict(default.SMALL_NETWORKS[name], name=name) | (
+    {} if rate is None else {'dropout': rate}
+  )
+  with config.unlocked():
+    kept = ('output', 'class_conditional', 'condition_on', 'dtype')
+    config.model = {leaf: config.model[leaf] for leaf in kept} | leaves
+    config.data.image_shape = (16, 16, 1)
+  model, calls = build.model(config), []
+
+  def note(call, args, kwargs, context):
+    if isinstance(context.module, layers.Dropout) and context.method_name == '__call__':
+      calls.append((context.module.rate, kwargs['train']))
+    return call(*args, **kwargs)
+
+  def seen(run, *args):
+    calls.clear()
+    with nn.intercept_methods(note):
+      jax.eval_shape(run, *args)
+    return {call for call in calls if call[0]}
+
+  image, index = jnp.zeros((8, 16, 16, 1), jnp.uint8), jnp.arange(8)
+  batch = {'image': image, 'label': 0 * index, 'index': index}
+  mesh = parallel.make_mesh()
+  state = parallel.abstract_state(mesh, build.init_state(config, model))
+  step = train.make_train_step(config, model, build.optimizer(config))
+  evaluated = lambda params: model.denoiser(params)(jnp.float32(image), index / 8)
+  wanted = default_rate if rate is None else rate
+  assert seen(step, state, batch) == ({(wanted, True)} if wanted else set())
+  assert seen(evaluated, state.params) == ({(wanted, False)} if wanted else set())
 
 
 @pytest.mark.parametrize(

@@ -285,7 +285,9 @@ def _share(indices: list[int]) -> int:
     for hand in hands
     if hand
   ]
-  signal.signal(signal.SIGTERM, lambda *_: sys.exit(train.EXIT_PREEMPTED))
+  for number in (s for s in signal.Signals if s.name in ('SIGTERM', 'SIGHUP')):
+    if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+      signal.signal(number, lambda *_: sys.exit(train.EXIT_PREEMPTED))
   try:
     return next((status for status in [child.wait() for child in children] if status), 0)
   finally:

@@ -27,7 +27,8 @@ class Model(NamedTuple):
 
   init: Callable[[jax.Array], Any]  # key -> params {'network', 'schedule'}
   schedule: Callable[[Any], Schedule]  # params -> Schedule
-  denoiser: Callable[..., Denoiser]  # (params, label=None, key_dropout=None, flag=None) -> Denoiser
+  # (params, label=None, flag=None, *, train=False, key_dropout=None) -> Denoiser
+  denoiser: Callable[..., Denoiser]
   weighting: Weighting
   image_shape: tuple[int, ...]
   num_values: int
@@ -305,14 +306,14 @@ def model(config: ConfigDict) -> Model:
   def as_schedule(params):
     return learned.as_schedule(params['schedule'])
 
-  def denoiser(params, label=None, key_dropout=None, flag=None):
+  def denoiser(params, label=None, flag=None, *, train=False, key_dropout=None):
     if condition_on == 'live':
       ends = as_schedule(params)(jnp.array([0.0, 1.0]))  # so that t is always in [0, 1]
     else:
       ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
     label = label if class_conditional or embedding_size else None
-    kwargs = dict(train=key_dropout is not None, rngs=rngs) | (dict(flag=flag) if flagged else {})
+    kwargs = dict(train=train, rngs=rngs) | (dict(flag=flag) if flagged else {})
 
     def denoise(z, log_snr):
       t = (ends[0] - log_snr) / (ends[0] - ends[1])

@@ -20,6 +20,15 @@ from vdm import build, counts, parallel
 from vdm.chips import GPUS, TPUS, Chip, of_kind
 
 
+# What libtpu would ask Google's cloud for, and complain about where it is not.
+LIBTPU = {
+  'TPU_SKIP_MDS_QUERY': '1',  # elsewhere it waits for nothing
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip is taken: plans may run at once
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any: the topology is given
+}
+
+
 class Target(NamedTuple):
   """Where a run is planned to be."""
 
@@ -65,7 +74,7 @@ def target(topology: str, config: ConfigDict) -> Target:
   kind, _, size = topology.partition(':')
   if kind in GPUS and re.fullmatch(r'[1-9]\d*', size):
     build.check_devices(config, int(size))
-    mesh = AbstractMesh((int(size) // fsdp, fsdp), parallel.BATCH_AXES)
+    mesh = parallel.abstract_mesh(int(size) // fsdp, fsdp)
     return Target(topology, GPUS[kind], mesh, 'gpu')
   if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', size):
     raise ValueError(
@@ -82,12 +91,11 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
   if importlib.util.find_spec('libtpu') is None:
     raise ValueError(
-      f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm[tpu]', also without a TPU."
+      f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm-jax[tpu]', also without a "
+      'TPU.'
     )
-  os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # away from Google's cloud it waits for nothing
-  os.environ.setdefault(
-    'ALLOW_MULTIPLE_LIBTPU_LOAD', '1'
-  )  # no chip is taken: plans may run at once
+  for name, value in LIBTPU.items():
+    os.environ.setdefault(name, value)
   # libtpu would count the two cores of a v4 apart; on a TPU JAX sees the chip
   as_one = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
   try:

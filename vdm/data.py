@@ -29,6 +29,7 @@ Batch = dict[str, np.ndarray]
 # core, memory at a hundred times that.
 CACHE_BYTES = 2**30
 CHECKED_IMAGES = 1024
+MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}  # Pillow's, by the number of channels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +81,42 @@ def num_images(data, split: str) -> int:
     return data[f'{split}_images']
   info = _builder(data.name, data.dir, 'config.data.name', 'config.data.dir').info
   return info.splits[data[f'{split}_split']].num_examples
+
+
+def fingerprint(images: np.ndarray) -> str:
+  """Returns 16 hexadecimal digits of sha256: equal pixels have the same, wherever they are from."""
+  return hashlib.sha256(images.tobytes()).hexdigest()[:16]
+
+
+def decode(file, name: str, channels: int = 0) -> np.ndarray:
+  """Returns the pixels of an encoded picture, uint8 [H, W, C]; training and FID read alike.
+
+  Args:
+    file: a path, or a file opened for reading.
+    name: what errors call it.
+    channels: C, to which grey and colour are converted as TensorFlow does; 0: 1 for a grey picture
+      and 3 for any other.
+
+  Raises:
+    ValueError: 8 bits per channel, or C channels, would not hold what the picture shows.
+  """
+  from PIL import Image
+
+  with Image.open(file) as picture:
+    kind = picture.mode
+    if picture.format == 'PNG' and '16' in str(picture.tile[0][3]):  # Pillow would cut them off
+      kind = 'I;16' if kind.startswith('I') else f'{kind};16'
+    good = kind in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA')
+    if good and channels not in (2, 4) and picture.has_transparency_data:
+      good = picture.convert('RGBA').getchannel('A').getextrema()[0] == 255
+    if not good:
+      raise ValueError(
+        f'{name} has pixels of kind {kind}, must be 8-bit grey or RGB without transparency; '
+        'flatten it.'
+      )
+    mode = MODES[channels or (1 if kind in ('1', 'L', 'LA') else 3)]
+    image = np.asarray(picture if picture.mode == mode else picture.convert(mode))
+  return image.reshape(*image.shape[:2], -1)
 
 
 def _quantized(data, fetch):
@@ -233,7 +270,7 @@ def _check(data, split, full_name, fetch, num_images):
   for start in range(0, num_checked, 64):
     batch = fetch(np.arange(start, min(start + 64, num_checked)))
     image, label = batch['image'], batch['label']
-    digest = digest or hashlib.sha256(image.tobytes()).hexdigest()[:16]
+    digest = digest or fingerprint(image)
     low, high = min(low, int(image.min())), max(high, int(image.max()))
     if data.embedding_size:
       field, fact = 'config.data.embedding_size', f'but {full_name} has embeddings of nan or inf'
@@ -296,7 +333,7 @@ def _load_tfds(data, split):
   info, name = builder.info, data[f'{split}_split']
   _require_features(info, data)
   try:
-    records, decode = _open(builder, name, 'config.data.name')
+    records, image_of = _open(builder, name, 'config.data.name')
   except KeyError as error:
     splits = f"{', '.join(map(repr, info.splits))}, or a part such as 'train[:90%]'"
     raise ValueError(
@@ -311,7 +348,7 @@ def _load_tfds(data, split):
 
   def read(indices):
     rows = records.__getitems__(indices.tolist())
-    images = [decode(row) for row in rows]
+    images = [image_of(row, i) for row, i in zip(rows, indices, strict=True)]
     if data.resize:
       images = [centre_crop(image, *shape[:2]) for image in images]
     for image in images:
@@ -357,9 +394,8 @@ def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def _open(builder, split, field):
-  """Records of a split with random access, and the function from a record to its image."""
+  """Records of a split with random access, and the function (record, number) -> its image."""
   import tensorflow_datasets as tfds
-  from PIL import Image
 
   info = builder.info
   root, name = _root_and_name(builder)
@@ -381,17 +417,14 @@ def _open(builder, split, field):
   fact = f'lacks {missing} in {builder.data_path}'
   _require(not missing, field, repr(name), fact, 'copy or prepare it again')
   channels = info.features['image'].shape[-1]
-  mode = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}.get(channels)
 
-  def decode(record):
+  def image_of(record, number):
     if not encoded:
       return record['image']
-    with Image.open(io.BytesIO(record['image'])) as file:
-      # As TensorFlow does: the channels of the data set, whatever this file has.
-      image = np.asarray(file if file.mode == mode else file.convert(mode))
-    return image.reshape(*image.shape[:2], channels)
+    name = f'image {number} of {info.full_name}, {split}'
+    return decode(io.BytesIO(record['image']), name, channels)
 
-  return records, decode
+  return records, image_of
 
 
 def _root_and_name(builder):
@@ -530,7 +563,7 @@ def show(name: str, data_dir: str = '') -> str:
   counts = {split: part.num_examples for split, part in info.splits.items()}
   train = 'train' if 'train' in counts else next(iter(counts))
   evaluate = next((split for split in ('test', 'validation') if split in counts), train)
-  records, decode = _open(builder, train, '--name')
+  records, image_of = _open(builder, train, '--name')
   label = info.features['label'] if 'label' in info.features else None
   lines = {
     'name': name,
@@ -539,7 +572,7 @@ def show(name: str, data_dir: str = '') -> str:
     'eval_split': evaluate,
     'train_images': counts[train],
     'eval_images': counts[evaluate],
-    'image_shape': decode(records[0]).shape,
+    'image_shape': image_of(records[0], 0).shape,
     'num_values': 256,
     'num_classes': getattr(label, 'num_classes', None) or 0,
   }

@@ -43,7 +43,11 @@ def exponent(std: float) -> float:
 def combination(
   times: np.ndarray, stds: np.ndarray, target_time: float, target_std: float
 ) -> np.ndarray:
-  """Weights [N] of N stored averages whose sum is closest to another average (EDM2, algorithm 3).
+  """Weights [N], of sum one, of N stored averages that add up to another (EDM2, algorithm 3).
+
+  The closest profile in the mean square has weights whose sum falls short of one, the more the
+  fewer averages there are, and parameters so weighted are too small by as much: EDM2's code divides
+  by the sum.
 
   Args:
     times: the steps after which each was stored, [N].
@@ -54,7 +58,8 @@ def combination(
   times, exponents = np.asarray(times, np.float64), np.array([exponent(s) for s in stds])
   overlaps = _overlap(times[:, None], exponents[:, None], times[None], exponents[None])
   wanted = _overlap(times, exponents, float(target_time), exponent(target_std))
-  return np.linalg.lstsq(overlaps, wanted, rcond=1e-14)[0]
+  weights = np.linalg.lstsq(overlaps, wanted, rcond=1e-14)[0]
+  return weights / weights.sum()
 
 
 def _overlap(t_a, gamma_a, t_b, gamma_b):

@@ -17,8 +17,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, checkpoint, parallel
+from vdm.nn import layers
 from vdm.schedules import inverse_softplus
 
+PUBLIC_GROUPS = 32  # of channels, in every norm
 # Which schedule of ours holds which leaves.
 _SCHEDULES = {
   'learned_endpoints': {'gamma/w', 'gamma/b'},
@@ -100,13 +102,7 @@ def _flat(tree: dict) -> dict[str, Any]:
 
 def _check_settings(config: ConfigDict, leaves: dict[str, np.ndarray]):
   """Holds the config to what the names and shapes of the leaves, and the public code, say."""
-  build.check(
-    config.model.name == 'vdm_unet',
-    'model.name',
-    config.model.name,
-    "'vdm_unet' to hold a checkpoint of the public VDM code",
-    'use configs/cifar10.py',
-  )
+  _check_name(config)
   conv_in, conv_out = (leaves.get(f'score_model/conv_{way}/kernel') for way in ('in', 'out'))
   gamma = {path for path in leaves if path.startswith('gamma/')}
   schedules = [name for name, paths in _SCHEDULES.items() if paths == gamma]
@@ -121,6 +117,7 @@ def _check_settings(config: ConfigDict, leaves: dict[str, np.ndarray]):
     'model.num_blocks': sum('down.block' in p and p.endswith('conv1/kernel') for p in leaves),
     'model.attention': any('down.attn' in path for path in leaves),
     'model.num_heads': 1,
+    'model.norm_groups': norm_groups(conv_in.shape[-1]),
     'model.fourier_exponents': (6, 7) if conv_in.shape[2] > conv_out.shape[-1] else (),
     'model.output': 'eps',
     'model.class_conditional': False,
@@ -134,13 +131,21 @@ def _check_settings(config: ConfigDict, leaves: dict[str, np.ndarray]):
     must = ', '.join(f'config.{f}={values[f]!r} must be {settings[f]!r}' for f in wrong)
     give = ' '.join(f'--config.{f}={settings[f]}'.replace(', ', ',') for f in wrong)
     raise ValueError(f"{must} to hold this checkpoint's network; give {give}.")
+
+
+def _check_name(config: ConfigDict):
   build.check(
-    config.model.width % 32 == 0 and config.model.width >= 128,
-    'model.width',
-    config.model.width,
-    'a multiple of 32 and at least 128 to group channels as the public VDM code does',
-    'narrower networks cannot be imported',
+    config.model.name == 'vdm_unet',
+    'model.name',
+    config.model.name,
+    "'vdm_unet' to hold a checkpoint of the public VDM code",
+    'use configs/cifar10.py',
   )
+
+
+def norm_groups(width: int) -> int:
+  """Returns the config.model.norm_groups that is 32 groups in a network of this width."""
+  return 0 if layers.auto_groups(width) == PUBLIC_GROUPS else PUBLIC_GROUPS
 
 
 def _end_points(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -211,8 +216,10 @@ def run(config: ConfigDict, workdir: epath.Path, checkpoint_path: str) -> int:
   if any((workdir / name).exists() for name in ('config.json', 'checkpoints')):
     raise ValueError(f'--workdir={workdir} holds a run; choose another --workdir to import into.')
   path = newest(checkpoint_path)
+  _check_name(config)
   with config.unlocked():
     config.model.scan_blocks = 'off'  # as the public code names blocks; a restore may stack them
+    config.model.norm_groups = norm_groups(config.model.width)
   model = build.model(config)
   build.check_devices(config, jax.device_count())
   public = read(path)

@@ -11,8 +11,8 @@
                                  make a workdir of a checkpoint of the public VDM code
 
 Any leaf of the config can be overridden: --config.train.batch_size=64. configs/default.py lists
-and explains them all. The same command run again goes on where it stopped. SIGTERM and Ctrl-C
-save and exit with status 75.
+and explains them all. The same command run again goes on where it stopped. SIGTERM, Ctrl-C and a
+terminal that closes (SIGHUP) save and exit with status 75.
 """
 
 import functools
@@ -158,5 +158,10 @@ def _locate(arg: str) -> str:
   return arg
 
 
-if __name__ == '__main__':
+def console():
+  """The command `vdm`."""
   app.run(main, flags_parser=parse_flags)
+
+
+if __name__ == '__main__':
+  console()

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from absl import logging
 from etils import epath
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from vdm import files
 
@@ -120,6 +120,16 @@ def keep_compiled(directory: epath.Path):
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] = ()) -> Mesh:
   """All devices of all hosts, or these, as (data, fsdp)."""
   return Mesh(np.asarray(devices or jax.devices()).reshape(-1, fsdp), BATCH_AXES)
+
+
+def abstract_mesh(data: int, fsdp: int, device: AbstractDevice | None = None) -> AbstractMesh:
+  """The mesh (data, fsdp) of devices that are not here, to trace for.
+
+  As with `make_mesh` the compiler divides the work, which an AbstractMesh leaves to the program by
+  default from JAX 0.12 on.
+  """
+  types = (AxisType.Auto,) * len(BATCH_AXES)
+  return AbstractMesh((data, fsdp), BATCH_AXES, axis_types=types, abstract_device=device)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

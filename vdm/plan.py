@@ -103,10 +103,9 @@ def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any
     _batch(config, mesh, config.train.batch_size // config.train.microbatches),
   )
   key = jax.random.key(0)
-  dropout = key if config.model.get('dropout') else None
 
   def pullback(params, probe, adaptive, batch):
-    of = lambda params, probe: loss(params, probe, adaptive, batch, key, dropout)
+    of = lambda params, probe: loss(params, probe, adaptive, batch, key, key)
     _, gradient, _ = jax.vjp(of, params, probe, has_aux=True)
     return [leaf for leaf in jax.tree.leaves(gradient) if isinstance(leaf, jax.Array)]
 

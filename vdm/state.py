@@ -63,6 +63,8 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
   """AdamW with linear warm-up, then constant or cosine to zero; optional clipping to a norm.
 
+  Update number k of a warm-up over N, k = 1 .. N, has k/N of the learning rate: none is in vain.
+
   The schedule's parameters move `schedule_rate` times as fast: Adam moves any parameter by about
   the learning rate, and end points are a hundred times as large as weights.
   """
@@ -71,7 +73,7 @@ def make_optimizer(
     'cosine': lambda: optax.cosine_decay_schedule(learning_rate, max(1, num_steps - warmup_steps)),
   }[decay]()
   if warmup_steps:
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    warmup = lambda count: learning_rate * (count + 1) / warmup_steps
     rate = optax.join_schedules([warmup, rate], [warmup_steps])
   clip = [optax.clip_by_global_norm(clip_norm)] if clip_norm else []
   adamw = optax.adamw(rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decay_mask)

@@ -87,7 +87,7 @@ def make_loss(config: ConfigDict, model: build.Model) -> Callable:
       label = drop_labels(fold_in(key_label, index), label, config.train.label_dropout)
     t = stratified(key_t, index, config.train.batch_size)
     bound = variational_bound(
-      model.denoiser(params, label, key_dropout, flag),
+      model.denoiser(params, label, flag, train=True, key_dropout=key_dropout),
       schedule,
       model.weighting,
       u,
@@ -148,11 +148,10 @@ def make_train_step(
       key_dropout = jax.random.fold_in(key_dropout, jax.lax.axis_index(axis_name))
 
     def part_grads(number, part):
-      dropout = jax.random.fold_in(key_dropout, number) if config.model.get('dropout') else None
       params, zeros = train_state.params, jnp.zeros(len(part['index']))
       probe = (zeros, zeros)
       (grads, probe_grads), (metrics, (t, loss)) = grad_fn(
-        params, probe, train_state.adaptive, part, key, dropout
+        params, probe, train_state.adaptive, part, key, jax.random.fold_in(key_dropout, number)
       )
       if learns_interior(config, params):
         as_schedule = lambda schedule: model.schedule({'schedule': schedule})
@@ -195,20 +194,27 @@ def make_train_step(
 
 
 class _StopSignal:
-  """Notes SIGTERM and Ctrl-C, for the loop to save and stop; a second one acts at once.
+  """Notes SIGTERM, Ctrl-C and SIGHUP, for the loop to save and stop.
 
-  In a job of several processes JAX has a SIGTERM handler of its own, which tells all hosts.
+  A second SIGTERM or Ctrl-C acts at once. A terminal that closes sends SIGHUP more than once, and
+  under nohup it is to be ignored. In a job of several processes JAX has a SIGTERM handler of its
+  own, which tells all hosts.
   """
 
   def __init__(self):
     self.name = 'preemption notice'
     self.noted = False
-    signals = () if jax.process_count() > 1 else (signal.SIGTERM, signal.SIGINT)
+    signals = []
+    if jax.process_count() == 1:
+      hangup = [s for s in signal.Signals if s.name == 'SIGHUP']  # not on Windows
+      kept = [s for s in hangup if signal.getsignal(s) != signal.SIG_IGN]
+      signals = [signal.SIGTERM, signal.SIGINT, *kept]
     self._old = {s: signal.signal(s, self._note) for s in signals}
 
   def _note(self, number, _):
     self.name, self.noted = signal.Signals(number).name, True
-    self.restore()
+    for again in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(again, self._old[again])
 
   def restore(self):
     for number, handler in self._old.items():

@@ -59,6 +59,7 @@ def score(config, path: str, reference_path: str) -> str:
   extractor = _extractor(config, source)
   streaming.check_count(settings, wanted, extractor)
   reference = references.read(reference_path, extractor, settings.batch_size)
+  streaming.check_reference(settings, reference_path, reference.facts['num_images'], extractor)
   batches = data.eval_batches(
     source,
     batch_size=extractor.batch_size(settings.batch_size),

@@ -2,14 +2,13 @@
 
 import bisect
 import functools
-import hashlib
 import itertools
 import pathlib
 import zipfile
 
 import numpy as np
 from absl import logging
-from PIL import Image, UnidentifiedImageError
+from PIL import UnidentifiedImageError
 
 from vdm import data
 
@@ -42,7 +41,7 @@ def load(path: str) -> data.Source:
     'name': str(root),
     'num_images': count,
     'image_shape': list(first.shape[1:]),
-    'sha256_first_64': hashlib.sha256(first.tobytes()).hexdigest(),
+    'sha256_first_64': data.fingerprint(first),
   }
 
   def fetch_batch(index):
@@ -81,19 +80,11 @@ def _of_pictures(files):
 def _read_picture(file: pathlib.Path) -> np.ndarray:
   """uint8 [H, W, 1] of a grey picture, [H, W, 3] of any other without transparency."""
   try:
-    with Image.open(file) as picture:
-      mode = {'L': 'L', '1': 'L', 'RGB': 'RGB', 'P': 'RGB'}.get(picture.mode, '')
-      if not mode or 'transparency' in picture.info:
-        raise ValueError(
-          f'{file} has pixels of kind {picture.mode}, must be 8-bit grey or RGB without '
-          'transparency; flatten it.'
-        )
-      image = np.asarray(picture.convert(mode))
+    return data.decode(file, str(file))
   except (UnidentifiedImageError, OSError, SyntaxError) as error:
     raise ValueError(
       f'{file} cannot be decoded ({error}); write it again, or remove it.'
     ) from error
-  return image.reshape(*image.shape[:2], -1)
 
 
 def _of_shards(files):

@@ -17,7 +17,7 @@ from vdm.fid import images, statistics, weights
 from vdm.fid.extractor import Extractor
 from vdm.fid.network import Features
 from vdm.fid.statistics import Gaussian
-from vdm.fid.streaming import collect
+from vdm.fid.streaming import check_reference, collect
 
 KEPT = 10_000  # images whose features a reference of ours keeps, for KID, precision and recall
 FOREIGN = {'features': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}  # as ADM and EDM call them
@@ -140,8 +140,13 @@ def of_config(config, extractor: Extractor) -> Reference:
   """config.fid.reference; where that is '', the whole training split, kept for the next time."""
   settings = config.fid
   if settings.reference:
-    return read(settings.reference, extractor, settings.batch_size)
+    reference = read(settings.reference, extractor, settings.batch_size)
+    check_reference(settings, settings.reference, reference.facts['num_images'], extractor)
+    return reference
   source = data.load(config.data, 'train')
+  check_reference(
+    settings, f'config.data.train_split={source.identity["split"]!r}', len(source), extractor
+  )
   text = json.dumps([extractor.name, source.identity], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:16]
   path = files.cache_folder() / f'reference_{digest}.npz'

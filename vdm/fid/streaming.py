@@ -90,6 +90,14 @@ def _host_rows(images: np.ndarray, start: int, local: int) -> data.Batch:
 def check_count(settings, num_images: int, extractor: Extractor):
   """Refuses fewer images than a covariance of the extractor's features needs."""
   least = extractor.num_features + 1
+  fewest = 4 if settings.halves >= 2 else 2  # each half of them has a covariance as well
+  build.check(
+    num_images >= fewest,
+    'fid.num_images',
+    num_images,
+    f'{fewest} or more with config.fid.halves={settings.halves}',
+    'give more images: one alone has no covariance',
+  )
   build.check(
     num_images >= least or settings.allow_few,
     'fid.num_images',
@@ -97,3 +105,14 @@ def check_count(settings, num_images: int, extractor: Extractor):
     f'{least} or more, or the covariance of {extractor.num_features} features is singular',
     'give 50000, as published numbers do, or --config.fid.allow_few=True to have it all the same',
   )
+
+
+def check_reference(settings, name: str, num_images: int, extractor: Extractor):
+  """Refuses a reference of as few images as `check_count` does samples; 0: it does not say."""
+  least = 2 if settings.allow_few else extractor.num_features + 1
+  if 0 < num_images < least:
+    raise ValueError(
+      f'reference {name} has {num_images} images, must have {least} or more, or the covariance of '
+      f'{extractor.num_features} features is singular; '
+      'make one of more images, or give --config.fid.allow_few=True to have it all the same.'
+    )

@@ -24,14 +24,15 @@ class Block(nn.Module):
   dtype: jnp.dtype
   train: bool
   num_heads: int = 0  # 0: no attention
+  norm_groups: int = 0
   resample: Callable[[jax.Array], jax.Array] = lambda x: x
 
   @nn.compact
   def __call__(self, h, skip, cond):
     x = h if skip is None else jnp.concatenate([h, skip], axis=-1)
-    h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0')(x))
+    h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0', self.norm_groups)(x))
     h = layers.Conv3x3(self.features, self.dtype, name='conv_0')(self.resample(h))
-    h = layers.group_norm(self.features, self.dtype, 'norm_1')(h)
+    h = layers.group_norm(self.features, self.dtype, 'norm_1', self.norm_groups)(h)
     h = nn.swish(layers.ScaleShift(self.dtype, name='cond')(h, cond))
     h = layers.Dropout(self.dropout)(h, train=self.train)
     h = layers.Conv3x3(self.features, self.dtype, nn.initializers.zeros, name='conv_1')(h)
@@ -40,7 +41,7 @@ class Block(nn.Module):
       x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
     h += x
     if self.num_heads:
-      h = layers.Attention(self.num_heads, self.dtype, name='attention')(h)
+      h = layers.Attention(self.num_heads, self.dtype, self.norm_groups, name='attention')(h)
     return h, h if skip is None else None
 
 
@@ -65,6 +66,7 @@ class ADMUNet(nn.Module):
     attention_resolutions: the heights of the levels, in pixels, whose blocks have attention.
     head_width: channels per head; divides the channels wherever there is attention.
     dropout: rate in each residual block.
+    norm_groups: as in `VDMUNet`.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.
@@ -79,6 +81,7 @@ class ADMUNet(nn.Module):
   attention_resolutions: tuple[int, ...] = (32, 16, 8)
   head_width: int = 64
   dropout: float = 0.1
+  norm_groups: int = 0
   num_classes: int = 0
   embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
@@ -106,7 +109,8 @@ class ADMUNet(nn.Module):
 
     def block(name, h, channels, skip=None, attention=False, **kwargs):
       num_heads = heads(channels) if attention else 0
-      module = Block(channels, self.dropout, self.dtype, train, num_heads, name=name, **kwargs)
+      fields = (channels, self.dropout, self.dtype, train, num_heads, self.norm_groups)
+      module = Block(*fields, name=name, **kwargs)
       return run(module, h, skip, cond)
 
     def run(module, h, skip, cond):
@@ -143,7 +147,7 @@ class ADMUNet(nn.Module):
       if level:
         h = block(f'double_{level}', h, channels[level], resample=layers.double)
 
-    h = nn.swish(layers.group_norm(channels[0], self.dtype, 'norm_out')(h))
+    h = nn.swish(layers.group_norm(channels[0], self.dtype, 'norm_out', self.norm_groups)(h))
     zeros = nn.initializers.zeros
     h = layers.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
     h = h.astype(jnp.float32)

@@ -142,16 +142,25 @@ class GroupNorm(nn.Module):
     return (x * spread(a) + spread(b)).astype(self.dtype)
 
 
-def group_norm(channels, dtype, name):
-  """`GroupNorm`, named `name`, with 32 groups as in VDM's public code.
+def group_norm(channels, dtype, name, num_groups=0):
+  """Returns `GroupNorm`, named `name`, with `num_groups` groups, or with `auto_groups` if it is 0.
 
-  Where that leaves fewer than four channels per group, with the greatest number of groups that does
-  not: a group of one channel would remove the conditioning, which shifts whole channels just before
-  it, and one of two keeps only their difference.
+  Raises ValueError if the groups cannot share the channels evenly.
+  """
+  valid = num_groups >= 0 and channels % (num_groups or 1) == 0
+  fact = f'be 0 or a divisor of the {channels} channels it groups'
+  require(valid, 'norm_groups', num_groups, fact, '0, which suits any width')
+  return GroupNorm(num_groups or auto_groups(channels), dtype, name=name)
+
+
+def auto_groups(channels):
+  """Returns 32, as in VDM's public code, or fewer so that each group has four channels or more.
+
+  A group of one channel would remove the conditioning, which shifts whole channels just before it,
+  and one of two keeps only their difference.
   """
   most = max(1, min(32, channels // 4))
-  num_groups = max(n for n in range(1, most + 1) if channels % n == 0)
-  return GroupNorm(num_groups, dtype, name=name)
+  return max(n for n in range(1, most + 1) if channels % n == 0)
 
 
 class ScaleShift(nn.Module):
@@ -176,11 +185,12 @@ class Attention(nn.Module):
 
   num_heads: int = 1
   dtype: jnp.dtype = jnp.float32
+  norm_groups: int = 0
 
   @nn.compact
   def __call__(self, x):
     batch, height, width, channels = x.shape
-    h = group_norm(channels, self.dtype, 'norm')(x)
+    h = group_norm(channels, self.dtype, 'norm', self.norm_groups)(x)
     heads = (batch, height * width, self.num_heads, channels // self.num_heads)
     q, k, v = (
       nn.Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads)

@@ -70,6 +70,7 @@ class UViT(nn.Module):
     conditioning_width: size of the noise level's embedding; all layers see four times as many
       numbers. Even.
     dropout: rate in the transformer only.
+    norm_groups: as in `VDMUNet`.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.
@@ -89,6 +90,7 @@ class UViT(nn.Module):
   skip: str = 'residual'
   conditioning_width: int = 256
   dropout: float = 0.1
+  norm_groups: int = 0
   num_classes: int = 0
   embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
@@ -128,7 +130,8 @@ class UViT(nn.Module):
     concatenate = self.skip == 'concatenate'
 
     def convolutional(features, name):
-      return adm_unet.Block(features, 0.0, self.dtype, train, name=name)
+      groups = self.norm_groups
+      return adm_unet.Block(features, 0.0, self.dtype, train, norm_groups=groups, name=name)
 
     def transformer(name):
       return TransformerBlock(self.head_width, self.dropout, self.dtype, train, name=name)
@@ -162,7 +165,7 @@ class UViT(nn.Module):
         h, skip = h + skip, None
       h, _ = chain(make, f'up_{level}_*', self.num_blocks, h, skip, cond)
 
-    h = nn.swish(layers.group_norm(self.widths[0], self.dtype, 'norm_out')(h))
+    h = nn.swish(layers.group_norm(self.widths[0], self.dtype, 'norm_out', self.norm_groups)(h))
     features = self.patch_size**2 * z.shape[-1]
     h = layers.Conv3x3(features, self.dtype, nn.initializers.zeros, name='conv_out')(h)
     h = layers.depth_to_space(h.astype(jnp.float32), self.patch_size)

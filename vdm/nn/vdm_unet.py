@@ -18,17 +18,18 @@ class ResBlock(nn.Module):
   features: int
   dropout: float
   dtype: jnp.dtype
+  norm_groups: int = 0
 
   @nn.compact
   def __call__(self, x, cond, *, train):
     zeros = nn.initializers.zeros
-    h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0')(x))
+    h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0', self.norm_groups)(x))
     h = layers.Conv3x3(self.features, self.dtype, name='conv_0')(h)
     shift = nn.Dense(
       self.features, use_bias=False, kernel_init=zeros, dtype=self.dtype, name='cond'
     )(cond)
     h += shift[:, None, None, :]
-    h = nn.swish(layers.group_norm(self.features, self.dtype, 'norm_1')(h))
+    h = nn.swish(layers.group_norm(self.features, self.dtype, 'norm_1', self.norm_groups)(h))
     h = layers.Dropout(self.dropout)(h, train=train)
     h = layers.Conv3x3(self.features, self.dtype, zeros, name='conv_1')(h)
     if x.shape[-1] != self.features:
@@ -53,7 +54,7 @@ class Block(nn.Module):
 class VDMUNet(nn.Module):
   """VDM's network, the same function as the public code's (arXiv 2107.00630, appendix B).
 
-  The same at the published widths, 128 and 256; narrower ones have fewer groups (`group_norm`).
+  The same at the published widths, 128 and 256; narrower ones have 32 groups with norm_groups=32.
 
   conv; `num_blocks` residual blocks; block, attention, block; `num_blocks` + 1 blocks, each of
   which also reads one of the earlier outputs, the last first; GroupNorm, swish, conv. All at full
@@ -66,6 +67,7 @@ class VDMUNet(nn.Module):
     num_heads: heads of each attention; VDM has one.
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
     dropout: rate in each residual block.
+    norm_groups: groups of channels in every norm; 0: `layers.auto_groups`.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.
@@ -84,6 +86,7 @@ class VDMUNet(nn.Module):
   num_heads: int = 1
   fourier_exponents: tuple[int, ...] = (6, 7)
   dropout: float = 0.1
+  norm_groups: int = 0
   num_classes: int = 0
   embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
@@ -112,10 +115,10 @@ class VDMUNet(nn.Module):
       raise ValueError(f'vdm_unet takes images [B, H, W, C], but z has shape {z.shape}.')
 
     def residual(name):
-      return ResBlock(self.width, self.dropout, self.dtype, name=name)
+      return ResBlock(self.width, self.dropout, self.dtype, self.norm_groups, name=name)
 
     def attention(name):
-      return layers.Attention(self.num_heads, self.dtype, name=name)
+      return layers.Attention(self.num_heads, self.dtype, self.norm_groups, name=name)
 
     def block(name):
       return Block(
@@ -140,7 +143,7 @@ class VDMUNet(nn.Module):
     h = residual('mid_1')(h, cond, train=train)
     h, _ = chain('up_*', self.num_blocks + 1, h, blocks.last_first(first, skips), cond)
 
-    h = nn.swish(layers.group_norm(self.width, self.dtype, 'norm_out')(h))
+    h = nn.swish(layers.group_norm(self.width, self.dtype, 'norm_out', self.norm_groups)(h))
     zeros = nn.initializers.zeros
     h = layers.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
     h = h.astype(jnp.float32)
