@@ -132,7 +132,7 @@ def dpmpp_2m() -> Sampler:
 
 
 def dpmpp_2m_sde() -> Sampler:
-  """SDE-DPM-Solver++(2M) (arXiv 2211.01095, section on diffusion SDEs), stochastic.
+  """SDE-DPM-Solver++(2M) (arXiv 2211.01095), stochastic.
 
   `dpmpp_2m` for the reverse SDE: the ancestral step with the lower variance and, instead of x_hat,
   the same D. The mean and variance of what it draws converge to second order.
@@ -168,7 +168,7 @@ def _lead(x, memory, log_snr_t, log_snr_s):
 
 
 def deis() -> Sampler:
-  """rho-AB-DEIS of third order (arXiv 2204.13902, section 3), deterministic.
+  """rho-AB-DEIS of third order (arXiv 2204.13902), deterministic.
 
   With y = z / alpha at level exp(-log_snr / 2), dy = eps_hat dlevel is integrated over the parabola
   in the level through this and the last two eps_hat: the method of Adams and Bashforth for unequal
