@@ -19,7 +19,6 @@ from ml_collections import ConfigDict
 from vdm import build, counts, parallel
 from vdm.chips import GPUS, TPUS, Chip, of_kind
 
-
 # What libtpu would ask Google's cloud for, and complain about where it is not.
 LIBTPU = {
   'TPU_SKIP_MDS_QUERY': '1',  # elsewhere it waits for nothing
