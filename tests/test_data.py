@@ -217,9 +217,13 @@ def test_labels_are_zero_without_classes():
     ({'train_images': 1438}, 'train', r'train_images=1438 .* has 1437 .*data.train_images=1437'),
     ({'eval_images': 10}, 'eval', r'eval_images=10 .* has 360 .*--config.data.eval_images=360'),
     ({'image_shape': (8, 8, 3)}, 'train', r'image_shape=\(8, 8, 3\) .*\(8, 8, 1\).*=8,8,1'),
-    ({'num_values': 16}, 'train', r'num_values=16 .* 0 .. 16 .* at least 17'),
+    ({'num_values': 16}, 'train', r'num_values=16 .* up to 16 in image \d+; .* at least 17'),
     ({'num_values': 256}, 'train', r'num_values=256 .* 0 .. 16 .*num_values=17, or at most 33'),
-    ({'num_classes': 9}, 'train', r'num_classes=9 .* 0 .. 9; .*num_classes=10, or 0'),
+    (
+      {'num_classes': 9},
+      'train',
+      r'num_classes=9 .* 0 .. 9, as in image \d+; .* to at least 10, or 0',
+    ),
     ({'train_split': 'tain'}, 'train', r"train_split='tain' .*choose 'train' or 'test'"),
   ],
 )
@@ -400,7 +404,7 @@ def test_part_of_a_split(root):
     ({'name': 'pictures'}, r"name='pictures' .* no feature \"image\" .*label, picture"),
     ({'name': 'wide'}, r"name='wide' has images of int32 .*; choose a data set of 8-bit"),
     ({'train_images': 24}, r'train_images=24 but toy/1.2.3 has 23 .*train_images=23'),
-    ({'image_shape': (4, 5, 3)}, r'image_shape=\(4, 5, 3\) .* \(5, 4, 3\); .*=5,4,3'),
+    ({'image_shape': (4, 5, 3)}, r'image_shape=\(4, 5, 3\) .* \(5, 4, 3\) in image 0; .*=5,4,3'),
     ({'num_values': 255}, r'num_values=255 .* to at least 256'),
     ({'num_classes': 10}, r'num_classes=10 but toy/1.2.3 has 5; set --config.data.num_classes=5'),
     (
@@ -427,8 +431,123 @@ def test_images_of_several_sizes(tmp_path):
     data_dir=tmp_path,
     file_format='array_record',
   )
-  with pytest.raises(ValueError, match=r'image_shape=\(5, 4, 3\) but sizes/1.0.0 has \(5, 5, 3\)'):
+  message = r'image_shape=\(5, 4, 3\) but sizes/1.0.0 has \(5, 5, 3\) in image \d; .*resize=True'
+  with pytest.raises(ValueError, match=message):
     vdm_data.load(toy(tmp_path, name='sizes', train_images=10, num_classes=0), 'train')
+
+
+def store(root, name, rows, **features):
+  """A TFDS data set of these rows, in one split."""
+  import tensorflow_datasets as tfds
+
+  tfds.dataset_builders.store_as_tfds_dataset(
+    name=name,
+    version='1.0.0',
+    features=tfds.features.FeaturesDict(features),
+    split_datasets={'train': list(enumerate(rows))},
+    data_dir=root,
+    file_format='array_record',
+    disable_shuffling=True,
+  )
+
+
+def odd(change, count=70):
+  """Images and labels that all are what they should be, but for the last."""
+  import tensorflow_datasets as tfds
+
+  label = tfds.features.Tensor(shape=(), dtype=np.int64)
+  image = tfds.features.Tensor(shape=SHAPE, dtype=np.uint8)
+  rows = [{'image': i % 64 + np.zeros(SHAPE, np.uint8), 'label': i % 5} for i in range(count)]
+  rows[-1] = rows[-1] | change
+  return rows, dict(image=image, label=label)
+
+
+@pytest.mark.parametrize(
+  'change, message',
+  [
+    ({'label': -1}, r'num_classes=5 .* labels -1 .*in image 69; set .*num_classes=0 to ignore'),
+    ({'label': 5}, r'num_classes=5 .* labels .* 5, as in image 69; set .* to at least 6, or 0'),
+    ({'image': np.full(SHAPE, 200, np.uint8)}, r'num_values=64 .* up to 200 in image 69'),
+  ],
+)
+def test_all_that_is_read_is_checked(change, message, tmp_path, monkeypatch):
+  """Also what comes after the images that are looked at first."""
+  monkeypatch.setattr(vdm_data, 'CHECKED_IMAGES', 64)
+  rows, features = odd(change)
+  store(tmp_path, 'odd', rows, **features)
+  source = vdm_data.load(toy(tmp_path, name='odd', train_images=70, num_values=64), 'train')
+  source.fetch(np.arange(60))
+  for indices in (np.array([69]), np.array([3, 69, 4])):
+    with pytest.raises(ValueError, match='config.data.' + message):
+      source.fetch(indices)
+
+
+@pytest.mark.parametrize(
+  'change, remedy',
+  [
+    ({'label': -1}, r'set --config.data.num_classes=0 to ignore labels$'),
+    ({'image': np.zeros(SHAPE, np.uint8)}, r"train_split='train' of odd/1.0.0 is black; choose"),
+  ],
+)
+def test_a_remedy_is_one_that_works(change, remedy, tmp_path):
+  rows, features = odd({})
+  store(tmp_path, 'odd', [row | change for row in rows], **features)
+  config = toy(tmp_path, name='odd', train_images=70, num_values=64)
+  with pytest.raises(ValueError, match=remedy):
+    vdm_data.load(config, 'train')
+  if 'label' in change:
+    config.num_classes = 0
+    assert not vdm_data.load(config, 'train').fetch(np.arange(70))['label'].any()
+
+
+def test_classes_without_images_are_found(root, tmp_path):
+  rows, features = odd({})
+  store(tmp_path, 'gaps', [row for row in rows if row['label'] in (1, 4)], **features)
+  source = vdm_data.load(toy(tmp_path, name='gaps', train_images=28, num_values=65), 'train')
+  np.testing.assert_array_equal(vdm_data.classes(source, 5), [1, 4])
+  np.testing.assert_array_equal(vdm_data.classes(vdm_data.load(toy(root), 'train'), 5), range(5))
+  digits = vdm_data.load(digits_with(), 'train')
+  np.testing.assert_array_equal(vdm_data.classes(digits, 10), range(10))
+  np.testing.assert_array_equal(digits.labels(np.arange(9)), digits.fetch(np.arange(9))['label'])
+
+
+@pytest.mark.parametrize('below', ['toy', 'toy/1.2.3', 'unlabelled', 'unlabelled/5x4/1.2.3'])
+def test_a_directory_inside_the_right_one_is_told_the_right_one(root, below):
+  with pytest.raises(ValueError, match=f'data.dir={root}/{below} is not .*; set .*dir={root}$'):
+    vdm_data.load(toy(root / below), 'train')
+
+
+def test_a_directory_that_is_not_there_says_how_to_prepare_the_set(tmp_path):
+  message = r'does not exist; set .*, or download and prepare it: .*toy.*array_record'
+  with pytest.raises(ValueError, match=message):
+    vdm_data.load(toy(tmp_path / 'none'), 'train')
+
+
+@pytest.mark.parametrize('name, message', [('deep', 'images of uint16'), ('black', 'is black')])
+def test_show_prints_nothing_that_is_refused(name, message, tmp_path, capsys):
+  import tensorflow_datasets as tfds
+
+  dtype = np.uint16 if name == 'deep' else np.uint8
+  image = tfds.features.Image(shape=SHAPE, dtype=dtype)
+  store(tmp_path, name, [{'image': np.zeros(SHAPE, dtype)}] * 3, image=image)
+  capsys.readouterr()
+  assert vdm_data.main(['show', f'--name={name}', f'--data_dir={tmp_path}']) == 1
+  out, error = capsys.readouterr()
+  assert out == '' and message in error
+
+
+def test_show_knows_masks_several_sizes_and_several_labels(tmp_path, capsys):
+  import tensorflow_datasets as tfds
+
+  rows = [{'image': np.ones((4 + i % 2, 4, 1), np.uint8), 'label': [0, 2]} for i in range(6)]
+  label = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=3))
+  store(tmp_path, 'masks', rows, image=tfds.features.Image(shape=(None, None, 1)), label=label)
+  capsys.readouterr()
+  assert vdm_data.main(['show', '--name=masks', f'--data_dir={tmp_path}']) == 0
+  config = get_config().unlock()
+  exec(capsys.readouterr().out, {'config': config})
+  assert (config.data.num_values, config.data.num_classes, config.data.resize) == (2, 0, True)
+  assert vdm_data.load(config.data, 'train').fetch(np.arange(6))['image'].shape == (6, 4, 4, 1)
 
 
 def test_missing_shard(tmp_path):

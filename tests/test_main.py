@@ -72,6 +72,11 @@ BAD_INPUT = {
     '--workdir=/proc/nothing cannot be written',
     'choose another',
   ),
+  'a whole number with an exponent': (
+    [DIGITS, '--config.ema.halflife_images=5e5'],
+    '--config.ema.halflife_images=5e5',
+    'it is an integer; give 500000',
+  ),
   'nothing to evaluate': (
     [DIGITS, '--mode=eval', '--workdir=/tmp/vdm_no_such_run'],
     '--workdir=/tmp/vdm_no_such_run holds no',
@@ -139,8 +144,9 @@ def test_help_explains_the_modes_and_the_overrides():
 
 @pytest.mark.slow
 def test_packaged_configs_are_found_from_any_directory(tmp_path):
-  status, text = run(DIGITS, '--config.schedule.name=nothing', cwd=tmp_path)
-  assert status != 0 and "config.schedule.name='nothing'" in text
+  for typed in ([DIGITS], DIGITS.split('=')):  # and with a space
+    status, text = run(*typed, '--config.schedule.name=nothing', cwd=tmp_path)
+    assert status != 0 and "config.schedule.name='nothing'" in text
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from PIL import Image
 from vdm.configs import default
 
-from vdm import build, checkpoint, parallel, sample, shards
+from vdm import build, checkpoint, data, parallel, sample, shards
 from vdm.gaussian import Prediction, expand_to, fold_in
 from vdm.schedules import SCHEDULES
 
@@ -229,6 +229,28 @@ def test_the_manifest_says_what_the_images_are(read_run, tmp_path):
   assert {k: manifest[k] for k in expected} == expected
   assert manifest['sampler']['s_churn'] == 2.0 and 'weight' in manifest['guidance']
   assert path.parent.name.startswith('step00000003_ema_heun3_')
+
+
+@pytest.mark.parametrize('rule', ['balanced', 'uniform'])
+def test_a_class_without_images_is_not_drawn(rule, monkeypatch):
+  """Class 0 and all above 6 have a name and no image; where no data are, every class is drawn."""
+  of = lambda index: np.array([1, 3, 6], np.int32)[index % 3]
+  source = data.Source(None, {'num_images': 5000}, labels=of)
+  monkeypatch.setattr(data, 'load', lambda settings, split: source)
+  config = config_of(label_rule=rule)
+  config.model.class_conditional, config.data.dir = True, f'{rule} of three'
+  labels = sample.labels_of(config)(np.arange(60))
+  assert labels.dtype == np.int32 and set(labels) == {1, 3, 6}
+  if rule == 'balanced':
+    np.testing.assert_array_equal(labels, of(np.arange(60)))
+  assert '3' in sample.manifest_of(config, 1, '')['labels']
+
+  def refuse(settings, split):
+    raise ValueError('config.data.dir is nowhere')
+
+  monkeypatch.setattr(data, 'load', refuse)
+  config.data.dir = f'{rule} of none'
+  assert set(sample.labels_of(config)(np.arange(200))) == set(range(10))
 
 
 def test_label_rules():

@@ -15,6 +15,7 @@ import difflib
 import functools
 import hashlib
 import io
+import json
 import math
 import os
 import sys
@@ -42,11 +43,13 @@ class Source:
       stored with each image, float32 [b, E].
     identity: what was loaded, in plain values, for number cards.
     num_threads: threads that read ahead; 0 where the images are in memory already.
+    labels: indices [b] -> int32 [b], the labels alone, for which no image is decoded.
   """
 
   fetch: Callable[[np.ndarray], Batch]
   identity: dict
   num_threads: int = 0
+  labels: Callable[[np.ndarray], np.ndarray] | None = None
 
   def __len__(self) -> int:
     return self.identity['num_images']
@@ -66,13 +69,28 @@ def load(data, split: str) -> Source:
   if split not in ('train', 'eval'):
     raise ValueError(f'{split=} must be "train" or "eval"')
   load_kind = _load_digits if data.name == 'digits' else _load_tfds
-  fetch, full_name, num_images, num_threads = load_kind(data, split)
+  fetch, labels, full_name, num_images, num_threads = load_kind(data, split)
   if data.num_bits:
     fetch = _quantized(data, fetch)
   identity = {'name': data.name, 'full_name': full_name, 'split': data[f'{split}_split']}
   identity |= {'num_bits': data.num_bits, 'resize': data.resize}
+  fetch = _checked(data, full_name, fetch)
   identity |= _check(data, split, full_name, fetch, num_images)
-  return Source(fetch, identity, num_threads)
+  return Source(fetch, identity, num_threads, labels)
+
+
+def classes(source: Source, num_classes: int) -> np.ndarray:
+  """Returns the classes that have images, ascending, int [C <= num_classes].
+
+  Reads labels in random order until it has seen every class: all of them only if one has none.
+  """
+  seen = np.zeros(num_classes, bool)
+  order = np.random.RandomState(0).permutation(len(source))
+  for start in range(0, len(order), 1024):
+    seen[source.labels(order[start : start + 1024])] = True
+    if seen.all():
+      break
+  return np.flatnonzero(seen)
 
 
 def num_images(data, split: str) -> int:
@@ -246,11 +264,44 @@ def _require(good, field, value, fact, remedy):
     raise ValueError(f'{field}={value} {fact}; {remedy}')
 
 
-def _require_shape(data, full_name, found):
+def _require_shape(data, full_name, found, number):
+  """`found`: the shape of image `number`."""
   field, flag = 'config.data.image_shape', ','.join(map(str, found))
   remedy = f'set --{field}={flag} if all its images have that shape'
+  if tuple(found[2:]) == tuple(data.image_shape[2:]):
+    remedy += ', or --config.data.resize=True to scale and crop those of any size'
   good = tuple(data.image_shape) == tuple(found)
-  _require(good, field, tuple(data.image_shape), f'but {full_name} has {found}', remedy)
+  fact = f'but {full_name} has {found} in image {number}'
+  _require(good, field, tuple(data.image_shape), fact, remedy)
+
+
+def _checked(data, full_name, fetch):
+  """`fetch`, which refuses pixels, labels and embeddings that are not what the config says."""
+
+  def fetch_checked(indices):
+    batch = fetch(indices)
+    image, label = batch['image'], batch['label']
+    _require_shape(data, full_name, image.shape[1:], indices[0])
+    field, value, high = 'config.data.num_values', data.num_values, int(image.max())
+    number = indices[image.reshape(len(image), -1).max(axis=1).argmax()] if high >= value else 0
+    fact = f'but {full_name} has values up to {high} in image {number}'
+    _require(high < value, field, value, fact, f'set --{field} to at least {high + 1}')
+    if data.embedding_size:
+      field, value = 'config.data.embedding_size', data.embedding_size
+      bad = indices[~np.isfinite(label).all(axis=1)]
+      fact = f'but {full_name} has embeddings of nan or inf'
+      _require(not len(bad), field, value, fact, f'correct that of image {bad[:1]}')
+      return batch
+    field, value = 'config.data.num_classes', data.num_classes
+    bad = (label < 0) | (label >= max(value, 1))
+    if bad.any():
+      low, high = int(label.min()), int(label.max())
+      fact = f'but {full_name} has labels {low} .. {high}, as in image {indices[bad.argmax()]}'
+      more = f'set --{field} to at least {high + 1}, or 0 to ignore labels'
+      _require(False, field, value, fact, more if low >= 0 else f'set --{field}=0 to ignore labels')
+    return batch
+
+  return fetch_checked
 
 
 def _check(data, split, full_name, fetch, num_images):
@@ -263,33 +314,21 @@ def _check(data, split, full_name, fetch, num_images):
   fact = f'but {full_name} has {num_images} images in {name!r}'
   remedy = f'set --{field}={num_images} if this is the data you mean'
   _require(value == num_images, field, value, fact, remedy)
-  _require_shape(data, full_name, fetch(np.array([0]))['image'].shape[1:])
-
   num_checked = num_images if data.name == 'digits' else min(CHECKED_IMAGES, num_images)
-  digest, low, high, low_label, high_label = '', 255, 0, 0, 0
+  digest, low, high = '', 255, 0
   for start in range(0, num_checked, 64):
-    batch = fetch(np.arange(start, min(start + 64, num_checked)))
-    image, label = batch['image'], batch['label']
+    image = fetch(np.arange(start, min(start + 64, num_checked)))['image']
     digest = digest or fingerprint(image)
     low, high = min(low, int(image.min())), max(high, int(image.max()))
-    if data.embedding_size:
-      field, fact = 'config.data.embedding_size', f'but {full_name} has embeddings of nan or inf'
-      remedy = f'correct those of images {start} .. {start + len(label) - 1}'
-      _require(np.isfinite(label).all(), field, data.embedding_size, fact, remedy)
-    else:
-      low_label, high_label = min(low_label, int(label.min())), max(high_label, int(label.max()))
 
+  # Fewer than half of the values is another unit: bits/dim and the range of x would mean little.
   field, value = 'config.data.num_values', data.num_values
   fact = f'but {full_name} has values {low} .. {high} in its first {num_checked} images'
-  _require(high < value, field, value, fact, f'set --{field} to at least {high + 1}')
-  # Fewer than half of the values is another unit: bits/dim and the range of x would mean little.
   remedy = f'set --{field}={high + 1}, or at most {2 * high + 1}'
-  _require(2 * high + 1 >= value, field, value, fact, remedy)
-
-  field, value = 'config.data.num_classes', data.num_classes
-  fact = f'but {full_name} has labels {low_label} .. {high_label}'
-  remedy = f'set --{field}={high_label + 1}, or 0 to ignore labels'
-  _require(low_label >= 0 and high_label < max(value, 1), field, value, fact, remedy)
+  if not high:
+    field, value, fact = f'config.data.{split}_split', repr(name), f'of {full_name} is black'
+    remedy = 'choose a split that has its images'
+  _require(2 * high + 1 >= data.num_values, field, value, fact, remedy)
   return {
     'num_images': num_images,
     'image_shape': list(data.image_shape),
@@ -322,7 +361,7 @@ def _load_digits(data, split):
     rows = np.delete(np.arange(len(images)), rows)
   images, labels = images[rows], labels[rows].astype(np.int32) * bool(data.num_classes)
   fetch = lambda indices: {'image': images[indices], 'label': labels[indices]}
-  return fetch, 'digits/sklearn', len(rows), 0
+  return fetch, lambda indices: labels[indices], 'digits/sklearn', len(rows), 0
 
 
 # --- TensorFlow Datasets
@@ -351,14 +390,17 @@ def _load_tfds(data, split):
     images = [image_of(row, i) for row, i in zip(rows, indices, strict=True)]
     if data.resize:
       images = [centre_crop(image, *shape[:2]) for image in images]
-    for image in images:
-      _require_shape(data, info.full_name, image.shape)
+    for image, number in zip(images, indices, strict=True):
+      _require_shape(data, info.full_name, image.shape, number)
     return {'image': np.stack(images), 'label': conditions(rows)}
+
+  def labels(indices):
+    return conditions(records.__getitems__(indices.tolist()))
 
   # Decoding holds the interpreter lock about half of the time: many threads gain nothing.
   num_threads = min(8, os.cpu_count() or 1)
   if count * (math.prod(shape) + 4 * data.embedding_size) > CACHE_BYTES:
-    return read, info.full_name, count, num_threads
+    return read, labels, info.full_name, count, num_threads
 
   first = read(np.array([0]))
   cache = {k: np.zeros((count, *value.shape[1:]), value.dtype) for k, value in first.items()}
@@ -373,7 +415,7 @@ def _load_tfds(data, split):
       known[missing] = True
     return {name: value[indices] for name, value in cache.items()}
 
-  return fetch, info.full_name, count, num_threads
+  return fetch, labels, info.full_name, count, num_threads
 
 
 def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -477,28 +519,41 @@ def _builder(name, data_dir, name_field, dir_field):
   chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
   root = epath.Path(os.path.expanduser(chosen))
   shown = root if data_dir else f"'' means {root}, which"
-  remedy = f'set --{dir_field.lstrip("-")} or $TFDS_DATA_DIR to the directory that holds {name}'
+  flag = f'--{dir_field.lstrip("-")}'
+  prepare = (
+    f'download and prepare it: python -c "import tensorflow_datasets as tfds; '
+    f"tfds.builder('{name}', data_dir='{root}').download_and_prepare(file_format='array_record')\""
+  )
+  remedy = f'set {flag} or $TFDS_DATA_DIR to the directory that holds {name}, or {prepare}'
   _require(root.exists(), dir_field, shown, 'does not exist', remedy)
   try:
     return read_only_builder.builder_from_files(name, data_dir=root)
   except (tfds.core.DatasetNotFoundError, ValueError) as error:
-    infos = (*root.glob('*/*/dataset_info.json'), *root.glob('*/*/*/dataset_info.json'))
-    prepared = sorted({'/'.join(path.parent.parent.relative_to(root).parts) for path in infos})
+    infos = [path for depth in range(4) for path in root.glob('*/' * depth + 'dataset_info.json')]
+    roots = {path.parent: _root_of(path) for path in infos}
+    here = [path for path, of in roots.items() if of == root]
+    prepared = sorted({'/'.join(path.parent.relative_to(root).parts) for path in here})
+    elsewhere = sorted({str(of) for of in roots.values() if of != root})
+    if elsewhere and not here:
+      fact = f'is not where data sets are prepared, but {elsewhere[0]} is'
+      raise ValueError(f'{dir_field}={shown} {fact}; set {flag}={elsewhere[0]}') from error
     holds = f'{root} holds {", ".join(prepared) or "no data set"}'
     known = tfds.list_builders(with_community_datasets=False)
     base = name.split('/')[0].split(':')[0]
     if base in known or any(base == other.split('/')[0] for other in prepared):
       fact = f'is not prepared ({holds})'
-      remedy = (
-        'choose one of these, or download and prepare it: python -c "import tensorflow_datasets as '
-        f"tfds; tfds.builder('{name}', data_dir='{root}')"
-        ".download_and_prepare(file_format='array_record')\""
-      )
+      remedy = f'choose one of these, or {prepare}'
     else:
       fact = f"is neither 'digits' nor a TFDS data set ({holds})"
       close = difflib.get_close_matches(base, ['digits', *prepared, *known])
       remedy = f'did you mean {" or ".join(close)}?' if close else 'check the name'
     raise ValueError(f'{name_field}={name!r} {fact}; {remedy}') from error
+
+
+def _root_of(info):
+  """The data_dir of the set with this dataset_info.json, which is in name/[config/]version."""
+  facts = json.loads(info.read_text())
+  return info.parents[3 if facts.get('configName') else 2]
 
 
 # --- the command line
@@ -557,14 +612,25 @@ def convert(name: str, data_dir: str = '') -> str:
 
 
 def show(name: str, data_dir: str = '') -> str:
-  """The lines of config.data for a prepared data set; the choice of splits is a guess."""
+  """The lines of config.data for a prepared data set; the choice of splits is a guess.
+
+  Raises ValueError if the data set is not one that `load` takes.
+  """
+  from vdm.configs import default
+
   builder = _builder(name, data_dir, '--name', '--data_dir')
   info = builder.info
   counts = {split: part.num_examples for split, part in info.splits.items()}
   train = 'train' if 'train' in counts else next(iter(counts))
   evaluate = next((split for split in ('test', 'validation') if split in counts), train)
+  config = default.get_config().data.unlock()
+  config.update(name=name, num_classes=0)
+  _require_features(info, config)
   records, image_of = _open(builder, train, '--name')
   label = info.features['label'] if 'label' in info.features else None
+  one_class = label is not None and label.shape == ()
+  first = [image_of(records[i], i) for i in range(min(64, len(records)))]
+  high = max(int(image.max()) for image in first)
   lines = {
     'name': name,
     'dir': data_dir,
@@ -572,10 +638,14 @@ def show(name: str, data_dir: str = '') -> str:
     'eval_split': evaluate,
     'train_images': counts[train],
     'eval_images': counts[evaluate],
-    'image_shape': image_of(records[0], 0).shape,
-    'num_values': 256,
-    'num_classes': getattr(label, 'num_classes', None) or 0,
+    'image_shape': first[0].shape,
+    'num_values': 256 if high > 127 else max(2, high + 1),
+    'resize': len({image.shape for image in first}) > 1,
+    'num_classes': (one_class and getattr(label, 'num_classes', None)) or 0,
   }
+  config.update(lines)
+  for split in ('train', 'eval'):
+    load(config, split)  # what it refuses is not printed
   head = f'# {info.full_name}: {", ".join(f"{split} {n}" for split, n in counts.items())}'
   return '\n'.join([head, *(f'config.data.{field} = {value!r}' for field, value in lines.items())])
 

@@ -19,6 +19,7 @@ import functools
 import logging
 import os
 import pathlib
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -120,9 +121,11 @@ def in_one_line(
 def parse_flags(argv):
   """absl's parser, with what can go wrong in one line; finds packaged configs from anywhere."""
   try:
-    rest = flags.FLAGS([_locate(arg) for arg in argv])
+    rest = flags.FLAGS([_locate(arg) for arg in _joined(argv)])
   except (flags.Error, AttributeError, KeyError, OSError) as error:
     text = ' '.join(str(error.args[0]).replace('\\n', ' ').replace("\\'", "'").split())
+    if literal := re.search(r"invalid literal for int\(\) with base 10: '([\d.]+e\+?\d+)'", text):
+      text += f': it is an integer; give {float(literal[1]):.0f}'
     typed = [arg for arg in argv if arg.startswith('--config.') and _last_field(arg) in text]
     field = f'{typed[0].partition("=")[0]}: ' if typed and not text.startswith('flag') else ''
     sys.exit(f'{field}{text} (configs/default.py lists every field, --help the flags)')
@@ -130,6 +133,15 @@ def parse_flags(argv):
   if _CONFIG.value is None and not asks_for_help:
     sys.exit(f'--config is missing; give a file, or one of {_packaged()}.')
   return rest
+
+
+def _joined(argv: list[str]) -> list[str]:
+  """`--config FILE`, as absl allows it, as `--config=FILE`."""
+  joined, rest = [], iter(argv)
+  for arg in rest:
+    value = next(rest, None) if arg in ('--config', '-config') else None
+    joined.append(arg if value is None else f'{arg}={value}')
+  return joined
 
 
 def _last_field(arg: str) -> str:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
 from vdm import build, checkpoint, data, files, parallel, shards
@@ -117,7 +117,8 @@ def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidanc
 def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
   """Image number -> class: config.sample.label; where that is -1, by config.sample.label_rule.
 
-  'balanced' takes each class in turn, 'uniform' draws one from the image's own key. For a model of
+  'balanced' takes each class in turn, 'uniform' draws one from the image's own key; of a
+  class-conditional model's, only those of which the training split has images. For a model of
   embeddings: image number -> row of config.sample.embeddings, in turn.
   """
   if config.data.embedding_size:
@@ -129,14 +130,47 @@ def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
   choices = ' or '.join(map(repr, LABEL_RULES))
   build.check(rule in LABEL_RULES, 'sample.label_rule', rule, choices, 'choose one')
 
+  if label >= 0:
+    return lambda index: np.full(len(index), label, np.int32)
+  drawn = drawn_classes(config)
+
   def uniform(index):
     keys = fold_in(jax.random.key(settings.seed), jnp.asarray(index))
     keys = fold_in(keys, jnp.full(len(index), 2))  # `samplers.sample` splits them in two: 0 and 1
-    return np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, classes))(keys))
+    numbers = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(drawn)))(keys))
+    return drawn[numbers].astype(np.int32)
 
-  if label >= 0:
-    return lambda index: np.full(len(index), label, np.int32)
-  return uniform if rule == 'uniform' else lambda index: (index % classes).astype(np.int32)
+  return uniform if rule == 'uniform' else lambda index: drawn[index % len(drawn)].astype(np.int32)
+
+
+def drawn_classes(config: ConfigDict) -> np.ndarray:
+  """The classes that config.sample.label_rule draws from."""
+  if config.model.class_conditional:
+    return _classes_with_images(FrozenConfigDict(config.data))
+  return np.arange(max(1, config.data.num_classes))
+
+
+@functools.lru_cache
+def _classes_with_images(settings: FrozenConfigDict) -> np.ndarray:
+  """Those of config.data's training split; all of them, with a warning, where it is not here."""
+  every = np.arange(settings.num_classes)
+  try:
+    source = data.load(settings, 'train')
+  except ValueError as error:
+    logging.warning('labels are drawn from all %d classes: %s', len(every), error)
+    return every
+  found = data.classes(source, len(every))
+  if len(found) < len(every):
+    missing = np.setdiff1d(every, found)
+    logging.warning(
+      '%d of %d classes have no images in %r and are not drawn: %s%s',
+      len(missing),
+      len(every),
+      settings.train_split,
+      ', '.join(map(str, missing[:8])),
+      ', ...' if len(missing) > 8 else '',
+    )
+  return found
 
 
 def embeddings_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
@@ -240,8 +274,13 @@ def folder_name(config: ConfigDict, step: int) -> str:
 def manifest_of(config: ConfigDict, step: int, fingerprint: str) -> dict[str, Any]:
   """What the images of a folder are: config.sample, and of what."""
   settings, classes, top = config.sample, config.data.num_classes, config.data.num_values - 1
-  of_rule = {'balanced': f'image number % {classes}', 'uniform': f'uniform over {classes} classes'}
-  labels = f'class {settings.label}' if settings.label >= 0 else of_rule[settings.label_rule]
+  labels = f'class {settings.label}'
+  if settings.label < 0:
+    drawn = drawn_classes(config)
+    of_rule = {'balanced': 'image number % {}', 'uniform': 'uniform over {} classes'}
+    labels = of_rule[settings.label_rule].format(len(drawn))
+    if len(drawn) < classes:
+      labels += f' with images, {hashlib.sha256(drawn.tobytes()).hexdigest()[:16]}'
   if config.data.embedding_size:
     rows = embeddings_of(config)(np.arange(min(settings.num_images, 100)))
     labels = f'embeddings, the first {len(rows)} {hashlib.sha256(rows.tobytes()).hexdigest()[:16]}'
