@@ -1,4 +1,4 @@
-"""A run that is only read: by its own config, at any of its steps, without a trace in its workdir."""
+"""A run that is only read: by its own config, at any step, without a trace in its workdir."""
 
 import json
 import os

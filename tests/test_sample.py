@@ -290,3 +290,19 @@ def test_png_holds_one_or_three_channels():
   with pytest.raises(ValueError, match=r"sample.format='png' must be 'npz' for images of 2 chan"):
     shards.check('png', 2)
   shards.check('npz', 2)
+
+
+@pytest.mark.parametrize('channels', [1, 2, 3, 4, 5])
+def test_a_grid_shows_every_channel_and_what_is_empty_is_no_image(channels, tmp_path):
+  images = np.random.default_rng(0).integers(0, 17, (5, 3, 4, channels))
+  picture = sample.grid(images, 17)
+  wide = 4 if channels in (1, 3) else 4 * channels
+  assert picture.shape == (2 * (3 + 2), 3 * (wide + 2), channels if channels in (1, 3) else 1)
+  for number, image in enumerate(images):
+    row, column = divmod(number, 3)
+    cell = picture[row * 5 + 1 : row * 5 + 4, column * (wide + 2) + 1 :][:, :wide]
+    parts = [image] if channels in (1, 3) else [image[..., c : c + 1] for c in range(channels)]
+    np.testing.assert_array_equal(cell, np.concatenate(np.round(np.array(parts) * 255 / 16), 1))
+  assert (picture[5:, 2 * (wide + 2) :] == 128).all()  # the sixth cell
+  sample.save_png(tmp_path / 'grid.png', picture)
+  assert Image.open(tmp_path / 'grid.png').mode == ('RGB' if channels == 3 else 'L')

@@ -193,20 +193,24 @@ def embeddings_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
 
 
 def grid(images: np.ndarray, num_values: int, columns: int = 0) -> np.ndarray:
-  """Images [N H W C] of integers as one picture uint8 [.. .. C], with a one-pixel frame."""
+  """Returns images [N H W C] of integers as one picture uint8 [.. .. 1 or 3], in grey frames.
+
+  Images of one or three channels are grey or RGB; of any others the channels stand side by side.
+  """
   columns = columns or math.ceil(math.sqrt(len(images)))
   rows = math.ceil(len(images) / columns)
-  picture = np.zeros((rows * columns, *images.shape[1:]), np.uint8)
-  picture[: len(images)] = shards.to_uint8(images, num_values)
-  picture = np.pad(picture, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
-  _, h, w, c = picture.shape
+  cells = shards.to_uint8(images, num_values)
+  if images.shape[3] not in (1, 3):
+    cells = cells.transpose(0, 1, 3, 2).reshape(*images.shape[:2], -1, 1)
+  cells = np.pad(cells, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+  _, h, w, c = cells.shape
+  picture = np.full((rows * columns, h, w, c), 128, np.uint8)
+  picture[: len(images)] = cells
   return picture.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
 
 
 def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
-  """Writes a picture uint8 [H W C], enlarged by whole pixels where it is small."""
-  if picture.shape[2] not in (1, 3):
-    picture = picture[..., :1]
+  """Writes a picture uint8 [H W 1 or 3], enlarged by whole pixels where it is small."""
   image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
   scale = max(1, math.ceil(least_side / min(image.size)))
   image = image.resize([side * scale for side in image.size], Image.NEAREST)
