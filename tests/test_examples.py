@@ -1,12 +1,17 @@
 import ast
 import importlib.util
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from test_layering import LEVELS
+
+from vdm import shards
 
 TOY = pathlib.Path(__file__).parents[1] / 'examples' / 'toy2d.py'
 
@@ -43,3 +48,21 @@ def test_the_toy_learns(toy):
   assert (
     np.abs(params['schedule']['interior']['a'] - start['schedule']['interior']['a']).max() > 0.01
   )
+
+
+def test_samples_by_class_and_guidance_become_one_picture(tmp_path):
+  for weight in (1.0, 4.0):
+    images = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1))
+    folder = tmp_path / str(weight)
+    shards.open_folder(
+      folder,
+      {'guidance': {'weight': weight}, 'num_values': 17, 'num_images': 8, 'batch_size': 8}
+      | {'format': 'npz'},
+    )
+    shards.write(folder, 'npz', 0, images, 17)
+  picture = tmp_path / 'picture.png'
+  script = TOY.with_name('guidance.py')
+  command = [sys.executable, script, picture, tmp_path / '1.0', tmp_path / '4.0', '--classes=a,b,c']
+  subprocess.run([*command, '--rows=2'], check=True)
+  width, height = Image.open(picture).size
+  assert width > 150 and height > 150
