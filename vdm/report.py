@@ -147,7 +147,8 @@ def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
       axes.plot(best['step'], best['value'], '*', color=bars[0].get_color(), markersize=10)
     axes.set(xlabel='steps (star: the best)', ylabel=label, yscale=scale)
     axes.set_title(shared, fontsize='small')
-    axes.legend(fontsize='small')
+    if any(labels.values()):  # of several
+      axes.legend(fontsize='small')
   return save_figure(figure, path)
 
 
