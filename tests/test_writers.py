@@ -53,23 +53,42 @@ def test_a_silent_writer_writes_nothing(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_without_tensorflow_a_run_trains_and_writes(tmp_path):
-  hidden = f"""
+HIDE = """
 import importlib.abc, sys
 class Hide(importlib.abc.MetaPathFinder):
   def find_spec(self, name, path=None, target=None):
     if name.split('.')[0] in ('tensorflow', 'clu'):
-      raise ModuleNotFoundError(f'{{name}} is hidden', name=name)
+      raise ModuleNotFoundError(f'{name} is hidden', name=name)
 sys.meta_path.insert(0, Hide())
 import importlib.util
 find = importlib.util.find_spec
 importlib.util.find_spec = lambda name, *a: None if name == 'tensorflow' else find(name, *a)
+"""
+
+
+def run_without_tensorflow(text):
+  command = [sys.executable, '-c', HIDE + text]
+  return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_without_tensorflow_a_run_trains_and_writes(tmp_path):
+  run = run_without_tensorflow(f"""
 sys.argv = ['main', '--config=configs/digits.py:debug', '--workdir={tmp_path}/run']
 from absl import app
 from vdm import main
 app.run(main.main, flags_parser=main.parse_flags)
-"""
-  run = subprocess.run([sys.executable, '-c', hidden], capture_output=True, text=True, check=False)
+""")
   assert run.returncode == 0, run.stderr
   found = written(tmp_path / 'run' / 'tensorboard')
   assert {'train/loss', 'eval/ema_bits_per_dim', 'samples'} <= set(found)
+
+
+def test_what_needs_tensorflow_says_so_in_a_line():
+  run = run_without_tensorflow("""
+from vdm import data
+try:
+  data.require_tensorflow('this')
+except ValueError as error:
+  print(error)
+""")
+  assert run.stdout == "this needs TensorFlow; pip install 'vdm-jax[tensorflow]'.\n", run.stderr

@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
@@ -573,7 +574,6 @@ def convert(name: str, data_dir: str = '') -> str:
   Returns:
     A sentence that says what was done.
   """
-  hide_accelerators_from_tensorflow()
   from rich.progress import Progress
   from tensorflow_datasets.core import dataset_info, file_adapters
 
@@ -581,6 +581,7 @@ def convert(name: str, data_dir: str = '') -> str:
   info, again = builder.info, 'copy or prepare the data set again'
   if _has_array_record(info):
     return f'{info.full_name} is in ArrayRecord already: {builder.data_path}'
+  require_tensorflow(f'--name={name!r}: reading TFRecord files')
   reader = file_adapters.ADAPTER_FOR_FORMAT[info.file_format]
   writer = file_adapters.ADAPTER_FOR_FORMAT[file_adapters.FileFormat.ARRAY_RECORD]
   with Progress() as progress:
@@ -650,8 +651,18 @@ def show(name: str, data_dir: str = '') -> str:
   return '\n'.join([head, *(f'config.data.{field} = {value!r}' for field, value in lines.items())])
 
 
-def hide_accelerators_from_tensorflow():
-  """Call before TensorFlow is first used: it would take memory that is JAX's."""
+def has_tensorflow() -> bool:
+  """Whether TensorFlow is installed: an extra, which most of this package does without."""
+  return importlib.util.find_spec('tensorflow') is not None
+
+
+def require_tensorflow(what: str):
+  """Raises ValueError where TensorFlow is missing, with `what` as the subject of the sentence.
+
+  Where it is there, it is kept from accelerators, which are JAX's.
+  """
+  if not has_tensorflow():
+    raise ValueError(f"{what} needs TensorFlow; pip install 'vdm-jax[tensorflow]'.")
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   import tensorflow as tf
 

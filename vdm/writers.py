@@ -4,7 +4,6 @@ The writer is clu's where TensorFlow is installed, and else one of TensorBoard a
 methods and tags.
 """
 
-import importlib.util
 import io
 import os
 import time
@@ -34,9 +33,9 @@ def open_writer(directory: os.PathLike, silent: bool = False) -> MetricWriter:
   """Returns a writer to TensorBoard files in `directory`; a silent one writes nothing."""
   if silent:
     return SilentWriter()
-  if importlib.util.find_spec('tensorflow') is None:
+  if not data.has_tensorflow():
     return EventWriter(directory)
-  data.hide_accelerators_from_tensorflow()  # clu's writer imports TensorFlow as a whole
+  data.require_tensorflow("clu's metric writer")
   from clu import metric_writers
 
   return metric_writers.create_default_writer(directory)

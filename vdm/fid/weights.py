@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vdm import files
+from vdm import data, files
 from vdm.fid.inception import SIDE, Inception, conv_names
 
 NAME = 'inception-2015-12-05'
@@ -181,6 +181,7 @@ def _read_torch(path: pathlib.Path) -> Params:
 
 def _read_graph(path: pathlib.Path) -> Params:
   """From the constants of a frozen graph; its normalisation may be told to ignore gamma."""
+  data.require_tensorflow(f'{path}: reading a frozen graph')
   import tensorflow as tf
 
   graph = tf.compat.v1.GraphDef()
