@@ -32,7 +32,7 @@ def get_config(arg=''):
     )
     config.eval.update(batch_size=1000, draws=4, max_images=0)
     config.sample.sampler.name = 'heun'
-    config.sample.grid = ConfigDict(dict(name='edm_sample'))
+    config.sample.grid = ConfigDict(dict(name='edm_train', std=5.0))
     config.sample.update(batch_size=1000, num_images=10_000, num_steps=40, denoise_last=True)
     config.fid.update(train_every_steps=0, num_images=10_000)
     config.checkpoint.every_steps = 1120

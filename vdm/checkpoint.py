@@ -13,6 +13,7 @@ twice for a moment.
 import itertools
 import json
 import math
+import os
 import types
 import zlib
 from collections.abc import Callable, Mapping
@@ -29,7 +30,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from vdm import build, files, parallel
+from vdm import build, files, parallel, released
 from vdm.configs import default
 from vdm.nn import blocks
 
@@ -91,6 +92,11 @@ def open_workdir(workdir: str, config: ConfigDict) -> None:
   """
   check_writable(workdir, '--workdir', 'choose another --workdir')
   path = epath.Path(workdir)
+  if released.exists(path):
+    raise ValueError(
+      f'--workdir={workdir} holds a released model, which has no optimizer to train on with; '
+      'choose another --workdir.'
+    )
   parallel.keep_compiled(path / 'xla_cache')
   file = path / CONFIG
   text = files.json_text(config.to_dict())
@@ -339,7 +345,7 @@ def read_run(config: ConfigDict, workdir: str, step: str = 'newest') -> Run:
   Raises:
     ValueError: there is no such checkpoint, it cannot be restored, or config.json cannot.
   """
-  if not (epath.Path(workdir) / 'checkpoints').exists():
+  if not _holds_run(workdir):
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
   own = own_config(workdir, config)
   differences = _differences(_flat(_saved_config(workdir)), _flat(_plain(config)))
@@ -361,7 +367,7 @@ def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[buil
   """
   workdir = config.sample.guidance.checkpoint
   folder = epath.Path(workdir)
-  if not ((folder / CONFIG).exists() and (folder / 'checkpoints').exists()):
+  if not ((folder / CONFIG).exists() and _holds_run(folder)):
     raise ValueError(
       f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
       f'with {CONFIG} and checkpoints; train it first, or name another.'
@@ -383,8 +389,18 @@ def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[buil
   return guide, _state(workdir, guide_config, guide, mesh, 'newest')
 
 
+def _holds_run(workdir: os.PathLike | str) -> bool:
+  """Whether there are checkpoints to read, or a released model."""
+  return (epath.Path(workdir) / 'checkpoints').exists() or released.exists(workdir)
+
+
 def _state(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh, step: str) -> Any:
-  """The state at `step`, which is 'newest', 'best' or a number."""
+  """The state at `step`, which is 'newest', 'best' or a number; a released model has but one."""
+  if released.exists(workdir):
+    state = released.read(workdir, config, model, mesh)
+    if step not in ('newest', 'best', str(int(state.step))):
+      raise ValueError(f'--step={step} is not there: {workdir} was released at {int(state.step)}.')
+    return state
   with manager(workdir) as reader:
     steps, lowest = sorted(reader.all_steps()), best_step(reader)
     if not steps:

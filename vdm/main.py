@@ -4,6 +4,7 @@
   python -m vdm.main --config=configs/digits.py --mode=eval      score the newest checkpoint
   python -m vdm.main --config=configs/digits.py --mode=sample    draw images from it
       --step=best, or a number, takes another checkpoint; --out=DIR leaves the workdir as it is
+  python -m vdm.main --config=configs/digits.py --mode=release   its averages alone, in float16
   python -m vdm.main --config=configs/cifar10.py --mode=plan --topology=v5e:2x4
                                  will it fit, how fast: of devices that need not be here
   python -m vdm.main --config=configs/cifar10.py:debug           any config, shrunk to seconds
@@ -37,10 +38,10 @@ import vdm
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
-_MODES = ['train', 'eval', 'sample', 'reconstruct', 'import_vdm', 'plan']
+_MODES = ['train', 'eval', 'sample', 'release', 'reconstruct', 'import_vdm', 'plan']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
 _STEP = flags.DEFINE_string(
-  'step', 'newest', 'For eval and sample: newest, best (by bits/dim), or a number.'
+  'step', 'newest', 'For eval, sample and release: newest, best (by bits/dim), or a number.'
 )
 _OUT = flags.DEFINE_string(
   'out',
@@ -66,21 +67,22 @@ def main(_):
   """Dispatches on --mode."""
   logging.getLogger('matplotlib').setLevel(logging.WARNING)  # it says when it looks for fonts
   # after the flags: they import JAX
-  from vdm import import_vdm, look, plan, reconstruct, report, sample, train
+  from vdm import import_vdm, look, plan, reconstruct, release, report, sample, train
 
   report.set_up_logging()
   modes = {
     'train': train.train,
     'eval': functools.partial(look.run, step=_STEP.value, out=_out()),
     'sample': functools.partial(sample.run, step=_STEP.value, out=_out()),
+    'release': functools.partial(release.run, step=_STEP.value, out=_out()),
     'reconstruct': reconstruct.run,
     'import_vdm': functools.partial(import_vdm.run, checkpoint_path=_CHECKPOINT.value),
     'plan': lambda config, _: plan.run(config, _TOPOLOGY.value, _PLAN_SEARCH.value),
   }
-  reads = _MODE.value in ('eval', 'sample')
+  reads = _MODE.value in ('eval', 'sample', 'release')
   for flag in (_STEP, _OUT):
     if flag.present and not reads:
-      sys.exit(f'--{flag.name}={flag.value} is for --mode=eval and --mode=sample; leave it out.')
+      sys.exit(f'--{flag.name}={flag.value} is for --mode=eval, sample and release; leave it out.')
   in_one_line(modes[_MODE.value])
 
 

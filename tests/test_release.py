@@ -1,0 +1,109 @@
+"""Models to give away."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+from vdm.configs import digits
+
+from vdm import build, checkpoint, look, parallel, release, released, sample, train
+
+
+@pytest.fixture(autouse=True)
+def _libraries(rank_promotion_allowed):
+  pass
+
+
+def config_of(**settings):
+  config = digits.get_config('debug')
+  with config.unlocked():
+    config.update_from_flattened_dict(
+      {'model.scan_blocks': 'off', 'model.num_blocks': 2} | settings
+    )
+  return config
+
+
+@pytest.fixture(scope='module')
+def folders(tmp_path_factory):
+  """(workdir of a run, folder of its release)."""
+  workdir = tmp_path_factory.mktemp('run')
+  with jax.numpy_rank_promotion('allow'):
+    assert train.train(config_of(), workdir) == 0
+    assert release.run(config_of(), workdir) == 0
+  return workdir, workdir.with_name(f'{workdir.name}_release')
+
+
+@pytest.mark.parametrize('scan', ['off', 'on'])
+def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan):
+  workdir, folder = folders
+  config = config_of(**{'model.scan_blocks': scan})
+  run, given = checkpoint.read_run(config, workdir), checkpoint.read_run(config, folder)
+  assert int(given.state.step) == int(run.state.step) == 4
+  network, want = given.state.params['network'], run.state.ema_params['network']
+  jax.tree.map(
+    lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), network, want
+  )
+  schedule = given.state.params['schedule'], run.state.ema_params['schedule']
+  jax.tree.map(np.testing.assert_array_equal, *schedule)  # end points keep their float32
+  jax.tree.map(np.testing.assert_array_equal, given.state.params, given.state.ema_params)
+
+
+def test_it_is_evaluated_and_sampled_from_like_a_run(folders, tmp_path):
+  workdir, folder = folders
+  for name, place in (('run', workdir), ('release', folder)):
+    assert look.run(config_of(), place, out=tmp_path / name) == 0
+    assert sample.run(config_of(), place, out=tmp_path / name) == 0
+  values = [
+    json.loads(next((tmp_path / name / 'cards').glob('bits_per_dim_ema*')).read_text())['value']
+    for name in ('run', 'release')
+  ]
+  assert values[0] == pytest.approx(values[1], rel=1e-3) and values[0] != values[1]
+  assert [path.name for path in folder.iterdir() if path.is_file()] == ['params.npz', 'config.json']
+  assert list((folder / 'cards').glob('bits_per_dim_ema*step00000004.json'))
+  whole = sum(file.stat().st_size for file in (workdir / 'checkpoints' / '4').rglob('*'))
+  assert (folder / 'params.npz').stat().st_size < whole / 5
+
+
+def test_it_cannot_be_trained_on_and_has_one_step(folders):
+  _, folder = folders
+  with pytest.raises(ValueError, match='holds a released model, which has no optimizer'):
+    train.train(config_of(), folder)
+  with pytest.raises(ValueError, match=r'--step=2 is not there: .* was released at 4'):
+    checkpoint.read_run(config_of(), folder, '2')
+
+
+def damaged(arrays, name):
+  first = next(key for key in arrays if key.endswith('kernel'))
+  if name == 'missing':
+    del arrays[first]
+  elif name == 'shape':
+    arrays[first] = arrays[first][..., :1]
+  elif name == 'more':
+    arrays['network/more'] = np.zeros(2)
+  elif name == 'nan':
+    arrays[first] = arrays[first] * np.nan
+  elif name == 'no step':
+    del arrays['step']
+  return arrays
+
+
+@pytest.mark.parametrize('name', ['missing', 'shape', 'more', 'nan', 'no step', 'cut', 'no zip'])
+def test_damage_is_one_line_with_the_files_name(folders, tmp_path, name):
+  config, path = config_of(), tmp_path / 'params.npz'
+  content = (folders[1] / 'params.npz').read_bytes()
+  if name in ('cut', 'no zip'):
+    path.write_bytes(content[:-30] if name == 'cut' else b'no zip')
+  else:
+    with np.load(folders[1] / 'params.npz') as file:
+      np.savez(path, **damaged(dict(file), name))
+  with pytest.raises(ValueError, match=str(path)) as error:
+    released.read(tmp_path, config, build.model(config), parallel.make_mesh())
+  assert '\n' not in str(error.value)
+
+
+def test_what_float16_cannot_hold_is_not_released(tmp_path):
+  for value in (1e6, np.nan, np.inf):
+    with pytest.raises(ValueError, match='network/kernel has values beyond float16'):
+      released.write(tmp_path, {'network': {'kernel': np.float32([1, value])}}, 1)
+  assert not list(tmp_path.iterdir())
