@@ -1,7 +1,8 @@
 """Sets folders of class-conditional samples under one another: a row per image, a column per class.
 
   for W in 1 2 4; do python -m vdm.main --config=configs/fashion_mnist_full.py --mode=sample \\
-    --workdir=pretrained/fashion_mnist_full --out=DIR/$W --config.sample.num_images=30 --config.sample.batch_size=30 \\
+    --workdir=pretrained/fashion_mnist_full --out=DIR/$W \\
+    --config.sample.num_images=30 --config.sample.batch_size=30 \\
     --config.sample.sampler.name=dpmpp_2m --config.sample.num_steps=32 \\
     --config.sample.grid.name=edm_sample \\
     --config.sample.guidance.kind=classifier_free --config.sample.guidance.weight=$W; done
