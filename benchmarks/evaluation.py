@@ -30,6 +30,7 @@ JOBS = {'1 device': (1, 1), '2 devices': (1, 2), '8 devices': (1, 8), '2 process
 SEEDS, DRAWS, FEW_DRAWS = 200, 4, 2
 
 _SEEDS = flags.DEFINE_integer('seeds', SEEDS, 'Evaluations that a spread is taken over.')
+_FIRST_SEED = flags.DEFINE_integer('first_seed', 0, 'The first of them.')
 _STEPS = flags.DEFINE_integer('steps', 100, 'Of training.')
 _PART = flags.DEFINE_string('part', '', 'Of a process that this command starts for itself.')
 _COORDINATOR = flags.DEFINE_string('coordinator', '', 'The same.')
@@ -116,14 +117,14 @@ def values(bench: Bench) -> list[dict[str, Any]]:
   return found
 
 
-def spreads(bench: Bench, seeds: int) -> list[dict[str, Any]]:
+def spreads(bench: Bench, seeds: range) -> list[dict[str, Any]]:
   """Returns the spread over seeds beside the errors stated, at a small batch and a large one."""
   found = []
   for images in IMAGES:
     mean = bench.evaluate(360, images, 1024, 10**6).value
     for draws in (FEW_DRAWS, DRAWS):
       for batch in (100, 360, 512):
-        results = [bench.evaluate(batch, images, draws, seed) for seed in range(seeds)]
+        results = [bench.evaluate(batch, images, draws, seed) for seed in seeds]
         intervals = [cards.error_fields(r.value, r.stderr, r.dof)['interval_95'] for r in results]
         found.append(
           dict(
@@ -132,10 +133,14 @@ def spreads(bench: Bench, seeds: int) -> list[dict[str, Any]]:
             batch=batch,
             spread=float(np.std([r.value for r in results], ddof=1)),
             stated=math.sqrt(np.mean([r.stderr**2 for r in results])),
-            covered=sum(low <= mean <= high for low, high in intervals) / seeds,
+            covered=sum(low <= mean <= high for low, high in intervals) / len(seeds),
           )
         )
   return found
+
+
+def _seeds() -> range:
+  return range(_FIRST_SEED.value, _FIRST_SEED.value + _SEEDS.value)
 
 
 def start(part: str, processes: int, devices: int, params: str) -> list[subprocess.Popen]:
@@ -147,6 +152,7 @@ def start(part: str, processes: int, devices: int, params: str) -> list[subproce
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flag}
   command = [sys.executable, '-m', 'benchmarks.evaluation', f'--part={part}:{params}']
   command += [f'--steps={_STEPS.value}', f'--seeds={_SEEDS.value}']
+  command += [f'--first_seed={_FIRST_SEED.value}']
   jobs = [[f'--coordinator=localhost:{port}', f'--process={i}'] for i in range(processes)]
   return [
     subprocess.Popen(command + (job if processes > 1 else []), env=env, stdout=subprocess.PIPE)
@@ -175,7 +181,7 @@ def main(_):
       parallel.initialize(_COORDINATOR.value, 2, _PROCESS.value, 100)
     part, _, params = _PART.value.partition(':')
     bench = Bench(params, _STEPS.value)
-    found = values(bench) if part == 'values' else spreads(bench, _SEEDS.value)
+    found = values(bench) if part == 'values' else spreads(bench, _seeds())
     print(files.json_text(found, indent=None).rstrip())
     return
   params, config = f'/tmp/vdm_evaluation_{os.getpid()}.npz', config_of(_STEPS.value)
