@@ -201,6 +201,8 @@ def test_the_last_result_is_that_of_the_newest_step_and_the_whole_split(tmp_path
   newest = write_result(tmp_path, 'own', step=200, value=2.66)
   write_result(tmp_path, 'part', step=200, value=9.0, num_images=64, whole_split=False)
   write_result(tmp_path, 'raw', step=200, value=9.0, params='raw')
+  # of an older step, though of more images and draws
+  write_result(tmp_path, 'old', step=150, value=9.0, num_images=20_000, draws_per_image=64)
   write_result(tmp_path, 'ode', step=200, value=9.0, bound='probability-flow ODE, uniform')
   for i, path in enumerate(sorted((tmp_path / 'cards').iterdir(), key=lambda p: p == newest)):
     os.utime(path, (10**9 - 1000 * i,) * 2)  # the newest step is the oldest file
