@@ -3,7 +3,6 @@
 import os
 import pathlib
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from etils import epath
@@ -91,7 +90,7 @@ def test_images_are_written_to_gs_and_read_again(image_format, bucket):
 
 
 def test_figures_and_tables_are_written_to_gs(bucket):
-  report.save_figure(plt.figure(), bucket / 'plots' / 'a.png')
+  report.save_figure(report.subplots(1, (4, 3))[0], bucket / 'plots' / 'a.png')
   assert (bucket / 'plots' / 'a.png').read_bytes().startswith(b'\x89PNG')
   report.write_table(bucket / 'tables' / 'a.csv', ('a', 'b'), [(1, 'x, y')])
   assert (bucket / 'tables' / 'a.csv').read_bytes() == b'a,b\r\n1,"x, y"\r\n'

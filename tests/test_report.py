@@ -1,5 +1,7 @@
 import logging
 import re
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -190,3 +192,14 @@ def test_two_series_that_read_alike_end_in_their_hashes_and_the_rest_is_said_onc
   found, (title,) = curves(monkeypatch, lambda: report.plot_history(found, None))
   assert title == 'continuous-time ELBO, all 360 images of test, 4 draws, seed 0'
   assert set(found) == {'ema parameters 11', 'ema parameters 22', 'raw parameters'}
+
+
+def test_importing_the_package_leaves_the_backend_of_a_notebook_alone():
+  code = (
+    "import matplotlib; matplotlib.use('svg')\n"
+    'from vdm import ablate, train\n'
+    'import sys\n'
+    "print(matplotlib.get_backend(), 'matplotlib.pyplot' in sys.modules)"
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert run.stdout.split() == ['svg', 'False']

@@ -25,9 +25,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import matplotlib
 import numpy as np
 from absl import app, flags, logging
-from matplotlib import pyplot as plt
 from ml_collections import ConfigDict
 
 from vdm import (
@@ -218,10 +218,12 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
 
 def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
   """Curves of each group: the mean over its runs, and from the least to the greatest."""
-  colours = dict(zip(groups, plt.colormaps['tab20'](np.linspace(0, 1, len(groups))), strict=True))
+  colours = dict(
+    zip(groups, matplotlib.colormaps['tab20'](np.linspace(0, 1, len(groups))), strict=True)
+  )
 
   def draw(name, xlabel, ylabel, points, log_x=False, log_y=False, most=None):
-    figure, axes = plt.subplots(figsize=(8, 5), layout='constrained')
+    figure, axes = report.subplots(1, (8, 5))
     for label, members in groups.items():
       runs = members[:most]
       x = points(runs[0])[0]

@@ -14,6 +14,8 @@ import jax
 import matplotlib
 import numpy as np
 from absl import logging
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
@@ -23,9 +25,6 @@ from vdm import cards, files
 from vdm.augmented import Augmented
 from vdm.losses import coefficients_of_variation
 from vdm.writers import MetricWriter
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
 
 console = Console(stderr=True)
 
@@ -66,7 +65,7 @@ def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pa
 
   One curve a set of parameters; returns the picture.
   """
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
+  figure, (left, right) = subplots(2, (10, 3.5))
   for name, bins in curves.items():
     edges = np.linspace(ends[1], ends[0], len(bins) + 1)
     left.stairs(bins, edges, label=name)
@@ -89,8 +88,8 @@ def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, 
 
   What lies above a level's line is visible in z there.
   """
-  figure, axes = plt.subplots(figsize=(6, 4.5), layout='constrained')
-  colours = plt.colormaps['viridis'](np.linspace(0, 0.9, len(levels)))
+  figure, axes = subplots(1, (6, 4.5))
+  colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, len(levels)))
   for level, colour in zip(levels, colours, strict=True):
     axes.axhline(np.exp(-level), color=colour, linestyle=':')
     right = axes.get_yaxis_transform()
@@ -106,7 +105,7 @@ def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathli
 
   All in bits/dim; returns the picture.
   """
-  figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.5), layout='constrained')
+  figure, (left, right) = subplots(2, (10, 3.5))
   left.stairs(table.mass / table.total / np.diff(edges), edges, label='noise added, density')
   left.axhline(0, color='k', linewidth=0.5)
   left.plot(edges[-1], 0, 'o', label=f'data as it is: {table.atom / table.total:.3g}')
@@ -134,10 +133,8 @@ def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
   distances = {k: s for k, s in found.items() if cards.is_distance(s[0])}
   kinds = [(bits, 'bits/dim', 'linear'), (distances, 'Fréchet distance', 'log')]
   kinds = kinds if distances else kinds[:1]
-  figure, panels = plt.subplots(
-    1, len(kinds), figsize=(6 * len(kinds), 3.5), layout='constrained', squeeze=False
-  )
-  for axes, (chosen, label, scale) in zip(panels[0], kinds, strict=True):
+  figure, panels = subplots(len(kinds), (6 * len(kinds), 3.5))
+  for axes, (chosen, label, scale) in zip(np.atleast_1d(panels), kinds, strict=True):
     shared, labels = _labels(chosen)
     for name, series in chosen.items():
       steps, values = ([card[k] for card in series] for k in ('step', 'value'))
@@ -178,7 +175,7 @@ def plot_schedule(found: dict[str, list[dict]], log_snr: np.ndarray, path: pathl
   (`cards.series`): the spread of the bound under the schedule of evaluation, which for an adaptive
   one is linear.
   """
-  figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.5), layout='constrained')
+  figure, (left, middle, right) = subplots(3, (12, 3.5))
   t = np.linspace(0, 1, len(log_snr))
   left.plot(t, log_snr, label='now')
   left.plot(t[[0, -1]], log_snr[[0, -1]], 'k:', label='linear')
@@ -214,12 +211,20 @@ def load_json(path: pathlib.Path) -> Any:
   return json.loads(path.read_text())
 
 
-def save_figure(figure, path: pathlib.Path) -> np.ndarray:
+def subplots(columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
+  """Returns a figure of `size` inches, and its axes: one, or an array [columns].
+
+  Without pyplot: importing this package does not change the backend that a notebook draws with.
+  """
+  figure = Figure(size, layout='constrained')
+  FigureCanvasAgg(figure)
+  return figure, figure.subplots(1, columns)
+
+
+def save_figure(figure: Figure, path: pathlib.Path) -> np.ndarray:
   """Writes the figure as PNG and returns it as an image uint8 [H W 3]."""
   files.write(path, files.content(lambda file: figure.savefig(file, format='png', dpi=120)))
-  picture = np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
-  plt.close(figure)
-  return picture
+  return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
 
 
 class Meter:
