@@ -58,9 +58,18 @@ def test_what_is_installed_has_the_name_and_the_extras_that_are_typed():
   assert {extra for _, extra in typed} <= project['optional-dependencies'].keys()
 
 
-def test_map_names_every_file_and_pictures_exist():
+def test_map_names_every_file():
   text = README.read_text()
   for path in pathlib.Path(vdm.__file__).parent.glob('[a-z]*.py'):
     assert f'{path.name}`' in text, path.name
-  for picture in re.findall(r'!\[.*?\]\((.*?)\)', text):
-    assert (ROOT / picture).exists(), picture
+
+
+def test_every_picture_of_the_docs_is_there_and_shown_somewhere():
+  pages = [README, *ROOT.glob('docs/*.md'), *ROOT.glob('benchmarks/*.md')]
+  shown = set()
+  for page in pages:
+    for link in re.findall(r'!\[[^\]]*\]\(([^)]*)\)', page.read_text()):
+      assert (page.parent / link).exists(), f'{page} shows {link}'
+      shown.add((page.parent / link).resolve())
+  unseen = {path.name for path in ROOT.glob('docs/*.png')} - {path.name for path in shown}
+  assert not unseen
