@@ -109,8 +109,18 @@ def test_a_finished_run_says_so_and_does_nothing(straight, caplog):
   assert all(path.stat().st_mtime == t for path, t in written.items())
 
 
+@pytest.fixture
+def not_under_nohup():
+  """SIGHUP as it is in a terminal, whoever runs the tests."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(number, straight, tmp_path):
+def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(
+  number, straight, tmp_path, not_under_nohup
+):
   """Sent from a thread once the first step has been made."""
   config = config_of(train__num_steps=4, checkpoint__every_steps=100)
   original, sent = train.make_train_step, []
@@ -144,20 +154,16 @@ def test_handlers_are_the_old_ones_after_a_run():
   assert [signal.getsignal(number) for number in numbers] == before
 
 
-def test_a_terminal_may_hang_up_more_than_once_and_nohup_stays():
-  before = signal.getsignal(signal.SIGHUP)
+def test_a_terminal_may_hang_up_more_than_once_and_nohup_stays(not_under_nohup):
   stop = train._StopSignal()
   for _ in range(3):
     signal.raise_signal(signal.SIGHUP)
   assert stop.agreed(1) and stop.name == 'SIGHUP'
   stop.restore()
   signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  try:
-    stop = train._StopSignal()
-    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    stop.restore()
-  finally:
-    signal.signal(signal.SIGHUP, before)
+  stop = train._StopSignal()
+  assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+  stop.restore()
 
 
 @pytest.mark.parametrize(
