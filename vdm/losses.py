@@ -1,5 +1,6 @@
 """The one loss, in continuous and in discrete time; every term is [B] nats, unreduced."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -106,8 +107,10 @@ def moments(term: DiffusionTerm, log_snr_range: Array) -> Float[Array, 'b 3']:
 
 def coefficients_of_variation(means):
   """Standard deviation over mean of the loss of one example at one time: as it is drawn, and were
-  log_snr drawn uniformly, from the means of `moments`."""
-  return tuple((square / means[0] ** 2 - 1) ** 0.5 for square in means[1:])
+  log_snr drawn uniformly, from the means of `moments`. An estimate by importance of few examples
+  may have a negative square: nan."""
+  squares = (float(square / means[0] ** 2 - 1) for square in means[1:])
+  return tuple(math.sqrt(square) if square >= 0 else math.nan for square in squares)
 
 
 class Bound(NamedTuple):
