@@ -218,9 +218,12 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
 
 def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
   """Curves of each group: the mean over its runs, and from the least to the greatest."""
-  colours = dict(
-    zip(groups, matplotlib.colormaps['tab20'](np.linspace(0, 1, len(groups))), strict=True)
-  )
+  colours = matplotlib.colormaps['tab10'].colors
+  styles = {}
+  for i, label in enumerate(groups):
+    again, number = divmod(i, len(colours))  # a colour that comes again has the other style
+    dashed = (number + again) % 2  # and what lies on its neighbour shows it
+    styles[label] = {'color': colours[number], 'linestyle': '--' if dashed else '-'}
 
   def draw(name, xlabel, ylabel, points, log_x=False, log_y=False, most=None):
     figure, axes = report.subplots(1, (8, 5))
@@ -228,14 +231,16 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
       runs = members[:most]
       x = points(runs[0])[0]
       values = np.array([points(run)[1] for run in runs if len(points(run)[1]) == len(x)])
-      axes.plot(x, values.mean(axis=0), '.-', label=label, color=colours[label])
-      axes.fill_between(x, values.min(0), values.max(0), alpha=0.15, color=colours[label])
+      axes.plot(x, values.mean(axis=0), marker='.', label=label, **styles[label])
+      axes.fill_between(x, values.min(0), values.max(0), alpha=0.1, color=styles[label]['color'])
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if log_x:
       axes.set_xscale('log', base=2)
+      report.plain_numbers(axes.xaxis)
     if log_y:
       axes.set_yscale('log')
-    axes.legend(fontsize='small', ncols=2)
+      report.plain_numbers(axes.yaxis)
+    figure.legend(loc='outside right center', fontsize='small', title='mean, least to greatest')
     report.save_figure(figure, workdir / f'{name}.png')
 
   pairs = lambda table: ([float(k) for k in table], list(table.values()))

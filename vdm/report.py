@@ -14,8 +14,10 @@ import jax
 import matplotlib
 import numpy as np
 from absl import logging
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter, StrMethodFormatter
 from rich.console import Console
 from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
@@ -143,6 +145,8 @@ def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
       best = cards.best(series)
       axes.plot(best['step'], best['value'], '*', color=bars[0].get_color(), markersize=10)
     axes.set(xlabel='steps (star: the best)', ylabel=label, yscale=scale)
+    if scale == 'log':
+      plain_numbers(axes.yaxis)
     axes.set_title(shared, fontsize='small')
     if any(labels.values()):  # of several
       axes.legend(fontsize='small')
@@ -219,6 +223,14 @@ def subplots(columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
   figure = Figure(size, layout='constrained')
   FigureCanvasAgg(figure)
   return figure, figure.subplots(1, columns)
+
+
+def plain_numbers(axis: Axis):
+  """Labels a logarithmic axis with plain numbers, within a decade its minor ticks too."""
+  low, high = axis.get_view_interval()
+  plain = StrMethodFormatter('{x:g}')
+  axis.set_major_formatter(plain)
+  axis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
 
 
 def save_figure(figure: Figure, path: pathlib.Path) -> np.ndarray:
