@@ -142,7 +142,8 @@ def heading(environment: dict[str, Any]) -> str:
   table = '\n'.join(f'| {name} | {text} |' for name, text in lines.items())
   note = (
     'FLOPs are those of matrix products and convolutions. FLOP utilisation is their share of the '
-    "device's peak as its vendor states it, of float32 of TF32's, whatever the precision."
+    "device's peak as its vendor states it, of float32 of TF32's, whatever the precision. What one "
+    'H100 gave is in [H100.md](H100.md).'
   )
   return f'# Results of `python -m benchmarks`\n\n| | |\n|---|---|\n{table}\n\n{note}'
 
