@@ -306,3 +306,16 @@ def test_a_grid_shows_every_channel_and_what_is_empty_is_no_image(channels, tmp_
   assert (picture[5:, 2 * (wide + 2) :] == 128).all()  # the sixth cell
   sample.save_png(tmp_path / 'grid.png', picture)
   assert Image.open(tmp_path / 'grid.png').mode == ('RGB' if channels == 3 else 'L')
+
+
+def test_labels_of_a_model_whose_data_are_not_here_are_of_all_classes_and_it_is_said(caplog):
+  config = default.get_config()
+  with config.unlocked():
+    config.model.class_conditional = True
+    config.data.update(name='fashion_mnist', dir='/nowhere', num_classes=10)
+  with caplog.at_level('INFO'):
+    drawn = sample.drawn_classes(config)
+  np.testing.assert_array_equal(drawn, np.arange(10))
+  (record,) = caplog.records
+  assert 'all 10 classes' in record.getMessage() and '/nowhere' in record.getMessage()
+  assert 'download' not in record.getMessage() and record.levelname == 'INFO'
