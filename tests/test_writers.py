@@ -1,12 +1,13 @@
 import io
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from vdm import writers
+from vdm import report, writers
 
 SCALARS = {'train/loss': 1.5, 'eval/ema_bits_per_dim': np.float32(2.25)}
 GREY, RGB = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4, 1), np.full((1, 5, 6, 3), 7, 'u1')
@@ -46,6 +47,29 @@ def test_both_writers_write_the_same_events(tmp_path):
   assert own == written(tmp_path / 'clu')
   assert own['train/loss'] == (3, 'scalars', 1.5)
   assert own['samples'][2] == (b'4', b'3', [image[..., 0].tolist() for image in GREY])
+
+
+@pytest.mark.parametrize('tensorflow', [True, False])
+def test_a_run_that_goes_on_has_every_step_once(tmp_path, tensorflow):
+  """A process that was killed at step 9 had a checkpoint of step 6, where another goes on."""
+  for start, end in ((0, 9), (6, 12)):
+    session = f"""
+from vdm import writers
+if not {tensorflow}:
+  writers.data.has_tensorflow = lambda: False
+writer = writers.open_writer({str(tmp_path)!r}, {start})
+for step in range({start} + 1, {end} + 1):
+  writer.write_scalars(step, {{'train/loss': float(step + {start})}})
+writer.close()
+"""
+    subprocess.run([sys.executable, '-c', session], check=True)
+    time.sleep(1)  # names of files have seconds
+  from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
+
+  events = EventAccumulator(str(tmp_path), tensor_size_guidance={'scalars': 0})
+  events.Reload()
+  assert [event.step for event in events.Tensors('train/loss')] == list(range(1, 13))
+  assert report.read_scalars(tmp_path, 'train/loss')[8] == 14  # of the second
 
 
 def test_a_silent_writer_writes_nothing(tmp_path):

@@ -53,12 +53,14 @@ def make_look(
       )
     }
     writer.write_scalars(step, scalars)
+    evaluate.say(results, step)
     params = named_params(train_state, config.sample.params)
     scores = score_images and step % config.fid.train_every_steps == 0
     num_images = max(config.sample.preview_images, score_images if scores else 0)
     images = np.concatenate(list(sampler(params, num_images)))
     if scores:
       found = scorer(step, [images])
+      score.say(found, config.sample.params, step)
       writer.write_scalars(step, {f'eval/{name}': part['value'] for name, part in found.items()})
     curves = {'train': train_bins} | {name: result.bins for name, result in results.items()}
     shown = pictures(train_state, curves)

@@ -330,6 +330,17 @@ class Meter:
         'train/minutes_left': left / 60,
       }
     self._writer.write_scalars(step, scalars)
+    speed = ''
+    if step > self._start:
+      rate, wait = scalars['train/images_per_second'], scalars['train/data_wait']
+      speed = f', {rate:.4g} images/s ({wait:.0%} of the time without data), {_duration(left)} left'
+    logging.info(
+      'step %d: %.4f bits/dim, loss %.4g%s',
+      step,
+      scalars['train/bits_per_dim'],
+      scalars['train/loss'],
+      speed,
+    )
     self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
 
   def take_bins(self) -> np.ndarray:

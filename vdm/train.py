@@ -263,7 +263,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   runner = parallel.runner(config.parallel.mode, step_fn, mesh, abstract)
   run_step = profile.traced(runner.step, traced, start, workdir)
   train_state = runner.put_state(train_state or parallel.initial_state(mesh, init))
-  writer = writers.open_writer(workdir / 'tensorboard', silent=jax.process_index() > 0)
+  writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
   meter = report.Meter(
     writer, config.train.log_every_steps, config.train.batch_size, start, num_steps
   )

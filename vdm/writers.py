@@ -1,4 +1,4 @@
-"""Where metrics and pictures of a run go: TensorBoard's files and the log.
+"""Where metrics and pictures of a run go: TensorBoard's files.
 
 The writer is clu's where TensorFlow is installed, and else one of TensorBoard alone, with the same
 methods and tags.
@@ -10,7 +10,6 @@ import time
 from typing import Protocol
 
 import numpy as np
-from absl import logging
 from PIL import Image
 
 from vdm import data
@@ -20,7 +19,7 @@ class MetricWriter(Protocol):
   """The part of `clu.metric_writers.MetricWriter` that is used here."""
 
   def write_scalars(self, step: int, scalars: dict[str, float]):
-    """Writes the value of each tag at `step`, to the log too."""
+    """Writes the value of each tag at `step`."""
 
   def write_images(self, step: int, images: dict[str, np.ndarray]):
     """Writes the images uint8 [N H W C], C = 1 or 3, of each tag at `step`."""
@@ -29,16 +28,35 @@ class MetricWriter(Protocol):
     """Writes what is left, and ends."""
 
 
-def open_writer(directory: os.PathLike, silent: bool = False) -> MetricWriter:
-  """Returns a writer to TensorBoard files in `directory`; a silent one writes nothing."""
+def open_writer(directory: os.PathLike, start: int = 0, silent: bool = False) -> MetricWriter:
+  """Returns a writer to TensorBoard files in `directory`; a silent one writes nothing.
+
+  A run that goes on after step `start` writes the later ones again: what an interrupted process had
+  written of them is withdrawn.
+  """
   if silent:
     return SilentWriter()
+  _start_session(directory, start + 1)
   if not data.has_tensorflow():
     return EventWriter(directory)
-  data.require_tensorflow("clu's metric writer")
+  data.require_tensorflow("clu's metric writer")  # it imports TensorFlow as a whole
   from clu import metric_writers
 
-  return metric_writers.create_default_writer(directory)
+  return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(directory))])
+
+
+def _start_session(directory, first):
+  """Tells TensorBoard that a session begins at step `first`.
+
+  At any but the first session it drops what it has from that step on.
+  """
+  from tensorboard.compat.proto import event_pb2
+  from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+  log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  writer = EventFileWriter(str(directory))
+  writer.add_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=log))
+  writer.close()
 
 
 class SilentWriter:
@@ -66,7 +84,6 @@ class EventWriter:
     """See `MetricWriter`."""
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
-    logging.info('[%d] %s', step, ', '.join(f'{k}={float(v):.6g}' for k, v in scalars.items()))
     self._add(step, [scalar_pb(tag, float(value)).value[0] for tag, value in scalars.items()])
 
   def write_images(self, step, images):
