@@ -227,7 +227,7 @@ def get_config(arg=''):
 
 
 def debug(config):
-  """Shrinks any config, in place, to a run of seconds on a CPU."""
+  """Shrinks any config, in place, to four steps: what a CPU spends on them is compilation."""
   config.name += '_debug'
   if config.model.name in SMALL_NETWORKS:
     levels = len(config.model.widths) if 'widths' in config.model else 0

@@ -7,7 +7,7 @@
   python -m vdm.main --config=configs/digits.py --mode=release   its averages alone, in float16
   python -m vdm.main --config=configs/cifar10.py --mode=plan --topology=v5e:2x4
                                  will it fit, how fast: of devices that need not be here
-  python -m vdm.main --config=configs/cifar10.py:debug           any config, shrunk to seconds
+  python -m vdm.main --config=configs/cifar10.py:debug           any config, shrunk to four steps
   python -m vdm.main --config=configs/cifar10.py --mode=import_vdm --checkpoint=DIR --workdir=W
                                  make a workdir of a checkpoint of the public VDM code
 
