@@ -203,3 +203,15 @@ def test_importing_the_package_leaves_the_backend_of_a_notebook_alone():
   )
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert run.stdout.split() == ['svg', 'False']
+
+
+def test_the_progressive_picture_says_what_its_rows_and_columns_are(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(report, 'save_figure', lambda figure, path: seen.append(figure))
+  picture = np.zeros((2 * 3 * 10, 2 * 10, 1), np.uint8)  # z and x_hat of three images, two levels
+  report.plot_progressive(picture, np.array([7.25, -5.0]), 3, tmp_path / 'p.png')
+  (axes,) = seen[0].axes
+  assert [label.get_text() for label in axes.get_xticklabels()] == ['7.2', '-5.0']
+  np.testing.assert_allclose(axes.get_xticks(), [4.5, 14.5])
+  assert [label.get_text() for label in axes.get_yticklabels()] == ['z', 'x_hat'] * 3
+  np.testing.assert_allclose(axes.get_yticks(), np.arange(6) * 10 + 4.5)

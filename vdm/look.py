@@ -111,10 +111,10 @@ def make_pictures(
       workdir / 'plots',
       cards.series(*with_cards_of, workdir),
     )
-    sample.save_png(workdir / 'samples' / f'progressive_{step:08d}.png', picture)
+    path = workdir / 'samples' / f'progressive_{step:08d}.png'
     ends = log_snr[0], log_snr[-1]
     return {
-      'progressive': picture,
+      'progressive': report.plot_progressive(picture, levels, len(few[0]), path),
       'diffusion_loss': report.plot_bins(curves, ends, plots / 'diffusion_loss.png'),
       'schedule': report.plot_schedule(found, log_snr, plots / 'schedule.png'),
       'spectrum': report.plot_spectrum(*spectrum, levels, plots / 'spectrum.png'),

@@ -102,13 +102,34 @@ def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, 
   return save_figure(figure, path)
 
 
+def plot_progressive(picture: np.ndarray, levels: np.ndarray, num_images: int, path: pathlib.Path):
+  """The grid of `progressive.picture_of`, with the log-SNR of each column and what each row is.
+
+  Returns the picture.
+  """
+  height, width = picture.shape[:2]
+  figure, axes = subplots(1, (8, 8 * height / width + 0.6))
+  axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], 'gray', vmin=0, vmax=255)
+  centres = lambda count, size: (np.arange(count) + 0.5) * size / count - 0.5
+  axes.set_xticks(centres(len(levels), width), [f'{level:.1f}' for level in levels])
+  axes.set_yticks(centres(2 * num_images, height), ['z', 'x_hat'] * num_images)
+  axes.tick_params(length=0)
+  axes.spines[:].set_visible(False)
+  axes.set_xlabel('log-SNR of z, from data to noise')
+  return save_figure(figure, path)
+
+
 def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathlib.Path):
   """What a weighted loss bounds (`vdm.augmented`): the noise levels' weights, and their bounds.
 
   All in bits/dim; returns the picture.
   """
   figure, (left, right) = subplots(2, (10, 3.5))
-  left.stairs(table.mass / table.total / np.diff(edges), edges, label='noise added, density')
+  density = table.mass / table.total / np.diff(edges)
+  if np.abs(density).max() < 1e-6:  # the bound itself: what is left is rounding
+    left.set_ylim(-0.1, 1)
+    density = 0 * density
+  left.stairs(density, edges, label='noise added, density')
   left.axhline(0, color='k', linewidth=0.5)
   left.plot(edges[-1], 0, 'o', label=f'data as it is: {table.atom / table.total:.3g}')
   left.set(xlabel='log-SNR', ylabel='share of the weight', title=title)
