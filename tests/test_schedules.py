@@ -36,7 +36,7 @@ def test_works_for_a_scalar_and_under_jit_and_grad(name):
 
 @pytest.mark.parametrize('name', SCHEDULES)
 def test_swapped_end_points_are_refused(name):
-  with pytest.raises(ValueError, match=r'config.schedule.log_snr_min=3.0 must be below'):
+  with pytest.raises(ValueError, match=r'^log_snr_min=3.0 must be below'):
     SCHEDULES[name](log_snr_min=3.0, log_snr_max=-3.0, **EXTRA.get(name, {}))
 
 
@@ -129,7 +129,7 @@ def test_ddpm_is_its_own_forward_process():
 )
 def test_bad_arguments_are_refused_by_name(name, bad):
   ((field, value),) = bad.items()
-  with pytest.raises(ValueError, match=rf'config.schedule.{field}={value} must be positive'):
+  with pytest.raises(ValueError, match=rf'^{field}={value} must be positive'):
     SCHEDULES[name](**ENDS, **bad)
 
 

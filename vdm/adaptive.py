@@ -66,13 +66,12 @@ def adaptive(
   """
   if not log_snr_min < log_snr_max:
     raise ValueError(
-      f'config.schedule.log_snr_min={log_snr_min} must be below '
-      f'config.schedule.log_snr_max={log_snr_max}; swap them.'
+      f'log_snr_min={log_snr_min} must be below log_snr_max={log_snr_max}; swap them.'
     )
   if num_bins < 1:
-    raise ValueError(f'config.schedule.num_bins={num_bins} must be 1 or more; try 100.')
+    raise ValueError(f'num_bins={num_bins} must be 1 or more; try 100.')
   if not 0 <= decay < 1:
-    raise ValueError(f'config.schedule.decay={decay} must be in [0, 1); try 0.999.')
+    raise ValueError(f'decay={decay} must be in [0, 1); try 0.999.')
 
   def hits(log_snr, value):
     position = (log_snr - log_snr_min) / (log_snr_max - log_snr_min) * num_bins

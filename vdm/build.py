@@ -1,5 +1,6 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -47,6 +48,15 @@ def check(condition: bool, field: str, value: Any, constraint: str, remedy: str)
     raise ValueError(f'config.{field}={value!r} must be {constraint}; {remedy}.')
 
 
+@contextlib.contextmanager
+def _errors_of(field: str):
+  """Puts the block of the config before errors of the maths, which knows its arguments alone."""
+  try:
+    yield
+  except ValueError as error:
+    raise ValueError(f'config.{field}.{error}') from error
+
+
 def _factory(table: dict, field: str, block: dict, **extra):
   """table[block['name']](**rest of block, **extra), with errors in the user's words."""
   kwargs = {**block, **extra}
@@ -67,7 +77,8 @@ def _factory(table: dict, field: str, block: dict, **extra):
       f'config.{field}.name={name!r} {problem}; it takes {", ".join(parameters) or "nothing"}: '
       f'set config.{field} = dict(name={name!r}, ...) in a config file.'
     )
-  return table[name](**kwargs)
+  with _errors_of(field):
+    return table[name](**kwargs)
 
 
 def schedule(config: ConfigDict) -> tuple[Learned, Adaptive | None]:
@@ -92,7 +103,9 @@ def _weighting(config: ConfigDict) -> Weighting:
   if 'image_size' not in block:
     return _factory(WEIGHTINGS, 'weighting', block)
   image_size = block.pop('image_size')
-  return shifted(_factory(WEIGHTINGS, 'weighting', block), image_size)
+  weighting = _factory(WEIGHTINGS, 'weighting', block)
+  with _errors_of('weighting'):
+    return shifted(weighting, image_size)
 
 
 def _of_chosen(table: dict, block: ConfigDict) -> dict:
@@ -138,10 +151,7 @@ def other_schedule(config: ConfigDict, field: str, own: Schedule) -> Schedule:
     block = {'log_snr_max': most} | block
   if 'sigma_max' not in block:
     block = {'log_snr_min': least} | block
-  try:
-    built = _factory(SCHEDULES, field, block)
-  except ValueError as error:  # a schedule names the block it is usually in
-    raise ValueError(str(error).replace('config.schedule.', f'config.{field}.')) from error
+  built = _factory(SCHEDULES, field, block)
   check(
     not isinstance(built, Learned),
     f'{field}.name',

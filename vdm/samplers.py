@@ -264,4 +264,4 @@ def sample(
 
 def _require(condition: bool, name: str, value: float, constraint: str):
   if not condition:
-    raise ValueError(f'config.sample.sampler.{name}={value} must be {constraint}.')
+    raise ValueError(f'{name}={value} must be {constraint}.')

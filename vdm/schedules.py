@@ -33,15 +33,14 @@ class Learned(NamedTuple):
 def _check_range(log_snr_min: float, log_snr_max: float):
   if not log_snr_min < log_snr_max:
     raise ValueError(
-      f'config.schedule.log_snr_min={log_snr_min} must be below '
-      f'config.schedule.log_snr_max={log_snr_max}; swap them.'
+      f'log_snr_min={log_snr_min} must be below log_snr_max={log_snr_max}; swap them.'
     )
 
 
 def _check_positive(**arguments):
   for name, value in arguments.items():
     if not value > 0:
-      raise ValueError(f'config.schedule.{name}={value} must be positive; see vdm.schedules.')
+      raise ValueError(f'{name}={value} must be positive; see vdm.schedules.')
 
 
 def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Schedule:
@@ -201,7 +200,7 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
   """
   _check_range(log_snr_min, log_snr_max)
   if num_hidden < 1:
-    raise ValueError(f'config.schedule.num_hidden={num_hidden} must be 1 or more; try 1024.')
+    raise ValueError(f'num_hidden={num_hidden} must be 1 or more; try 1024.')
 
   def init():
     steepness = 10.0  # of each unit: its rise takes about a third of [0, 1]

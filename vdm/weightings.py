@@ -168,7 +168,7 @@ def is_monotone(weighting: Weighting, log_snr_min: float, log_snr_max: float) ->
 def _check_positive(**arguments):
   for name, value in arguments.items():
     if not value > 0:
-      raise ValueError(f'config.weighting.{name}={value} must be positive; see vdm.weightings.')
+      raise ValueError(f'{name}={value} must be positive; see vdm.weightings.')
 
 
 def _sech(a):
