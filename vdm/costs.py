@@ -50,7 +50,7 @@ class Step(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """Of one call of a step, on one device. None: not known."""
+  """What one call of a step costs on one device; None stands for what is not known."""
 
   flops: float
   traffic: float | None = None
