@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import jax
 import numpy as np
@@ -89,12 +90,17 @@ def _none_is_left_behind():
 
 
 def wait_for_steps(process, step):
-  """Returns when a process that logs every step has logged this one."""
+  """Returns when a process that logs every step has logged this one, or kills it and fails."""
   lines = []
-  for line in process.stdout:
-    lines.append(line)
-    if f'[{step}] ' in line:
-      return
+  limit = threading.Timer(300, process.kill)
+  limit.start()
+  try:
+    for line in process.stdout:
+      lines.append(line)
+      if f' step {step}: ' in line:
+        return
+  finally:
+    limit.cancel()
   raise AssertionError(''.join(lines))
 
 
@@ -145,7 +151,8 @@ def test_many_processes_and_devices_are_one_process_of_one(
   assert np.linalg.norm(together - alone) < 1e-3 * moved
   # one checkpoint, one set of metrics and cards, whoever made them
   assert [p.name for p in (two / 'checkpoints').iterdir()] == ['5']
-  assert len(list((two / 'tensorboard').glob('events*'))) == 1
+  files = (two / 'tensorboard').glob('events*')
+  assert len({re.search(r'\.(\d+)\.\d+(\.v2)?$', path.name)[1] for path in files}) == 1  # process
   both = [next(iter(cards.series(w).values()))[-1] for w in (one, two)]
   assert both[0]['params'] == 'ema' and both[0]['value'] == pytest.approx(
     both[1]['value'], rel=1e-4
