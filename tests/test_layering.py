@@ -6,6 +6,7 @@ import pathlib
 import vdm
 
 LEVELS = [
+  {'errors'},
   {'gaussian', 'schedules', 'weightings', 'times', 'ema', 'nn', 'data', 'files', 'chips', 'counts'},
   {'adaptive', 'augmented', 'guidance', 'likelihood', 'samplers'},
   {'losses', 'ode', 'state', 'writers'},

@@ -43,6 +43,7 @@ from vdm import (
   sample,
   train,
 )
+from vdm.errors import require
 from vdm.likelihood import to_grid
 from vdm.samplers import num_evaluations
 from vdm.state import named_params
@@ -59,10 +60,12 @@ SCORES = 'scores.json'
 def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
   """The runs of an ablation: [({axis: label}, complete config)], seeds fastest."""
   for leaf in ('base', 'axes', 'evaluations', 'reference'):
-    build.check(leaf in config, leaf, None, 'given', 'vdm/ablate.py says what it is')
+    require(leaf in config, f'config.{leaf}', None, 'given', 'vdm/ablate.py says what it is')
   for axis, label in config.reference.items():
     known = axis in config.axes and label in config.axes[axis]
-    build.check(known, f'reference.{axis}', label, 'of config.axes', 'name an axis and its label')
+    require(
+      known, f'config.reference.{axis}', label, 'of config.axes', 'name an axis and its label'
+    )
   axes = dict(sorted(config.axes.to_dict().items(), key=lambda item: item[0] == 'seed'))
   runs = []
   for labels in itertools.product(*axes.values()):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vdm.errors import require
 from vdm.gaussian import Schedule
 
 FLOOR = 1e-4  # least density of a bin, as a share of the mean: every bin is visited at last
@@ -64,14 +65,10 @@ def adaptive(
     `density(state)` of the bins, up to a factor; `as_schedule(state)`, the inverse of the piecewise
     linear distribution function.
   """
-  if not log_snr_min < log_snr_max:
-    raise ValueError(
-      f'log_snr_min={log_snr_min} must be below log_snr_max={log_snr_max}; swap them.'
-    )
-  if num_bins < 1:
-    raise ValueError(f'num_bins={num_bins} must be 1 or more; try 100.')
-  if not 0 <= decay < 1:
-    raise ValueError(f'decay={decay} must be in [0, 1); try 0.999.')
+  good = log_snr_min < log_snr_max
+  require(good, 'log_snr_min', log_snr_min, f'below log_snr_max={log_snr_max}', 'swap them')
+  require(num_bins >= 1, 'num_bins', num_bins, '1 or more', 'try 100')
+  require(0 <= decay < 1, 'decay', decay, 'in [0, 1)', 'try 0.999')
 
   def hits(log_snr, value):
     position = (log_snr - log_snr_min) / (log_snr_max - log_snr_min) * num_bins

@@ -1,6 +1,5 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
-import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from ml_collections import ConfigDict
 from vdm import ema
 from vdm import state as state_lib
 from vdm.adaptive import Adaptive, adaptive
+from vdm.errors import require, within
 from vdm.gaussian import HEADS, Denoiser, Schedule, network_input, to_prediction
 from vdm.guidance import THRESHOLDS
 from vdm.nn import NETWORKS, blocks
@@ -42,26 +42,13 @@ class Model(NamedTuple):
     return self.schedule(params)
 
 
-def check(condition: bool, field: str, value: Any, constraint: str, remedy: str):
-  """Raises the one-line error every bad value gets."""
-  if not condition:
-    raise ValueError(f'config.{field}={value!r} must be {constraint}; {remedy}.')
-
-
-@contextlib.contextmanager
-def _errors_of(field: str):
-  """Puts the block of the config before errors of the maths, which knows its arguments alone."""
-  try:
-    yield
-  except ValueError as error:
-    raise ValueError(f'config.{field}.{error}') from error
-
-
 def _factory(table: dict, field: str, block: dict, **extra):
   """table[block['name']](**rest of block, **extra), with errors in the user's words."""
   kwargs = {**block, **extra}
   name = kwargs.pop('name')
-  check(name in table, f'{field}.name', name, f'one of {", ".join(table)}', 'choose one of these')
+  require(
+    name in table, f'config.{field}.name', name, f'one of {", ".join(table)}', 'choose one of these'
+  )
   parameters = inspect.signature(table[name]).parameters
   unknown = [k for k in kwargs if k not in parameters]
   missing = [
@@ -77,7 +64,7 @@ def _factory(table: dict, field: str, block: dict, **extra):
       f'config.{field}.name={name!r} {problem}; it takes {", ".join(parameters) or "nothing"}: '
       f'set config.{field} = dict(name={name!r}, ...) in a config file.'
     )
-  with _errors_of(field):
+  with within(f'config.{field}'):
     return table[name](**kwargs)
 
 
@@ -104,7 +91,7 @@ def _weighting(config: ConfigDict) -> Weighting:
     return _factory(WEIGHTINGS, 'weighting', block)
   image_size = block.pop('image_size')
   weighting = _factory(WEIGHTINGS, 'weighting', block)
-  with _errors_of('weighting'):
+  with within('config.weighting'):
     return shifted(weighting, image_size)
 
 
@@ -152,17 +139,17 @@ def other_schedule(config: ConfigDict, field: str, own: Schedule) -> Schedule:
   if 'sigma_max' not in block:
     block = {'log_snr_min': least} | block
   built = _factory(SCHEDULES, field, block)
-  check(
+  require(
     not isinstance(built, Learned),
-    f'{field}.name',
+    f'config.{field}.name',
     block['name'],
     'a schedule without parameters',
     "'schedule' is the model's own",
   )
   low, high = map(float, built(jnp.array([1.0, 0.0])))
-  check(
+  require(
     least - 0.01 <= low < high <= most + 0.01,
-    field,
+    f'config.{field}',
     config[part][leaf].to_dict(),
     f"within the model's log_snr, {least:.2f} to {most:.2f}, not {low:.2f} to {high:.2f}",
     'leave its limits out, or train with a wider config.schedule',
@@ -177,35 +164,39 @@ def _check_sampling(config: ConfigDict, own: Schedule):
   other_schedule(config, 'sample.grid', own)
   other_schedule(config, 'eval.schedule', own)
   last = config.sample.denoise_last
-  check(
+  require(
     not last or config.sample.num_steps > 1,
-    'sample.num_steps',
+    'config.sample.num_steps',
     config.sample.num_steps,
     '2 or more with config.sample.denoise_last=True',
     'the last step only denoises',
   )
   guidance = config.sample.guidance
   kinds = ('none', 'classifier_free', 'auto')
-  check(
-    guidance.kind in kinds, 'sample.guidance.kind', guidance.kind, f'one of {kinds}', 'choose one'
+  require(
+    guidance.kind in kinds,
+    'config.sample.guidance.kind',
+    guidance.kind,
+    f'one of {kinds}',
+    'choose one',
   )
-  check(
+  require(
     guidance.log_snr_min < guidance.log_snr_max,
-    'sample.guidance.log_snr_min',
+    'config.sample.guidance.log_snr_min',
     guidance.log_snr_min,
     f'below config.sample.guidance.log_snr_max={guidance.log_snr_max}',
     'swap them',
   )
-  check(
+  require(
     guidance.kind != 'classifier_free' or config.train.label_dropout > 0,
-    'sample.guidance.kind',
+    'config.sample.guidance.kind',
     guidance.kind,
     "'none' or 'auto' for a model trained with all its labels",
     'train with config.model.class_conditional=True and config.train.label_dropout=0.1',
   )
-  check(
+  require(
     guidance.kind != 'auto' or guidance.checkpoint != '',
-    'sample.guidance.checkpoint',
+    'config.sample.guidance.checkpoint',
     guidance.checkpoint,
     'the workdir of the guiding run',
     'train a smaller or shorter run and name its --workdir',
@@ -227,9 +218,9 @@ def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
 def dtype(config: ConfigDict, platform: str = '') -> jnp.dtype:
   """Of activations inside the network, on `platform` or on what is at hand."""
   name = config.model.dtype
-  check(
+  require(
     name in ('auto', 'float32', 'bfloat16'),
-    'model.dtype',
+    'config.model.dtype',
     name,
     "'auto', 'float32' or 'bfloat16'",
     'auto means bfloat16 on TPU and GPU, float32 on CPU',
@@ -252,9 +243,9 @@ def scan_blocks(config: ConfigDict, platform: str = '') -> bool:
   if 'scan_blocks' not in config.model:
     return False
   choice = config.model.scan_blocks
-  check(
+  require(
     choice in ('auto', 'on', 'off'),
-    'model.scan_blocks',
+    'config.model.scan_blocks',
     choice,
     "'auto', 'on' or 'off'",
     'auto means on, but off on CPU',
@@ -269,8 +260,12 @@ def model(config: ConfigDict) -> Model:
   block = config.model.to_dict()
   output, class_conditional = block.pop('output'), block.pop('class_conditional')
   condition_on = block.pop('condition_on')
-  check(
-    output in HEADS, 'model.output', output, f'one of {", ".join(HEADS)}', 'choose one of these'
+  require(
+    output in HEADS,
+    'config.model.output',
+    output,
+    f'one of {", ".join(HEADS)}',
+    'choose one of these',
   )
   num_classes = config.data.num_classes if class_conditional else 0
   embedding_size = config.data.embedding_size
@@ -289,9 +284,9 @@ def model(config: ConfigDict) -> Model:
   network = unrolled.clone(scan_blocks=True) if scan else unrolled
   learned, adapts = schedule(config)
   weighting = _weighting(config)
-  check(
+  require(
     not (jax.tree.leaves(learned.init()) and config.weighting.name != 'elbo'),
-    'weighting.name',
+    'config.weighting.name',
     config.weighting.name,
     "'elbo' where the schedule is learned",
     'the end points are trained by the bound: choose a fixed config.schedule.name, such as linear',
@@ -340,9 +335,9 @@ def model(config: ConfigDict) -> Model:
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:
   """config.optimizer as an optax transformation."""
   decay = config.optimizer.decay
-  check(
+  require(
     decay in ('constant', 'cosine'),
-    'optimizer.decay',
+    'config.optimizer.decay',
     decay,
     "'constant' or 'cosine'",
     'choose one',
@@ -377,8 +372,12 @@ def ema_decays(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array
 def check_config(config: ConfigDict):
   """Refuses values that no run could use, before anything is compiled or written."""
   for leaf in ('name', 'output', 'class_conditional', 'condition_on', 'dtype'):
-    check(
-      leaf in config.model, f'model.{leaf}', None, 'given', 'configs/default.py says what it is'
+    require(
+      leaf in config.model,
+      f'config.model.{leaf}',
+      None,
+      'given',
+      'configs/default.py says what it is',
     )
   for field in (
     'train.batch_size',
@@ -403,7 +402,9 @@ def check_config(config: ConfigDict):
     'ema.halflife_images',
   ):
     block, leaf = field.split('.')
-    check(config[block][leaf] > 0, field, config[block][leaf], 'positive', 'give 1 or more')
+    require(
+      config[block][leaf] > 0, f'config.{field}', config[block][leaf], 'positive', 'give 1 or more'
+    )
   for field in (
     'train.num_timesteps',
     'eval.num_timesteps',
@@ -417,78 +418,78 @@ def check_config(config: ConfigDict):
     'ema.snapshot_every_steps',
   ):
     block, leaf = field.split('.')
-    check(
+    require(
       config[block][leaf] >= 0,
-      field,
+      f'config.{field}',
       config[block][leaf],
       'zero or more',
       'give 0 to switch it off',
     )
   shape = config.data.image_shape
-  check(
+  require(
     all(isinstance(n, int) and n > 0 for n in shape),
-    'data.image_shape',
+    'config.data.image_shape',
     tuple(shape),
     'positive integers',
     'for 28 x 28 grey images give --config.data.image_shape=28,28,1',
   )
-  check(
+  require(
     config.data.num_values >= 2,
-    'data.num_values',
+    'config.data.num_values',
     config.data.num_values,
     '2 or more',
     '256 for 8-bit pixels',
   )
   every, evaluations = config.fid.train_every_steps, config.train.eval_every_steps
-  check(
+  require(
     every >= 0 and every % evaluations == 0,
-    'fid.train_every_steps',
+    'config.fid.train_every_steps',
     every,
     f'a multiple of config.train.eval_every_steps={evaluations}, or 0',
     f'try {evaluations}, or 0 for never',
   )
   conditional, classes = config.model.class_conditional, config.data.num_classes
-  check(
+  require(
     not conditional or classes > 0,
-    'model.class_conditional',
+    'config.model.class_conditional',
     conditional,
     'False for data without labels',
     'state config.data.num_classes, or set it to False',
   )
   size = config.data.embedding_size
-  check(
+  require(
     size >= 0 and not (size and conditional),
-    'data.embedding_size',
+    'config.data.embedding_size',
     size,
     '0 for a network with classes, and never below',
     'set config.model.class_conditional=False to condition on embeddings',
   )
   label_dropout = config.train.label_dropout
-  check(
+  require(
     0 <= label_dropout < 1 and (conditional or size > 0 or label_dropout == 0),
-    'train.label_dropout',
+    'config.train.label_dropout',
     label_dropout,
     'in [0, 1), and 0 without labels or embeddings',
     'give 0, or 0.1 with config.model.class_conditional=True',
   )
-  check(
+  require(
     not config.data.rotate or shape[0] == shape[1],
-    'data.rotate',
+    'config.data.rotate',
     config.data.rotate,
     f'False for images that are not square, config.data.image_shape={tuple(shape)}',
     'config.data.flip works for any shape',
   )
-  check(
+  require(
     not config.data.rotate or _flagged(config),
-    'data.rotate',
+    'config.data.rotate',
     config.data.rotate,
     'False for a network that is not told which images were turned',
     'set config.model.augmentation_flag=True',
   )
   microbatches, batch = config.train.microbatches, config.train.batch_size
-  check(
+  require(
     batch % microbatches == 0,
-    'train.batch_size',
+    'config.train.batch_size',
     batch,
     f'divisible by config.train.microbatches={microbatches}',
     f'try {_multiples(batch, microbatches)}',
@@ -498,9 +499,9 @@ def check_config(config: ConfigDict):
     ('model.condition_on', ('live', 'configured')),
   ):
     block, leaf = field.split('.')
-    check(
+    require(
       config[block][leaf] in names,
-      field,
+      f'config.{field}',
       config[block][leaf],
       ' or '.join(map(repr, names)),
       'choose one',
@@ -516,16 +517,16 @@ def _check_ode(config: ConfigDict):
     ('eval.ode.params', (ode.params,)),
     ('sample.params', (config.sample.params,)),
   ):
-    check(
+    require(
       chosen and set(chosen) <= set(names),
-      field,
+      f'config.{field}',
       ','.join(chosen),
       f'among {", ".join(names)}',
       'config.ema says which averages are kept',
     )
-  check(
+  require(
     kinds in ('elbo', 'ode', 'elbo,ode'),
-    'eval.likelihood',
+    'config.eval.likelihood',
     kinds,
     "'elbo', 'ode' or 'elbo,ode'",
     'choose one',
@@ -535,8 +536,12 @@ def _check_ode(config: ConfigDict):
     ('probe', tuple(PROBES)),
     ('dequantization', tuple(DEQUANTIZATIONS)),
   ):
-    check(
-      ode[leaf] in names, f'eval.ode.{leaf}', ode[leaf], ' or '.join(map(repr, names)), 'choose one'
+    require(
+      ode[leaf] in names,
+      f'config.eval.ode.{leaf}',
+      ode[leaf],
+      ' or '.join(map(repr, names)),
+      'choose one',
     )
   for leaf, least, remedy in (
     ('rtol', 0, 'give 0 or more'),
@@ -545,7 +550,7 @@ def _check_ode(config: ConfigDict):
     ('num_probes', 1, 'give 1 or more'),
     ('importance_samples', 1, 'give 1 or more'),
   ):
-    check(ode[leaf] >= least, f'eval.ode.{leaf}', ode[leaf], f'{least} or more', remedy)
+    require(ode[leaf] >= least, f'config.eval.ode.{leaf}', ode[leaf], f'{least} or more', remedy)
 
 
 def check_devices(config: ConfigDict, num_devices: int):
@@ -553,24 +558,24 @@ def check_devices(config: ConfigDict, num_devices: int):
   for field, parts in (('train', config.train.microbatches), ('eval', 1), ('sample', 1)):
     batch = config[field].batch_size
     by = 'devices' if parts == 1 else f'devices x {parts} microbatches'
-    check(
+    require(
       batch % (num_devices * parts) == 0,
-      f'{field}.batch_size',
+      f'config.{field}.batch_size',
       batch,
       f'divisible by the {num_devices} {by}',
       f'try {_multiples(batch, num_devices * parts)}',
     )
   fsdp = config.parallel.fsdp
-  check(
+  require(
     num_devices % fsdp == 0,
-    'parallel.fsdp',
+    'config.parallel.fsdp',
     fsdp,
     f'a divisor of the {num_devices} devices',
     'try 1, which replicates the parameters',
   )
-  check(
+  require(
     fsdp == 1 or config.parallel.mode == 'jit',
-    'parallel.fsdp',
+    'config.parallel.fsdp',
     fsdp,
     "1 with config.parallel.mode='pmap', which keeps replicas",
     'use --config.parallel.mode=jit',

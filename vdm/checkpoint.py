@@ -32,6 +32,7 @@ from ml_collections import ConfigDict
 
 from vdm import build, files, parallel, released
 from vdm.configs import default
+from vdm.errors import require
 from vdm.nn import blocks
 
 # Leaves that may differ between two starts of one run: they do not change what is trained.
@@ -376,11 +377,13 @@ def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[buil
   own, other = config.model.name, guide_config.model.name
   field, remedy = 'sample.guidance.checkpoint', 'name another run'
   # A guide is to make the model's own mistakes, only more of them (arXiv 2406.02507, section 3).
-  build.check(own == other, field, workdir, f'a run of model.name={own!r}, not {other!r}', remedy)
+  require(
+    own == other, f'config.{field}', workdir, f'a run of model.name={own!r}, not {other!r}', remedy
+  )
   guide = build.model(guide_config)
-  build.check(
+  require(
     (guide.image_shape, guide.num_values) == (model.image_shape, model.num_values),
-    field,
+    f'config.{field}',
     workdir,
     f'a model of {model.num_values} values and images {model.image_shape}, '
     f'not {guide.num_values} and {guide.image_shape}',

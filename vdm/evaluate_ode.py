@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, cards, data, ode, parallel
+from vdm.errors import require
 from vdm.gaussian import fold_in
 from vdm.likelihood import bits_per_dim
 
@@ -108,9 +109,9 @@ def make_evaluator(
 
 def _check(config: ConfigDict, part: dict):
   settings = config.eval.ode
-  build.check(
+  require(
     part['unfinished'] == 0,
-    'eval.ode.max_steps',
+    'config.eval.ode.max_steps',
     settings.max_steps,
     f'larger: {part["unfinished"]:.0f} images of a batch needed more steps',
     f'raise it, or raise config.eval.ode.rtol={settings.rtol} and atol={settings.atol}',

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from vdm.errors import require
 from vdm.gaussian import Denoiser, Prediction, alpha, expand_to, sigma
 
 # (z, log_snr) -> (the model's own prediction, the guide's)
@@ -98,8 +99,7 @@ def dynamic_threshold(percentile: float = 0.995) -> Callable[[Denoiser], Denoise
 
   s is the given percentile, in (0, 1], of |x_hat| over each example, or 1 where that is less.
   """
-  if not 0 < percentile <= 1:
-    raise ValueError(f'percentile={percentile} must be in (0, 1]; Imagen has 0.995.')
+  require(0 < percentile <= 1, 'percentile', percentile, 'in (0, 1]', 'Imagen has 0.995')
 
   def threshold(x):
     s = jnp.quantile(jnp.abs(x).reshape(x.shape[0], -1), percentile, axis=1)

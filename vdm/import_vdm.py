@@ -17,6 +17,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, checkpoint, parallel
+from vdm.errors import require
 from vdm.nn import layers
 from vdm.schedules import inverse_softplus
 
@@ -134,9 +135,9 @@ def _check_settings(config: ConfigDict, leaves: dict[str, np.ndarray]):
 
 
 def _check_name(config: ConfigDict):
-  build.check(
+  require(
     config.model.name == 'vdm_unet',
-    'model.name',
+    'config.model.name',
     config.model.name,
     "'vdm_unet' to hold a checkpoint of the public VDM code",
     'use configs/cifar10.py',

@@ -24,6 +24,7 @@ from ml_collections import ConfigDict
 from vdm import build, evaluate, parallel, sample, train
 from vdm.chips import GIB, Chip
 from vdm.costs import Cost, Step, Target, bytes_per_device, cost, roofline, target
+from vdm.errors import require
 from vdm.samplers import num_evaluations
 
 TIMED_STEPS = 5
@@ -320,7 +321,7 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
     The process's exit status, 1 for a run that does not fit.
   """
   mode, remedy = config.parallel.mode, 'pmap takes the same steps, with as much memory'
-  build.check(mode == 'jit', 'parallel.mode', mode, "'jit' for a plan", remedy)
+  require(mode == 'jit', 'config.parallel.mode', mode, "'jit' for a plan", remedy)
   if topology:
     jax.config.update('jax_platforms', 'cpu')  # no device is taken for what only compiles
   where = target(topology, config)

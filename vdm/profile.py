@@ -8,7 +8,7 @@ import jax
 from absl import logging
 from ml_collections import ConfigDict
 
-from vdm import build
+from vdm.errors import require
 
 FOLDER = 'profile'
 
@@ -16,12 +16,12 @@ FOLDER = 'profile'
 def steps(config: ConfigDict) -> range:
   """The steps that config.profile asks for; ValueError where the run does not have them."""
   first, number = config.profile.first_step, config.profile.num_steps
-  build.check(number >= 0, 'profile.num_steps', number, 'at least 0', 'try 5, or 0 for no trace')
-  build.check(first >= 1, 'profile.first_step', first, 'at least 1', 'try 10')
+  require(number >= 0, 'config.profile.num_steps', number, 'at least 0', 'try 5, or 0 for no trace')
+  require(first >= 1, 'config.profile.first_step', first, 'at least 1', 'try 10')
   last = config.train.num_steps - number + 1
-  build.check(
+  require(
     not number or first <= last,
-    'profile.first_step',
+    'config.profile.first_step',
     first,
     f'at most {last}, for {number} steps up to config.train.num_steps={config.train.num_steps}',
     'choose an earlier one, or fewer steps',

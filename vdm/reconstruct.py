@@ -10,6 +10,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, checkpoint, ema, parallel
+from vdm.errors import require
 from vdm.state import TrainState
 
 FOLDER = 'snapshots'
@@ -32,9 +33,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   std = config.ema.reconstruct_std
   config, model, mesh, state = checkpoint.read_run(config, workdir)
   ema.exponent(std)
-  build.check(
+  require(
     len(power_averages(state)) > 0 and (epath.Path(workdir) / FOLDER).exists(),
-    'ema.power_stds',
+    'config.ema.power_stds',
     tuple(config.ema.power_stds),
     'two lengths, such as (0.05, 0.1), in a run that stored snapshots',
     'train with config.ema.snapshot_every_steps at about a fiftieth of the run',

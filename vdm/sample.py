@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from PIL import Image
 
 from vdm import build, checkpoint, data, files, parallel, shards
+from vdm.errors import require
 from vdm.gaussian import Denoiser, fold_in
 from vdm.guidance import guide, label_pair, pair
 from vdm.likelihood import from_grid
@@ -98,9 +99,9 @@ def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidanc
   high, low = map(float, other.schedule(guide_state.ema_params)(jnp.array([0.0, 1.0])))
   low, high = max(low, limits[0]), min(high, limits[1])  # only where the guide, too, was trained
   own = config.schedule.log_snr_min, config.schedule.log_snr_max
-  build.check(
+  require(
     max(low, own[0]) < min(high, own[1]),
-    'sample.guidance.checkpoint',
+    'config.sample.guidance.checkpoint',
     settings.checkpoint,
     f"trained where the model is, at log-SNR {own[0]:g} to {own[1]:g} and within guidance's "
     f'limits: the two overlap nowhere, {low:g} to {high:g}',
@@ -126,9 +127,9 @@ def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
   settings, classes = config.sample, max(1, config.data.num_classes)
   label, rule = settings.label, settings.label_rule
   fact, remedy = f'a class, 0 .. {classes - 1}, or -1', 'use -1 for config.sample.label_rule'
-  build.check(-1 <= label < classes, 'sample.label', label, fact, remedy)
+  require(-1 <= label < classes, 'config.sample.label', label, fact, remedy)
   choices = ' or '.join(map(repr, LABEL_RULES))
-  build.check(rule in LABEL_RULES, 'sample.label_rule', rule, choices, 'choose one')
+  require(rule in LABEL_RULES, 'config.sample.label_rule', rule, choices, 'choose one')
 
   if label >= 0:
     return lambda index: np.full(len(index), label, np.int32)
@@ -191,7 +192,7 @@ def embeddings_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
     ) from error
   good = rows.ndim == 2 and rows.shape[1] == size and len(rows) > 0 and np.isfinite(rows).all()
   fact = f'an array [N, {size}] of finite numbers, not {rows.dtype} {list(rows.shape)}'
-  build.check(good, 'sample.embeddings', path, fact, 'see config.data.embedding_size')
+  require(good, 'config.sample.embeddings', path, fact, 'see config.data.embedding_size')
   return lambda index: rows[index % len(rows)].astype(np.float32)
 
 

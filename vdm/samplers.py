@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from vdm.errors import require
 from vdm.gaussian import (
   Denoiser,
   Schedule,
@@ -46,7 +47,7 @@ def ancestral(variance: float = 0.0) -> Sampler:
   step), or sigma_t^2 c, that of q(z_t | z_s) (1); in between it is interpolated in log space,
   as in simple diffusion and VDM++.
   """
-  _require(0 <= variance <= 1, 'variance', variance, 'from 0, the lower, to 1, the upper one')
+  require(0 <= variance <= 1, 'variance', variance, 'from 0, the lower, to 1', 'try 1')
 
   def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
     x = denoiser(z_t, log_snr_t).x
@@ -62,7 +63,7 @@ def ddim(eta: float = 0.0) -> Sampler:
 
   Deterministic for `eta` = 0; for 1 the ancestral step with the lower variance.
   """
-  _require(0 <= eta <= 1, 'eta', eta, 'from 0, deterministic, to 1, ancestral')
+  require(0 <= eta <= 1, 'eta', eta, 'from 0, deterministic, to 1, ancestral', 'try 0')
 
   def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
     x, eps = denoiser(z_t, log_snr_t)
@@ -86,8 +87,8 @@ def heun(
   N levels, by noise scaled with `s_noise`; but never above the first level of the grid.
   Deterministic for `s_churn` = 0.
   """
-  _require(s_churn >= 0, 's_churn', s_churn, 'zero or more')
-  _require(0 <= s_min < s_max, 's_min', s_min, f'in [0, s_max={s_max})')
+  require(s_churn >= 0, 's_churn', s_churn, 'zero or more', 'give 0 for no noise')
+  require(0 <= s_min < s_max, 's_min', s_min, f'in [0, s_max={s_max})', 'swap them')
 
   def init(z, log_snrs):
     return jnp.minimum(s_churn / len(log_snrs), math.sqrt(2) - 1), log_snrs[0]
@@ -260,8 +261,3 @@ def sample(
   if not trajectory:
     return x
   return x, jnp.concatenate([x_hats, x[None]]) if denoise_last else x_hats
-
-
-def _require(condition: bool, name: str, value: float, constraint: str):
-  if not condition:
-    raise ValueError(f'{name}={value} must be {constraint}.')

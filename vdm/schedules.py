@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from vdm.errors import require
 from vdm.gaussian import Schedule
 
 
@@ -31,16 +32,13 @@ class Learned(NamedTuple):
 
 
 def _check_range(log_snr_min: float, log_snr_max: float):
-  if not log_snr_min < log_snr_max:
-    raise ValueError(
-      f'log_snr_min={log_snr_min} must be below log_snr_max={log_snr_max}; swap them.'
-    )
+  good = log_snr_min < log_snr_max
+  require(good, 'log_snr_min', log_snr_min, f'below log_snr_max={log_snr_max}', 'swap them')
 
 
 def _check_positive(**arguments):
   for name, value in arguments.items():
-    if not value > 0:
-      raise ValueError(f'{name}={value} must be positive; see vdm.schedules.')
+    require(value > 0, name, value, 'positive', 'the docstring says what it is')
 
 
 def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Schedule:
@@ -199,8 +197,7 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
   optimizer does. It starts almost linear, its hidden units spread evenly over [0, 1].
   """
   _check_range(log_snr_min, log_snr_max)
-  if num_hidden < 1:
-    raise ValueError(f'num_hidden={num_hidden} must be 1 or more; try 1024.')
+  require(num_hidden >= 1, 'num_hidden', num_hidden, '1 or more', 'try 1024')
 
   def init():
     steepness = 10.0  # of each unit: its rise takes about a third of [0, 1]

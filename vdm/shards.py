@@ -16,7 +16,8 @@ from etils import epath
 from jax.experimental import multihost_utils
 from PIL import Image
 
-from vdm import build, files
+from vdm import files
+from vdm.errors import require
 
 FORMATS = ('npz', 'png')
 MANIFEST = 'manifest.json'
@@ -25,10 +26,10 @@ MANIFEST = 'manifest.json'
 def check(image_format: str, channels: int):
   """Refuses a config.sample.format that cannot hold the images."""
   field, choices = 'sample.format', "'npz' or 'png'"
-  build.check(image_format in FORMATS, field, image_format, choices, 'choose one')
+  require(image_format in FORMATS, f'config.{field}', image_format, choices, 'choose one')
   held = image_format == 'npz' or channels in (1, 3)
   fact = f"'npz' for images of {channels} channels"
-  build.check(held, field, image_format, fact, 'PNG files here hold 1 or 3')
+  require(held, f'config.{field}', image_format, fact, 'PNG files here hold 1 or 3')
 
 
 def open_folder(folder: pathlib.Path, manifest: dict[str, Any]) -> list[int]:

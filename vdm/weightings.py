@@ -38,6 +38,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vdm.errors import require
+
 Weighting = Callable[[Float[Array, '*b']], Float[Array, '*b']]
 
 
@@ -167,8 +169,7 @@ def is_monotone(weighting: Weighting, log_snr_min: float, log_snr_max: float) ->
 
 def _check_positive(**arguments):
   for name, value in arguments.items():
-    if not value > 0:
-      raise ValueError(f'{name}={value} must be positive; see vdm.weightings.')
+    require(value > 0, name, value, 'positive', 'the docstring says what it is')
 
 
 def _sech(a):

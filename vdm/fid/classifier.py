@@ -18,7 +18,8 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from vdm import build, data, files
+from vdm import data, files
+from vdm.errors import require
 from vdm.fid import weights
 from vdm.fid.network import Network
 from vdm.likelihood import to_grid
@@ -48,9 +49,9 @@ def classifier_network(settings, data_settings) -> Network:
   Raises:
     ValueError: the data set has no labels.
   """
-  build.check(
+  require(
     data_settings.num_classes > 1,
-    'fid.features',
+    'config.fid.features',
     'classifier',
     'trained on labels, and config.data.num_classes is 0',
     "use 'inception', or a data set with labels",

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vdm import build, parallel
+from vdm import parallel
+from vdm.errors import require
 from vdm.fid.classifier import classifier_network
 from vdm.fid.network import Features, Network, check_range, inception_network
 
@@ -71,9 +72,9 @@ def make(config, mesh: Mesh, image_shape: tuple[int, ...] = ()) -> Extractor:
   settings, num_values = config.fid, config.data.num_values
   shape = tuple(image_shape or config.data.image_shape)
   if settings.features == 'classifier':
-    build.check(
+    require(
       shape == tuple(config.data.image_shape),
-      'data.image_shape',
+      'config.data.image_shape',
       tuple(config.data.image_shape),
       f'{shape}, the shape of the images',
       "the classifier knows its data set's alone",

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm import build
+from vdm.errors import require
 from vdm.fid import inception, weights
 
 Features = dict[str, Any]  # 'features' [B, D]; and, where there are any, 'spatial' [B, S], 'logits'
@@ -49,9 +49,9 @@ def inception_network(settings, image_shape: tuple[int, ...], num_values: int) -
     ValueError: its weights are not there, or images are neither RGB nor allowed to be made so.
   """
   channels = image_shape[-1]
-  build.check(
+  require(
     channels == 3 or (channels == 1 and settings.replicate_grey),
-    'fid.features',
+    'config.fid.features',
     'inception',
     f'given RGB images, not {channels} channel(s)',
     "use 'classifier', or, for grey ones, --config.fid.replicate_grey=True: three equal channels, "

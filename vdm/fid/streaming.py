@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from vdm import build, data
+from vdm import data
+from vdm.errors import require
 from vdm.fid import statistics
 from vdm.fid.extractor import Extractor
 from vdm.fid.network import Features
@@ -91,16 +92,16 @@ def check_count(settings, num_images: int, extractor: Extractor):
   """Refuses fewer images than a covariance of the extractor's features needs."""
   least = extractor.num_features + 1
   fewest = 4 if settings.halves >= 2 else 2  # each half of them has a covariance as well
-  build.check(
+  require(
     num_images >= fewest,
-    'fid.num_images',
+    'config.fid.num_images',
     num_images,
     f'{fewest} or more with config.fid.halves={settings.halves}',
     'give more images: one alone has no covariance',
   )
-  build.check(
+  require(
     num_images >= least or settings.allow_few,
-    'fid.num_images',
+    'config.fid.num_images',
     num_images,
     f'{least} or more, or the covariance of {extractor.num_features} features is singular',
     'give 50000, as published numbers do, or --config.fid.allow_few=True to have it all the same',

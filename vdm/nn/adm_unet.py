@@ -94,11 +94,11 @@ class ADMUNet(nn.Module):
     """The raw output of the network; arguments as in `VDMUNet`."""
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     levels = len(self.channel_multipliers)
-    layers.require(
+    layers.require_field(
       levels and min(self.channel_multipliers) >= 1,
       'channel_multipliers',
       self.channel_multipliers,
-      'be positive integers, one per level',
+      'positive integers, one per level',
       '(1, 2, 3, 4)',
     )
     layers.check_image_shape('adm_unet', z.shape, 2 ** (levels - 1), 'channel_multipliers')

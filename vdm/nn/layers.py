@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
+from vdm.errors import require
 from vdm.nn.attention import softmax_attention
 
 
@@ -148,8 +149,8 @@ def group_norm(channels, dtype, name, num_groups=0):
   Raises ValueError if the groups cannot share the channels evenly.
   """
   valid = num_groups >= 0 and channels % (num_groups or 1) == 0
-  fact = f'be 0 or a divisor of the {channels} channels it groups'
-  require(valid, 'norm_groups', num_groups, fact, '0, which suits any width')
+  fact = f'0 or a divisor of the {channels} channels it groups'
+  require_field(valid, 'norm_groups', num_groups, fact, '0, which suits any width')
   return GroupNorm(num_groups or auto_groups(channels), dtype, name=name)
 
 
@@ -317,19 +318,18 @@ class Conditioning(nn.Module):
     return nn.swish(h)
 
 
-def require(valid, name, value, constraint, remedy):
+def require_field(valid, name, value, rule, remedy):
   """Raises ValueError with the name of the network's field unless it is valid."""
-  if not valid:
-    raise ValueError(f'config.model.{name}={value} must {constraint}; try {remedy}.')
+  require(valid, f'config.model.{name}', value, rule, f'try {remedy}')
 
 
 def check_fields(width, num_blocks, dropout, num_classes, width_field='width'):
   """Raises ValueError if a field that all networks have is out of its range."""
   valid = width >= 4 and width % 2 == 0
-  require(valid, width_field, width, 'be even and at least 4', max(4, width + 1))
-  require(num_blocks >= 1, 'num_blocks', num_blocks, 'be at least 1', 1)
-  require(0 <= dropout < 1, 'dropout', dropout, 'be in [0, 1)', 0.1)
-  require(num_classes >= 0, 'num_classes', num_classes, 'not be negative', 0)
+  require_field(valid, width_field, width, 'even and at least 4', max(4, width + 1))
+  require_field(num_blocks >= 1, 'num_blocks', num_blocks, 'at least 1', 1)
+  require_field(0 <= dropout < 1, 'dropout', dropout, 'in [0, 1)', 0.1)
+  require_field(num_classes >= 0, 'num_classes', num_classes, 'zero or more', 0)
 
 
 def check_heads(num_heads, width):
@@ -337,13 +337,13 @@ def check_heads(num_heads, width):
   divisors = [n for n in range(1, min(width, 17)) if width % n == 0]
   remedy = ' or '.join(map(str, divisors[1:3] or divisors))
   valid = num_heads >= 1 and width % num_heads == 0
-  require(valid, 'num_heads', num_heads, f'divide the width {width}', remedy)
+  require_field(valid, 'num_heads', num_heads, f'a divisor of the width {width}', remedy)
 
 
 def check_head_width(head_width, width):
   """Raises ValueError if attention cannot split the width into heads of that width."""
   valid = head_width >= 1 and width % head_width == 0
-  require(valid, 'head_width', head_width, f'divide the width {width}', min(width, 64))
+  require_field(valid, 'head_width', head_width, f'a divisor of the width {width}', min(width, 64))
 
 
 def check_image_shape(name, shape, divisor, field):

@@ -107,19 +107,19 @@ class UViT(nn.Module):
     layers.check_head_width(self.head_width, self.transformer_width)
     for name in ('transformer_depth', 'patch_size'):
       value = getattr(self, name)
-      layers.require(value >= 1, name, value, 'be at least 1', 1)
-    layers.require(
+      layers.require_field(value >= 1, name, value, 'at least 1', 1)
+    layers.require_field(
       self.widths and min(self.widths) >= 1,
       'widths',
       self.widths,
-      'be positive integers, one per level',
+      'positive integers, one per level',
       '(128, 256, 512)',
     )
-    layers.require(
+    layers.require_field(
       self.skip in ('concatenate', 'residual'),
       'skip',
-      repr(self.skip),
-      "be 'concatenate' or 'residual'",
+      self.skip,
+      "'concatenate' or 'residual'",
       "'residual'",
     )
     factor = self.patch_size * 2 ** len(self.widths)
