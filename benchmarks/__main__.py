@@ -161,7 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.error(f'--only={args.only} has {min(unknown)!r}; choose from {", ".join(PARTS)}.')
   # In a process of its own: this one takes no accelerator.
   ask = (
-    'import json; from vdm import cards, parallel; parallel.use_cores(lambda n: 16 % n == 0); '
+    'import json; from vdm import cards; from vdm.system import hosts; '
+    'hosts.use_cores(lambda n: 16 % n == 0); '
     'print(json.dumps(cards.environment()))'
   )
   asked = subprocess.run([sys.executable, '-c', ask], cwd=ROOT, stdout=subprocess.PIPE, check=True)

@@ -16,7 +16,8 @@ from absl import app
 from ml_collections import config_flags
 from scipy.special import ndtr
 
-from vdm import data, files
+from vdm import data
+from vdm.system import files
 
 _CONFIG = config_flags.DEFINE_config_file('config', 'configs/digits.py', 'Config file.')
 SMOOTHINGS = (0.01, 0.03, 0.1, 0.3, 1.0)  # counts added to each value of each pixel

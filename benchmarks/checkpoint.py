@@ -3,9 +3,9 @@
   python -m benchmarks.checkpoint --config=configs/cifar10.py
   python -m benchmarks.checkpoint --config=configs/imagenet64.py --dir=/mnt/disk
 
-`vdm.checkpoint` writes and reads, as training does, with the checksums of all arrays, which hold
-random numbers: nothing compresses. `save, blocking` is what training waits for; `save, whole` ends
-when all is written. Every round has a new temporary directory in --dir; after one that is not
+`vdm.workdir.checkpoint` writes and reads, as training does, with the checksums of all arrays, which
+hold random numbers: nothing compresses. `save, blocking` is what training waits for; `save, whole`
+ends when all is written. Every round has a new temporary directory in --dir; after one that is not
 counted, every figure is the median of --repeats, with the least and the greatest. A restore finds
 the files where the operating system keeps what was just written, often in memory.
 """
@@ -23,7 +23,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from vdm import build, checkpoint, parallel
+from vdm import build
+from vdm.system import hosts, parallel
+from vdm.workdir import checkpoint
 
 
 def random_state(abstract: Any, seed: int = 0) -> Any:
@@ -83,7 +85,7 @@ def main(_):
   values = flags.FLAGS
   if values.config is None:
     sys.exit('--config is missing; give a file, such as configs/digits.py.')
-  parallel.use_cores(functools.partial(build.works_on, values.config))
+  hosts.use_cores(functools.partial(build.works_on, values.config))
   print(measure(values.config, values.repeats, values.dir))
 
 

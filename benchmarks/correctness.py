@@ -21,10 +21,13 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import train_step
-from vdm import build, checkpoint, parallel, train
-from vdm.gaussian import fold_in
+from vdm import build
+from vdm.diffusion.gaussian import end_points, fold_in
+from vdm.diffusion.samplers import dpmpp_2m, sample, time_grid
 from vdm.nn.attention import softmax_attention
-from vdm.samplers import dpmpp_2m, sample, time_grid
+from vdm.system import parallel, runners
+from vdm.training.step import make_loss, make_train_step
+from vdm.workdir import checkpoint
 
 CASES = {  # name: config file, leaves
   'vdm_unet, learned_endpoints': ('cifar10', {}),
@@ -73,7 +76,7 @@ def evaluated(name: str, leaves: dict, precision: str, device: jax.Device) -> di
     nudged = lambda a: a + 0.02 * jax.random.normal(next(noise), a.shape, a.dtype)
     network = jax.tree.map(nudged, state.params['network'])
   params = state.params | {'network': network}
-  loss_fn = train.make_loss(config, model)
+  loss_fn = make_loss(config, model)
 
   def run(params, adaptive, batch):
     def loss_of(params):
@@ -86,7 +89,7 @@ def evaluated(name: str, leaves: dict, precision: str, device: jax.Device) -> di
     z = jax.vmap(lambda k: jax.random.normal(k, model.image_shape))(
       fold_in(jax.random.key(4), batch['index'])
     )
-    ends = model.schedule(params)(jnp.array([0.0, 1.0]))
+    ends = end_points(model.schedule(params))
     levels = jnp.linspace(ends[1], ends[0], len(z))
     eps_hat = model.denoiser(params, batch['label'])(z, levels).eps
     return {'loss': loss[None], 'eps_hat': eps_hat, 'gradient': gradient}
@@ -117,8 +120,8 @@ def _steps(mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray
   model, optimizer = build.model(config), build.optimizer(config)
   mesh, init = parallel.make_mesh(), build.init_state(config, model)
   abstract = parallel.abstract_state(mesh, init)
-  step = train.make_train_step(config, model, optimizer)
-  runner = parallel.runner(mode, step, mesh, abstract)
+  step = make_train_step(config, model, optimizer)
+  runner = runners.runner(mode, step, mesh, abstract)
   state = runner.put_state(parallel.initial_state(mesh, init))
   for number in range(count):
     if halfway and number == count // 2:

@@ -24,7 +24,9 @@ import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from vdm import build, data, parallel
+from vdm import build, data
+from vdm.data import tfds
+from vdm.system import hosts, parallel
 
 
 def rates(batches: Iterator, group: int, size: int, seconds: float) -> Iterator[float]:
@@ -61,21 +63,21 @@ def main(_):
   config = values.config
   if config is None:
     sys.exit('--config is missing; give a file, such as configs/digits.py.')
-  parallel.use_cores(functools.partial(build.works_on, config))
+  hosts.use_cores(functools.partial(build.works_on, config))
   build.check_devices(config, jax.device_count())
   with config.unlocked():
     config.data.train_images = count = data.num_images(config.data, 'train')
   kinds = [] if config.data.name == 'digits' else ['read and decoded']
-  if count * math.prod(config.data.image_shape) <= data.CACHE_BYTES:
+  if count * math.prod(config.data.image_shape) <= tfds.CACHE_BYTES:
     kinds.append('from memory')
   devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} cores'
   print(f'{config.name}: {count:,} images, to {devices}\n')
   print('| images | image | batch size | images/s |\n|---|---|---|---|')
   shape, size = 'x'.join(map(str, config.data.image_shape)), config.train.batch_size
-  cache_bytes = data.CACHE_BYTES
+  cache_bytes = tfds.CACHE_BYTES
   for kind in kinds:
     warm = kind == 'from memory'
-    data.CACHE_BYTES = cache_bytes if warm else 0
+    tfds.CACHE_BYTES = cache_bytes if warm else 0
     speed = measure(config, values.repeats, values.seconds, warm)
     print(f'| {kind} | {shape} | {size} | {speed} |', flush=True)
 

@@ -22,7 +22,10 @@ from absl import app, flags
 from ml_collections import ConfigDict
 from vdm.configs import digits
 
-from vdm import build, cards, data, evaluate, files, parallel, train
+from vdm import build, cards, data
+from vdm.evaluation.bound import BitsPerDim, make_evaluator
+from vdm.system import files, hosts, parallel, runners
+from vdm.training.step import make_train_step
 
 IMAGES = (16, 64, 100, 360)
 BATCHES = (64, 100, 128, 200, 256, 360, 512)
@@ -63,9 +66,9 @@ def config_of(steps: int) -> ConfigDict:
 def trained(config: ConfigDict, model: build.Model) -> Any:
   """Returns parameters after config.train.num_steps steps, without a workdir."""
   mesh = parallel.make_mesh()
-  step = train.make_train_step(config, model, build.optimizer(config))
+  step = make_train_step(config, model, build.optimizer(config))
   init = build.init_state(config, model)
-  runner = parallel.runner('jit', step, mesh, parallel.abstract_state(mesh, init))
+  runner = runners.runner('jit', step, mesh, parallel.abstract_state(mesh, init))
   state = runner.put_state(parallel.initial_state(mesh, init))
   source, size = data.load(config.data, 'train'), config.train.batch_size
   batches = data.train_batches(
@@ -89,12 +92,12 @@ class Bench:
     self.params = jax.tree.unflatten(jax.tree.structure(abstract), leaves)
     self.source, self.evaluators = data.load(self.config.data, 'eval'), {}
 
-  def evaluate(self, batch: int, images: int, draws: int, seed: int) -> evaluate.BitsPerDim:
+  def evaluate(self, batch: int, images: int, draws: int, seed: int) -> BitsPerDim:
     """Returns what --mode=eval would write to its card."""
     config = self.config
     config.eval.update(batch_size=batch, max_images=images, draws=draws, seed=seed)
     if draws not in self.evaluators:  # which reads the seed at each call
-      self.evaluators[draws] = evaluate.make_evaluator(config, self.model, self.mesh)
+      self.evaluators[draws] = make_evaluator(config, self.model, self.mesh)
     batches = data.eval_batches(
       self.source,
       batch_size=batch,
@@ -178,7 +181,7 @@ def main(_):
   """Prints the tables, or, in a process of a part, its JSON."""
   if _PART.value:
     if _COORDINATOR.value:
-      parallel.initialize(_COORDINATOR.value, 2, _PROCESS.value, 100)
+      hosts.initialize(_COORDINATOR.value, 2, _PROCESS.value, 100)
     part, _, params = _PART.value.partition(':')
     bench = Bench(params, _STEPS.value)
     found = values(bench) if part == 'values' else spreads(bench, _seeds())

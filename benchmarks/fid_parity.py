@@ -17,8 +17,9 @@ from collections.abc import Iterator
 import numpy as np
 from vdm.configs import default
 
-from vdm import fid, parallel
+from vdm import fid
 from vdm.fid import metrics, statistics, weights
+from vdm.system import parallel
 
 SIZES = ((32, 32), (64, 64), (299, 299), (40, 56))
 NAMES = {  # ours: theirs

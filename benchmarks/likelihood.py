@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from vdm import ode
-from vdm.gaussian import Denoiser, Prediction, alpha, expand_to, fold_in, q_sample, sigma
-from vdm.likelihood import prior_loss, to_grid
-from vdm.losses import diffusion_loss, variational_bound
-from vdm.schedules import linear
-from vdm.times import stratified
-from vdm.weightings import elbo
+from vdm.diffusion import ode
+from vdm.diffusion.decoders import discrete, prior_loss, to_grid
+from vdm.diffusion.elbo import diffusion_loss, variational_bound
+from vdm.diffusion.gaussian import Denoiser, Prediction, alpha, expand_to, fold_in, q_sample, sigma
+from vdm.diffusion.schedules import linear
+from vdm.diffusion.times import stratified
+from vdm.diffusion.weightings import elbo
 
 LOG_SNR_MIN, LOG_SNR_MAX = -12.0, 12.0
 TIGHT = dict(rtol=1e-6, atol=3e-5, max_steps=1000)
@@ -230,10 +230,11 @@ def discrete_rows(
 ) -> Iterator[Row]:
   """One line a number of importance samples and kind of trace."""
   keys = fold_in(jax.random.key(3), jnp.arange(len(u)))
+  dequantize = discrete(num_values).dequantizations[dequantization]
   for number in samples:
     for trace in traces:
-      log_prob = lambda u, number=number, **kw: ode.discrete_log_prob(
-        denoiser, u, keys, *ENDS, num_values, dequantization, number, **kw
+      log_prob = lambda u, number=number, **kw: ode.data_log_prob(
+        denoiser, u, keys, *ENDS, dequantize, number, **kw
       )
       kind = 'exact trace' if trace == 'exact' else 'Hutchinson'
       label = f'ODE, {dequantization}, K = {number}, {kind}'
@@ -249,7 +250,7 @@ def grid_rows(num_dims: int, num_values: int, count: int, draws: int) -> Iterato
   picked = jnp.take_along_axis(log_prob[None], u[..., None], axis=2)
   exact = -np.asarray(picked.sum(axis=(1, 2)), np.float64)
   denoiser, schedule = grid_denoiser(log_prob, num_values), linear(LOG_SNR_MIN, LOG_SNR_MAX)
-  name = f'grid {num_dims}-d, {num_values} values'
+  decoder, name = discrete(num_values), f'grid {num_dims}-d, {num_values} values'
 
   for steps in (0, 1000, 100):
 
@@ -257,7 +258,7 @@ def grid_rows(num_dims: int, num_values: int, count: int, draws: int) -> Iterato
       key_t, key_recon, key_eps = jax.random.split(key, 3)
       t = stratified(key_t, jnp.arange(count), count)
       recon, eps = (jax.random.normal(key, u.shape) for key in (key_recon, key_eps))
-      terms = variational_bound(denoiser, schedule, elbo(), u, t, recon, eps, num_values, steps)
+      terms = variational_bound(denoiser, schedule, decoder, elbo(), u, t, recon, eps, steps)
       return (terms.recon + terms.prior + terms.diffusion.elbo).mean()
 
     nats = jax.lax.map(draw, jax.random.split(key_elbo, draws))

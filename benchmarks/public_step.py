@@ -20,7 +20,9 @@ from flax import linen as nn
 from vdm.configs import cifar10
 
 from benchmarks import train_step
-from vdm import build, parallel, train
+from vdm import build
+from vdm.system import parallel, runners
+from vdm.training.step import make_train_step
 
 VALUES, EXPONENTS, GAMMA = 256, (6, 7), (-13.3, 5.0)
 zeros = nn.initializers.zeros
@@ -150,8 +152,8 @@ def our_step(width, num_blocks, batch_size, dtype):
     config.train.batch_size = batch_size
   model, optimizer = build.model(config), build.optimizer(config)
   mesh, init_state = parallel.make_mesh(), build.init_state(config, model)
-  step = train.make_train_step(config, model, optimizer)
-  runner = parallel.runner('jit', step, mesh, parallel.abstract_state(mesh, init_state))
+  step = make_train_step(config, model, optimizer)
+  runner = runners.runner('jit', step, mesh, parallel.abstract_state(mesh, init_state))
   batch = runner.put_batch(train_step.random_batch(config))
   state = [parallel.initial_state(mesh, init_state)]
   compiled, seconds = train_step.compile_timed(runner.step.lower(state[0], batch))

@@ -19,8 +19,7 @@ from ml_collections import ConfigDict
 from scipy.stats import norm
 
 from vdm import build, configs
-from vdm.gaussian import (
-  SIGMA_DATA,
+from vdm.diffusion.gaussian import (
   Denoiser,
   Prediction,
   alpha,
@@ -29,7 +28,8 @@ from vdm.gaussian import (
   sigma,
   standard_normal,
 )
-from vdm.samplers import SAMPLERS, Sampler, num_evaluations, sample, time_grid
+from vdm.diffusion.heads import SIGMA_DATA
+from vdm.diffusion.samplers import SAMPLERS, Sampler, num_evaluations, sample, time_grid
 
 MEAN, STD = 0.3, 0.2
 MIXTURE = (np.array([0.3, 0.7]), np.array([-0.5, 0.4]), np.array([0.1, 0.2]))  # weight, mean, std
@@ -85,8 +85,9 @@ Times uniform under a cosine schedule, their grid until now, lie densely where t
 last of 32 steps goes from log-SNR 6 to the very end, 13.3, after one of 1.4. DPM-Solver++(2M)
 extrapolates over a step in proportion to its length over that of the last one, and drew a standard
 deviation of .2435 for .2 on the grid of `fashion_mnist_pp`. With the ratio at most one
-(`vdm/samplers.py` says whose remedy that is) the same grid gives .1998. The usual remedy, a last
-step of first order, leaves 1 to 4 %: from a noise of .05 the way is too far for one step of DDIM.
+(`vdm/diffusion/samplers.py` says whose remedy that is) the same grid gives .1998. The usual remedy,
+a last step of first order, leaves 1 to 4 %: from a noise of .05 the way is too far for one step of
+DDIM.
 
 The grid itself was too coarse for the others: Heun's method was 1.2 % off on that of `digits_pp`,
 DPM-Solver++(2M), bounded, 4 % with 16 steps. `edm_train` with std=5, the log-normal density that

@@ -24,9 +24,11 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks import fid_parity
-from vdm import build, parallel, sample
+from vdm import build
+from vdm.diffusion.samplers import SAMPLERS, num_evaluations
 from vdm.fid import weights
-from vdm.samplers import SAMPLERS, num_evaluations
+from vdm.sampling.draw import make_sampler
+from vdm.system import hosts, parallel
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Whose network and sample batch.')
 _SAMPLERS = flags.DEFINE_list('samplers', list(SAMPLERS), 'Of the first table; empty: no table.')
@@ -57,7 +59,7 @@ def samplers(config: ConfigDict, names: list[str], num_steps: int, repeats: int)
       config.sample.update(num_steps=num_steps, denoise_last=False)
     model = build.model(config)
     params = jax.jit(model.init)(jax.random.key(0))
-    run = sample.make_sampler(config, model, mesh)
+    run = make_sampler(config, model, mesh)
     speed = rate(lambda run=run, params=params: list(run(params, count)), count, repeats)
     evaluations = num_evaluations(build.sampler(config), num_steps, False)
     print(f'| {name} | {num_steps} | {evaluations} | {speed} |', flush=True)
@@ -106,7 +108,7 @@ def main(_):
   """Prints what was measured, and on what."""
   if _CONFIG.value is None:
     sys.exit('--config is missing; give a file, such as configs/digits.py.')
-  parallel.use_cores(functools.partial(build.works_on, _CONFIG.value))
+  hosts.use_cores(functools.partial(build.works_on, _CONFIG.value))
   device = jax.devices()[0].device_kind
   print(f'{jax.device_count()} x {device}, jax {jax.__version__}, numpy {np.__version__}\n')
   if _SAMPLERS.value:

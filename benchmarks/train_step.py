@@ -15,9 +15,9 @@ step, so that a drift of the machine's speed cancels in the shares:
 Parts alone are fused and overlapped otherwise than in the step, so the shares are estimates. XLA
 counts the body of a loop once. On CPU attention is one, so there `flops` is a little low; with
 microbatches the whole network is one, with `scan_blocks` most of it, and `flops` and
-`bytes_accessed` are null. `matmul_flops` are those of `vdm.counts`, loops and all;
-`flop_utilisation` is their share of the device's peak in `vdm.chips`, for float32 that of TF32
-whatever `matmul_precision` is.
+`bytes_accessed` are null. `matmul_flops` are those of `vdm.planning.flops`, loops and all;
+`flop_utilisation` is their share of the device's peak in `vdm.planning.chips`, for float32 that of
+TF32 whatever `matmul_precision` is.
 """
 
 import functools
@@ -36,11 +36,13 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
 from benchmarks import kernels
-from vdm import build, chips, counts, files, parallel, train
-from vdm.gaussian import fold_in, standard_normal
-from vdm.likelihood import reconstruction_loss
-from vdm.nn import layers
-from vdm.times import stratified
+from vdm import build
+from vdm.diffusion.gaussian import end_points, fold_in, standard_normal
+from vdm.diffusion.times import stratified
+from vdm.nn import convolution, layers
+from vdm.planning import chips, flops
+from vdm.system import files, hosts, parallel, runners
+from vdm.training.step import make_train_step
 
 Calls = list[tuple[Any, jax.ShapeDtypeStruct]]  # (a setting of the layer, shape of its input)
 
@@ -59,7 +61,7 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
 
   def note(call, args, kwargs, context):
     module = context.module
-    if context.method_name == '__call__' and isinstance(module, layers.Conv3x3):
+    if context.method_name == '__call__' and isinstance(module, convolution.Conv3x3):
       convs.append((module.features, jax.ShapeDtypeStruct(args[0].shape, module.dtype)))
     elif context.method_name == '__call__' and isinstance(module, layers.Dropout):
       dropouts.append((module.rate, jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)))
@@ -109,7 +111,7 @@ def make_parts(config: ConfigDict, model: build.Model, mesh: Mesh) -> dict[str, 
   def decoder(log_snr_max, images):
     def loss(log_snr_max):
       u, eps = images
-      return reconstruction_loss(u.astype(jnp.int32), eps, log_snr_max, model.num_values).mean()
+      return model.decoder.loss(u, eps, log_snr_max).mean()
 
     return jnp.stack(jax.value_and_grad(loss)(log_snr_max))
 
@@ -133,15 +135,15 @@ def make_parts(config: ConfigDict, model: build.Model, mesh: Mesh) -> dict[str, 
     (zero, *kernels), out = kernels, []
     link, operands = zero, list(zip(kernels, images, strict=True))
     for kernel, (x, _) in operands:
-      link = zero * _one_element(layers.conv3x3(x, kernel + link.astype(kernel.dtype)))
+      link = zero * _one_element(convolution.conv3x3(x, kernel + link.astype(kernel.dtype)))
     for kernel, (x, g) in reversed(operands):
-      dx, dkernel = jax.vjp(layers.conv3x3, x, kernel + link.astype(kernel.dtype))[1](g)
+      dx, dkernel = jax.vjp(convolution.conv3x3, x, kernel + link.astype(kernel.dtype))[1](g)
       link = zero * _one_element(dx)
       out.append(_one_element(dkernel))
     return jnp.stack([link, *out])
 
   learned, _ = build.schedule(config)
-  log_snr_max = learned.as_schedule(learned.init())(jnp.array([0.0, 1.0]))[0]
+  log_snr_max = end_points(learned.as_schedule(learned.init()))[0]
   rng, kernels, images = np.random.default_rng(config.seed), [np.float32(0)], []
   for features, x in convs:
     kernels.append(rng.standard_normal((3, 3, x.shape[-1], features)).astype(x.dtype))
@@ -213,11 +215,11 @@ def measure(
   build.check_devices(config, jax.device_count())
   mesh = parallel.make_mesh(config.parallel.fsdp)
   init = build.init_state(config, model)
-  step_fn = train.make_train_step(config, model, optimizer)
+  step_fn = make_train_step(config, model, optimizer)
   abstract = parallel.abstract_state(mesh, init)
-  runner = parallel.runner(config.parallel.mode, step_fn, mesh, abstract)
+  runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
   rows = random_batch(config)
-  matmuls = counts.matmuls(jax.make_jaxpr(step_fn)(abstract, rows).jaxpr, jax.default_backend())
+  matmuls = flops.matmuls(jax.make_jaxpr(step_fn)(abstract, rows).jaxpr, jax.default_backend())
   batch = runner.put_batch(rows)
   state = runner.put_state(parallel.initial_state(mesh, init))
   start = time.perf_counter()
@@ -294,7 +296,7 @@ def to_json(result: dict[str, Any]) -> str:
 def main(_):
   """Prints the JSON line."""
   values = flags.FLAGS
-  parallel.use_cores(functools.partial(build.works_on, values.config))
+  hosts.use_cores(functools.partial(build.works_on, values.config))
   how = (values.steps, values.warmup, values.breakdown, values.trace_steps)
   print(to_json(measure(values.config, *how)))
 

@@ -1,9 +1,9 @@
 """Every leaf a run can have, with its meaning. Other configs start from this one.
 
 A block with a `name` is built by calling the factory of that name with the other leaves as keyword
-arguments (`schedule` from `vdm.schedules.SCHEDULES`, `weighting` from `vdm.weightings.WEIGHTINGS`,
-`model` from `vdm.nn.NETWORKS`; in `sample`, `sampler`, `grid` and `threshold`), so a leaf that a
-factory does not know is refused.
+arguments (`schedule` from `vdm.diffusion.schedules.SCHEDULES`, `weighting` from
+`vdm.diffusion.weightings.WEIGHTINGS`, `model` from `vdm.nn.NETWORKS`; in `sample`, `sampler`,
+`grid` and `threshold`), so a leaf that a factory does not know is refused.
 """
 
 from ml_collections import ConfigDict
@@ -55,7 +55,7 @@ def get_config(arg=''):
   config.model = ConfigDict(
     dict(
       name='vdm_unet',
-      output='eps',  # what the network predicts: see vdm.gaussian.HEADS
+      output='eps',  # what the network predicts: see vdm.diffusion.heads.HEADS
       width=32,
       num_blocks=2,  # ResNet blocks on the way in; one more on the way out
       attention=False,  # attention in every block, not only in the middle
@@ -74,7 +74,7 @@ def get_config(arg=''):
     )
   )
   config.schedule = ConfigDict(dict(name='learned_endpoints', log_snr_min=-5.0, log_snr_max=8.0))
-  # image_size=128, beside the name, moves any weighting from 64 x 64: vdm.weightings.shifted
+  # image_size=128, beside the name, moves any weighting from 64 x 64: `weightings.shifted`
   config.weighting = ConfigDict(dict(name='elbo'))
 
   config.optimizer = ConfigDict(
@@ -124,7 +124,7 @@ def get_config(arg=''):
       augmented_elbo=False,  # --mode=eval: the weighted loss as bounds of data with noise, by level
       fid=False,  # --mode=eval: scores fid.num_images samples, by config.sample and config.fid
       likelihood='elbo',  # of --mode=eval: 'elbo', 'ode', or 'elbo,ode' for both; training: elbo
-      # The exact likelihood by the probability-flow ODE: see vdm.ode. One solve an image and draw.
+      # The exact likelihood by the probability-flow ODE: see vdm.diffusion.ode. A solve per draw.
       ode=dict(
         params='ema',  # 'raw', 'ema' or another average
         rtol=1e-4,  # of a step: relative to the log-determinant per dimension and to z ...
@@ -154,7 +154,7 @@ def get_config(arg=''):
     )
   )
   # 'ancestral', 'ddim', 'heun' (two network evaluations a step), 'dpmpp_2m', 'dpmpp_2m_sde' (with
-  # noise) or 'deis': vdm.samplers; docs/samplers.md has their errors. Each takes its own arguments,
+  # noise) or 'deis': docs/samplers.md has their errors. Each takes its own arguments,
   # the last three none; another one's that is not at its default is refused.
   config.sample.sampler = ConfigDict(
     dict(

@@ -18,7 +18,9 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from vdm import sample, shards
+from vdm.diffusion.decoders import discrete
+from vdm.sampling.folder import read_shards
+from vdm.sampling.picture import image_grid
 
 
 def main():
@@ -35,8 +37,9 @@ def main():
   panels = figure.subplots(len(args.folders), 1, squeeze=False, gridspec_kw={'hspace': 0.05})[:, 0]
   for axes, folder in zip(panels, args.folders, strict=True):
     manifest = json.loads((folder / 'manifest.json').read_text())
-    images = np.concatenate(list(shards.read(folder)))[: args.rows * len(classes)]
-    picture = sample.grid(images, manifest['num_values'], columns=len(classes))
+    images = np.concatenate(list(read_shards(folder)))[: args.rows * len(classes)]
+    pixels = discrete(manifest['num_values']).to_pixels(images)
+    picture = image_grid(pixels, columns=len(classes))
     axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], 'gray', vmin=0, vmax=255)
     axes.set_ylabel(f'guidance {manifest["guidance"]["weight"]:g}')
     axes.set(xticks=[], yticks=[])

@@ -15,11 +15,13 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from vdm import losses, ode, samplers
-from vdm.gaussian import alpha, log_snr_and_slope, to_prediction
-from vdm.schedules import SCHEDULES
-from vdm.times import stratified
-from vdm.weightings import WEIGHTINGS
+from vdm.diffusion import ode, samplers
+from vdm.diffusion.elbo import diffusion_loss, interior_gradient
+from vdm.diffusion.gaussian import alpha, log_snr_and_slope
+from vdm.diffusion.heads import to_prediction
+from vdm.diffusion.schedules import SCHEDULES
+from vdm.diffusion.times import stratified
+from vdm.diffusion.weightings import WEIGHTINGS
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
@@ -63,12 +65,12 @@ def step(params, opt_state, key):
   schedule = LEARNED.as_schedule(jax.lax.stop_gradient(params['schedule']))
 
   def mean_loss(network, probe):
-    loss = losses.diffusion_loss(denoiser(network), schedule, ELBO, x, t, eps, probe=probe).loss
+    loss = diffusion_loss(denoiser(network), schedule, ELBO, x, t, eps, probe=probe).loss
     return loss.mean(), loss
 
   probe = (jnp.zeros(BATCH), jnp.zeros(BATCH))
   (network, probe_grads), loss = jax.grad(mean_loss, (0, 1), has_aux=True)(params['network'], probe)
-  interior = losses.interior_gradient(LEARNED.as_schedule, params['schedule'], t, loss, probe_grads)
+  interior = interior_gradient(LEARNED.as_schedule, params['schedule'], t, loss, probe_grads)
   ends = dict(log_snr_max=jnp.zeros(()), slope=jnp.zeros(()))  # stay where they are
   grads = {'network': network, 'schedule': ends | {'interior': interior}}
   updates, opt_state = OPTIMIZER.update(grads, opt_state)

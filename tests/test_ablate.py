@@ -135,9 +135,9 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
     )
     (workdir / ablate.SCORES).write_text(json.dumps(result))
 
-  monkeypatch.setattr(ablate.train, 'train', train)
+  monkeypatch.setattr(ablate.loop, 'train', train)
   monkeypatch.setattr(ablate, 'score', score)
-  monkeypatch.setattr(ablate.report, 'read_scalars', lambda path, tag: {1: 3.0, 2: 2.0})
+  monkeypatch.setattr(ablate.writers, 'read_scalars', lambda path, tag: {1: 3.0, 2: 2.0})
   ablate.flags.FLAGS.mark_as_parsed()
   config = config_of(reference=dict(weighting='elbo'), **AXES)
   assert ablate.run(config, tmp_path) == 75

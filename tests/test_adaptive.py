@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm.adaptive import PRIOR, Average, Hits, adaptive, predicted_reduction
-from vdm.gaussian import log_snr_and_slope
+from vdm.diffusion.adaptive import PRIOR, Average, Hits, adaptive, predicted_reduction
+from vdm.diffusion.gaussian import log_snr_and_slope
 
 ENDS = dict(log_snr_min=-6.0, log_snr_max=10.0)
 

@@ -13,6 +13,7 @@ from vdm.configs import default
 from vdm import build
 from vdm.nn import NETWORKS, layers
 from vdm.nn.adm_unet import ADMUNet, Block
+from vdm.nn.conditioning import Conditioning
 from vdm.nn.vdm_unet import VDMUNet
 
 SMALL = {
@@ -204,7 +205,7 @@ def test_conditions_and_gradients(key):
 
 def test_embedding_conditions():
   """A vector per image in the place of a label: zeros, and none at all, are the learned null."""
-  module = layers.Conditioning(8, embedding_size=5)
+  module = Conditioning(8, embedding_size=5)
   t, label = jnp.full(3, 0.5), normal(0, 3, 5).at[1].set(0)
   parameters = random_parameters(module, t, label)
   apply = jax.jit(module.apply)
@@ -224,7 +225,11 @@ def test_embedding_conditions():
   ('fields', 'shape', 'message'),
   [
     ({}, (28, 28, 1), r'image_shape=\(28, 28, 1\) .* by 8 .*; try \(32, 32, 1\), or fewer'),
-    ({'head_width': 40}, (64, 64, 3), r'config\.model\.head_width=40 must divide the width'),
+    (
+      {'head_width': 40},
+      (64, 64, 3),
+      r'config\.model\.head_width=40 must be a divisor of the width',
+    ),
     ({'channel_multipliers': ()}, (8, 8, 1), r'channel_multipliers=\(\) must be positive'),
     ({'width': 31}, (8, 8, 1), r'config\.model\.width=31 must be even'),
     ({}, (64, 64), r'adm_unet takes images \[B, H, W, C\]'),

@@ -85,7 +85,7 @@ def test_measure(train_step, config, quick_compilation, monkeypatch):
     assert result[name] > 0
   assert 0 < result['step_ms']['min'] <= result['step_ms']['q25'] <= result['step_ms']['q75']
   assert result['flops'] >= result['convolution_flops'] > 0
-  # `vdm.counts` has the products with a convolution's padding too, and XLA all that is no product.
+  # ours have the products with a convolution's padding too, and XLA's all that is no product
   assert result['convolution_flops'] < result['matmul_flops'] < 2 * result['flops']
   assert result['flop_utilisation'] is None  # a CPU's peak is not known
   memory = result['memory_bytes_per_device']

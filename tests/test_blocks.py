@@ -7,9 +7,12 @@ import pytest
 from flax import linen as nn
 from vdm.configs import digits
 
-from vdm import build, checkpoint, parallel, train
+from vdm import build
 from vdm.nn import blocks, layers
 from vdm.nn.vdm_unet import VDMUNet
+from vdm.system import parallel
+from vdm.training.step import make_train_step
+from vdm.workdir import checkpoint, config_file
 
 
 @pytest.fixture(autouse=True)
@@ -182,10 +185,10 @@ def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation):
   abstract, other_abstract = abstract_of(config), abstract_of(other_config)
   state = jax.device_put(filled(abstract), shardings(abstract))
 
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   with checkpoint.manager(tmp_path, 2) as manager:
     checkpoint.save(manager, 3, state)
-    checkpoint.open_workdir(tmp_path, other_config)  # the same run
+    config_file.open_workdir(tmp_path, other_config)  # the same run
     other_state, number = checkpoint.restore(manager, other_abstract)
     assert number == 3 and shardings(other_state) == shardings(other_abstract)
     assert_same_bits(blocks.unstack(other_state), state)
@@ -195,7 +198,7 @@ def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation):
     assert_same_bits(back, state)
 
   model, optimizer = build.model(other_config), build.optimizer(other_config)
-  step = train.make_train_step(other_config, model, optimizer)
+  step = make_train_step(other_config, model, optimizer)
   image = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1)).astype(np.uint8)
   index = np.arange(8, dtype=np.int32)
   batch = {'image': image, 'label': 0 * index, 'index': index}

@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from configs.default import get_config
-from vdm import checkpoint
+from vdm.workdir import checkpoint, config_file
 
 
 @flax.struct.dataclass
@@ -68,8 +68,8 @@ def save_all(workdir, saves, keep=9):
 
 
 def test_open_workdir_twice(tmp_path):
-  checkpoint.open_workdir(tmp_path / 'a' / 'b', get_config())
-  checkpoint.open_workdir(tmp_path / 'a' / 'b', get_config())
+  config_file.open_workdir(tmp_path / 'a' / 'b', get_config())
+  config_file.open_workdir(tmp_path / 'a' / 'b', get_config())
   assert [p.name for p in (tmp_path / 'a' / 'b').iterdir()] == ['config.json']
 
 
@@ -84,9 +84,9 @@ def test_open_workdir_twice(tmp_path):
 )
 def test_free_leaves_may_change_and_are_rewritten(tmp_path, change):
   config = get_config()
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   config.update_from_flattened_dict(change)
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   saved = ConfigDict(json.loads((tmp_path / 'config.json').read_text()))
   for leaf, value in change.items():
     block, _, name = leaf.rpartition('.')
@@ -96,7 +96,7 @@ def test_free_leaves_may_change_and_are_rewritten(tmp_path, change):
 def refusal(workdir, config):
   before = (workdir / 'config.json').read_text()
   with pytest.raises(ValueError) as error:
-    checkpoint.open_workdir(workdir, config)
+    config_file.open_workdir(workdir, config)
   assert (workdir / 'config.json').read_text() == before
   assert '\n' not in str(error.value)
   return str(error.value)
@@ -104,7 +104,7 @@ def refusal(workdir, config):
 
 def test_another_run_is_refused(tmp_path):
   config = get_config()
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   config.model.width = 64
   assert refusal(tmp_path, config) == (
     f'--workdir={tmp_path} holds a run with config.model.width=32, not 64; '
@@ -123,19 +123,19 @@ def test_another_run_is_refused(tmp_path):
 def test_num_steps_belongs_to_a_run_with_decay(tmp_path):
   config = get_config()
   config.optimizer.decay = 'cosine'
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   config.train.num_steps = 7
   assert 'config.train.num_steps=1000, not 7' in refusal(tmp_path, config)
 
 
 def test_a_run_older_than_a_leaf_goes_on_where_the_leaf_has_its_default(tmp_path):
   config = get_config()
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   file = tmp_path / 'config.json'
   old = json.loads(file.read_text())
   del old['model']['remat'], old['data']['num_bits']
   file.write_text(json.dumps(old))
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   file.write_text(json.dumps(old))
   config.data.num_bits = 4
   assert 'no config.data.num_bits, not 4' in refusal(tmp_path, config)
@@ -143,7 +143,7 @@ def test_a_run_older_than_a_leaf_goes_on_where_the_leaf_has_its_default(tmp_path
 
 def test_missing_and_new_leaves_are_refused(tmp_path):
   config = get_config()
-  checkpoint.open_workdir(tmp_path, config)
+  config_file.open_workdir(tmp_path, config)
   with config.unlocked():
     del config.ema.rampup_ratio
     config.ema.power = 0.75
@@ -162,7 +162,7 @@ def test_unwritable_workdir(tmp_path):
   for workdir in (tmp_path / 'file' / 'run', tmp_path / 'file', '/proc/self/run'):
     expected = re.escape(f'--workdir={workdir} cannot be written (')
     with pytest.raises(ValueError, match=expected + r'[\w ]+\); choose another --workdir.$'):
-      checkpoint.open_workdir(workdir, get_config())
+      config_file.open_workdir(workdir, get_config())
 
 
 # Saving and restoring.
@@ -375,7 +375,7 @@ def start(program, *args, **env):
 SAVER = """
 import os, resource, signal, sys, threading, time
 import jax, jax.numpy as jnp
-from vdm import checkpoint
+from vdm.workdir import checkpoint
 
 def child(workdir, kill_after):
   state = lambda step: {'x': jax.random.normal(jax.random.key(step), (1_000_000,))}
@@ -424,12 +424,12 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from configs.default import get_config
-from vdm import checkpoint
+from vdm.workdir import checkpoint, config_file
 
 index, address, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.config.update('jax_cpu_collectives_implementation', 'gloo')
 jax.distributed.initialize(address, num_processes=2, process_id=index)
-checkpoint.open_workdir(workdir, get_config())
+config_file.open_workdir(workdir, get_config())
 mesh = Mesh(jax.devices(), 'fsdp')
 assert mesh.size == 4
 shardings = {'sharded': NamedSharding(mesh, P('fsdp')), 'whole': NamedSharding(mesh, P())}

@@ -8,7 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm import build, configs, evaluate, parallel, sample, train
+from vdm import build, configs
+from vdm.evaluation.bound import make_evaluator
+from vdm.sampling.draw import make_sampler
+from vdm.system import parallel, runners
+from vdm.training.step import make_train_step
 
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
 
@@ -41,7 +45,7 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   model, optimizer = build.model(config), build.optimizer(config)
   build.check_devices(config, 8)
   state = jax.eval_shape(build.init_state(config, model))
-  step = train.make_train_step(config, model, optimizer)
+  step = make_train_step(config, model, optimizer)
   size = config.train.batch_size
   batch = jax.eval_shape(  # its images would take up to 1.6 GB
     lambda: {
@@ -67,22 +71,22 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   mesh = parallel.make_mesh()
   init = build.init_state(config, model)
   state = parallel.initial_state(mesh, init)
-  runner = parallel.runner(
+  runner = runners.runner(
     'jit',
-    train.make_train_step(config, model, optimizer),
+    make_train_step(config, model, optimizer),
     mesh,
     parallel.abstract_state(mesh, init),
   )
   batch = batch_of(config, config.train.batch_size)
   state, metrics = runner.step(state, runner.put_batch(batch))
   assert np.isfinite(metrics['bits_per_dim']) and np.isfinite(metrics['grad_norm'])
-  result = evaluate.make_evaluator(config, model, mesh)(
+  result = make_evaluator(config, model, mesh)(
     state.ema_params,
     [batch | {'mask': np.ones(len(batch['label']), np.float32)}],
     len(batch['label']),
   )
   assert np.isfinite(result.value)
-  images = next(sample.make_sampler(config, model, mesh)(state.ema_params))
+  images = next(make_sampler(config, model, mesh)(state.ema_params))
   assert images.shape == (config.sample.num_images, *config.data.image_shape)
   assert images.min() >= 0 and images.max() < config.data.num_values
 

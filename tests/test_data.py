@@ -10,6 +10,9 @@ import pytest
 
 from configs.default import get_config
 from vdm import data as vdm_data
+from vdm.data import __main__ as data_command
+from vdm.data import identity
+from vdm.data import tfds as tfds_kind
 
 SHAPE = (5, 4, 3)
 COUNTS = {'train': 23, 'test': 7}
@@ -334,7 +337,7 @@ def test_resize_covers_and_crops_the_middle(root):
 @pytest.mark.parametrize('cached', [True, False])
 @pytest.mark.parametrize('name', ['toy', 'toy:1.2.3', 'free', 'plain', 'unlabelled/5x4'])
 def test_tfds_images_are_those_stored(root, name, cached, monkeypatch):
-  monkeypatch.setattr(vdm_data, 'CACHE_BYTES', 2**30 if cached else 0)
+  monkeypatch.setattr(tfds_kind, 'CACHE_BYTES', 2**30 if cached else 0)
   labelled = name != 'unlabelled/5x4'
   source = vdm_data.load(toy(root, name=name, num_classes=5 * labelled), 'train')
   assert len(source) == 23 and source.num_threads > 0
@@ -350,7 +353,7 @@ def test_tfds_images_are_those_stored(root, name, cached, monkeypatch):
 
 @pytest.mark.parametrize('cached', [True, False])
 def test_embeddings_take_the_place_of_labels(root, cached, monkeypatch):
-  monkeypatch.setattr(vdm_data, 'CACHE_BYTES', 2**30 if cached else 0)
+  monkeypatch.setattr(tfds_kind, 'CACHE_BYTES', 2**30 if cached else 0)
   source = vdm_data.load(toy(root, name='vectors', embedding_size=3), 'train')
   for _ in range(2):
     batch = source.fetch(np.array([4, 2]))
@@ -398,7 +401,7 @@ def test_part_of_a_split(root):
       {'name': 'fashion_mnist'},
       r'name=.fashion_mnist.* not prepared .*download_and_prepare\(file_for',
     ),
-    ({'dir': '/nowhere'}, r'dir=/nowhere does not exist; set --config.data.dir'),
+    ({'dir': '/nowhere'}, r"dir='/nowhere' does not exist; set --config.data.dir"),
     ({'name': 'old'}, r"name='old' .* as tfrecord.*: python -m vdm.data convert --name=old --d"),
     ({'train_split': 'tran'}, r"train_split='tran' .* toy/1.2.3; choose from 'train', 'test'"),
     ({'name': 'pictures'}, r"name='pictures' .* no feature \"image\" .*label, picture"),
@@ -472,7 +475,7 @@ def odd(change, count=70):
 )
 def test_all_that_is_read_is_checked(change, message, tmp_path, monkeypatch):
   """Also what comes after the images that are looked at first."""
-  monkeypatch.setattr(vdm_data, 'CHECKED_IMAGES', 64)
+  monkeypatch.setattr(identity, 'CHECKED_IMAGES', 64)
   rows, features = odd(change)
   store(tmp_path, 'odd', rows, **features)
   source = vdm_data.load(toy(tmp_path, name='odd', train_images=70, num_values=64), 'train')
@@ -513,7 +516,7 @@ def test_classes_without_images_are_found(root, tmp_path):
 
 @pytest.mark.parametrize('below', ['toy', 'toy/1.2.3', 'unlabelled', 'unlabelled/5x4/1.2.3'])
 def test_a_directory_inside_the_right_one_is_told_the_right_one(root, below):
-  with pytest.raises(ValueError, match=f'data.dir={root}/{below} is not .*; set .*dir={root}$'):
+  with pytest.raises(ValueError, match=f"data.dir='{root}/{below}' is not .*; set .*dir={root}$"):
     vdm_data.load(toy(root / below), 'train')
 
 
@@ -531,7 +534,7 @@ def test_show_prints_nothing_that_is_refused(name, message, tmp_path, capsys):
   image = tfds.features.Image(shape=SHAPE, dtype=dtype)
   store(tmp_path, name, [{'image': np.zeros(SHAPE, dtype)}] * 3, image=image)
   capsys.readouterr()
-  assert vdm_data.main(['show', f'--name={name}', f'--data_dir={tmp_path}']) == 1
+  assert data_command.main(['show', f'--name={name}', f'--data_dir={tmp_path}']) == 1
   out, error = capsys.readouterr()
   assert out == '' and message in error
 
@@ -543,7 +546,7 @@ def test_show_knows_masks_several_sizes_and_several_labels(tmp_path, capsys):
   label = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=3))
   store(tmp_path, 'masks', rows, image=tfds.features.Image(shape=(None, None, 1)), label=label)
   capsys.readouterr()
-  assert vdm_data.main(['show', '--name=masks', f'--data_dir={tmp_path}']) == 0
+  assert data_command.main(['show', '--name=masks', f'--data_dir={tmp_path}']) == 0
   config = get_config().unlock()
   exec(capsys.readouterr().out, {'config': config})
   assert (config.data.num_values, config.data.num_classes, config.data.resize) == (2, 0, True)
@@ -575,7 +578,7 @@ def test_convert(tmp_path, capsys, monkeypatch):
   prepare(tmp_path, 'old', 'tfrecord', num_shards=3)
   folder = tmp_path / 'old' / '1.2.3'
   before = {path.name: path.read_bytes() for path in folder.iterdir()}
-  convert = lambda: vdm_data.main(['convert', '--name=old', f'--data_dir={tmp_path}'])
+  convert = lambda: data_command.main(['convert', '--name=old', f'--data_dir={tmp_path}'])
 
   # Killed in the second shard: the set is still what it was.
   from tensorflow_datasets.core import file_adapters
@@ -622,7 +625,7 @@ def test_convert_stops_at_a_shard_cut_short(tmp_path, capsys):
   info = tmp_path / 'old' / '1.2.3' / 'dataset_info.json'
   info.write_text(info.read_text().replace('"23"', '"24"'))
   capsys.readouterr()
-  assert vdm_data.main(['convert', '--name=old', f'--data_dir={tmp_path}']) == 1
+  assert data_command.main(['convert', '--name=old', f'--data_dir={tmp_path}']) == 1
   error = capsys.readouterr().err
   assert 'dataset_info.json says 24; copy or prepare' in error and error.count('\n') == 1
   assert not list(info.parent.glob('*array_record*'))
@@ -630,13 +633,13 @@ def test_convert_stops_at_a_shard_cut_short(tmp_path, capsys):
 
 def test_command_line_errors(root, capsys):
   for command in ('convert', 'show'):
-    assert vdm_data.main([command, '--name=tyo', f'--data_dir={root}']) == 1
+    assert data_command.main([command, '--name=tyo', f'--data_dir={root}']) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: --name='tyo' is neither") and error.count('\n') == 1
 
 
 def test_show_prints_a_config_that_loads(root, capsys):
-  assert vdm_data.main(['show', '--name=free', f'--data_dir={root}']) == 0
+  assert data_command.main(['show', '--name=free', f'--data_dir={root}']) == 0
   config = get_config().unlock()
   exec(capsys.readouterr().out, {'config': config})
   assert config.data == toy(root, name='free')

@@ -6,11 +6,16 @@ import numpy as np
 import pytest
 from vdm.configs import default
 
-from vdm import build, cards, data, evaluate, parallel, sample
-from vdm.gaussian import Prediction, alpha, sigma
-from vdm.losses import DiffusionTerm
-from vdm.schedules import SCHEDULES
-from vdm.weightings import WEIGHTINGS
+from vdm import build, cards, data
+from vdm.diffusion.decoders import discrete
+from vdm.diffusion.elbo import DiffusionTerm
+from vdm.diffusion.gaussian import Prediction, alpha, sigma
+from vdm.diffusion.schedules import SCHEDULES
+from vdm.diffusion.weightings import WEIGHTINGS
+from vdm.evaluation.bound import NUM_BINS, elbo_fields, log_snr_bins, make_evaluator, summarize
+from vdm.sampling.draw import make_sampler
+from vdm.sampling.picture import image_grid
+from vdm.system import parallel
 
 SHAPE, VALUES = (2, 3, 1), 256
 # To sigma_0 = 1.1 cells of the grid: with less noise a denoiser that does not know that the data is
@@ -47,7 +52,7 @@ def exact_model(mean, covariance, schedule='linear'):
     denoiser=lambda params, label=None: denoise,
     weighting=WEIGHTINGS['elbo'](),
     image_shape=SHAPE,
-    num_values=VALUES,
+    decoder=discrete(VALUES),
   )
 
 
@@ -84,7 +89,7 @@ def config_of(**settings):
 
 
 def score(model, config, images, evaluator=None):
-  evaluator = evaluator or evaluate.make_evaluator(config, model, parallel.make_mesh())
+  evaluator = evaluator or make_evaluator(config, model, parallel.make_mesh())
   batches = data.eval_batches(
     source_of(images),
     batch_size=config.eval.batch_size,
@@ -142,7 +147,7 @@ def test_standard_error_is_that_of_repeated_evaluations():
   images, _ = quantised(mean, covariance, 600)
   model = exact_model(mean, covariance)
   config = config_of(draws=4, batch_size=128)
-  evaluator = evaluate.make_evaluator(config, model, parallel.make_mesh())
+  evaluator = make_evaluator(config, model, parallel.make_mesh())
   for count in (16, 100, 600):
     config.eval.max_images, runs = count, []
     for config.eval.seed in range(100):
@@ -162,7 +167,7 @@ def test_an_evaluation_does_not_depend_on_its_batches_and_devices(count):
   for size, devices in ((8, 8), (64, 8), (1000, 8), (1000, 1), (25, 1)):
     config = config_of(batch_size=size, max_images=count)
     mesh = parallel.make_mesh(devices=jax.devices()[:devices])
-    results.append(score(model, config, images, evaluate.make_evaluator(config, model, mesh)))
+    results.append(score(model, config, images, make_evaluator(config, model, mesh)))
   for other in results[1:]:
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -182,7 +187,7 @@ def test_the_interval_covers_with_two_draws(count, groups):
     part = {'terms': terms, 'loss': terms[..., 2], 'index': np.arange(count)}
     part |= {'mask': np.ones(count), 'moments': np.ones(3)}
     part |= {'bins': {'sum': np.ones(1), 'count': np.ones(1)}}
-    result = evaluate.summarize([part])
+    result = summarize([part])
     low, high = cards.error_fields(result.value, result.stderr, result.dof)['interval_95']
     inside += low < 0 < high
   assert result.dof == pytest.approx(count**2 / np.square(sizes).sum())
@@ -205,7 +210,7 @@ def test_a_single_draw_has_no_standard_error():
   config = config_of(draws=1, batch_size=8)
   result = score(exact_model(mean, covariance), config, images)
   assert result.stderr is None and result.loss[1] is None and np.isfinite(result.stderr_images)
-  fields = evaluate.elbo_fields(config, result)
+  fields = elbo_fields(config, result)
   assert fields['stderr'] is None and fields['interval_95'] is None and fields['stderr_dof'] == 0
   json.dumps(fields, allow_nan=False)
 
@@ -222,8 +227,8 @@ def test_bins_hold_the_bits_per_unit_of_log_snr():
   nats = jnp.arange(1.0, 6.0) * 3 * np.log(2)
   term = DiffusionTerm(nats, nats, log_snr, jnp.full(5, -2.0))
   mask = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
-  bins = evaluate.log_snr_bins(term, jnp.array([5.0, -5.0]), 3, mask)
-  middle = evaluate.NUM_BINS // 2
+  bins = log_snr_bins(term, jnp.array([5.0, -5.0]), 3, mask)
+  middle = NUM_BINS // 2
   np.testing.assert_allclose(bins['sum'][jnp.array([0, middle, -1])], [1.5, 1.5, 2], rtol=1e-6)
   np.testing.assert_allclose(bins['count'][jnp.array([0, middle, -1])], [2, 1, 1])
   assert bins['count'].sum() == 4
@@ -237,7 +242,7 @@ def test_bits_per_unit_of_log_snr_and_their_spread_do_not_depend_on_the_schedule
   linear, cosine = (
     score(exact_model(mean, covariance, name), config, images) for name in ('linear', 'cosine')
   )
-  width = (LOG_SNR_MAX - LOG_SNR_MIN) / evaluate.NUM_BINS
+  width = (LOG_SNR_MAX - LOG_SNR_MIN) / NUM_BINS
   spent = linear.bins.sum() * width
   assert abs(spent - linear.terms['diffusion']['value']) < 4 * linear.stderr
   seen = np.isfinite(cosine.bins)
@@ -252,9 +257,7 @@ def test_samples_of_the_exact_denoiser_have_the_mean_and_covariance_of_the_data(
   mean, covariance = gaussian_data()
   config = default.get_config()
   config.sample.update(num_images=9000, batch_size=4096, num_steps=250)
-  sampler = sample.make_sampler(
-    config, exact_model(mean, covariance, 'cosine'), parallel.make_mesh()
-  )
+  sampler = make_sampler(config, exact_model(mean, covariance, 'cosine'), parallel.make_mesh())
   u = np.concatenate(list(sampler({}))).reshape(9000, -1)
   x = (2 * u + 1) / VALUES - 1
   np.testing.assert_allclose(x.mean(axis=0), mean, atol=5 * np.sqrt(covariance.max() / 9000))
@@ -267,16 +270,16 @@ def test_images_do_not_depend_on_the_batch_they_are_drawn_in():
   model = exact_model(mean, covariance)
   config = default.get_config()
   config.sample.update(num_images=20, batch_size=8, num_steps=10)
-  small = np.concatenate(list(sample.make_sampler(config, model, parallel.make_mesh())({})))
+  small = np.concatenate(list(make_sampler(config, model, parallel.make_mesh())({})))
   config.sample.batch_size = 24
-  large = np.concatenate(list(sample.make_sampler(config, model, parallel.make_mesh())({})))
+  large = np.concatenate(list(make_sampler(config, model, parallel.make_mesh())({})))
   assert small.shape == (20, *SHAPE)
   np.testing.assert_array_equal(small, large)
 
 
 def test_grid_shows_every_image_once():
   images = np.arange(5 * 2 * 3 * 1).reshape(5, 2, 3, 1) % 17
-  picture = sample.grid(images, 17)
+  picture = image_grid(discrete(17).to_pixels(images))
   assert picture.shape == (2 * 4, 3 * 5, 1) and picture.dtype == np.uint8
   np.testing.assert_array_equal(picture[1:3, 6:9, 0], np.round(images[1, ..., 0] * 255 / 16))
 
@@ -298,7 +301,7 @@ def test_a_uniform_predictor_costs_log2_of_the_number_of_values(
   params = parallel.initial_state(parallel.make_mesh(), build.init_state(config, model)).params
   images = np.random.default_rng(0).integers(0, num_values, (11, *shape)).astype(np.uint8)
   batches = data.eval_batches(source_of(images), batch_size=8, process_index=0, process_count=1)
-  result = evaluate.make_evaluator(config, model, parallel.make_mesh())(params, batches, 11)
+  result = make_evaluator(config, model, parallel.make_mesh())(params, batches, 11)
   assert result.num_images == 11
   # XLA:CPU computes log(32) to 2e-6 of itself
   np.testing.assert_allclose(result.value, np.log2(num_values), rtol=3e-6)

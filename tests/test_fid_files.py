@@ -14,8 +14,11 @@ import pytest
 from PIL import Image
 from vdm.configs import default
 
-from vdm import data, fid, parallel, shards
+from vdm import data, fid
+from vdm.diffusion.decoders import discrete
 from vdm.fid import images, references
+from vdm.sampling.folder import encode_png, write_shard
+from vdm.system import parallel
 
 ROOT = pathlib.Path(__file__).parents[1]
 pytestmark = pytest.mark.usefixtures('rank_promotion_allowed')
@@ -55,7 +58,7 @@ def test_a_folder_an_npz_and_shards_are_the_same_images(tmp_path):
   (tmp_path / 'drawn').mkdir()
   np.savez(tmp_path / 'shards' / 'a.npz', images=array[:13], labels=np.zeros(13))
   np.savez(tmp_path / 'shards' / 'b.npz', images=array[13:])
-  shards.write(tmp_path / 'drawn', 'png', 0, array, 256)
+  write_shard(tmp_path / 'drawn', 'png', 0, array, discrete(256))
   save(tmp_path / 'drawn' / '.00000020.part', array[:2])  # what a kill left there
   order = np.random.default_rng(1).permutation(20)
   for path in (folder, *(tmp_path / name for name in ('one.npz', 'shards', 'drawn'))):
@@ -232,7 +235,7 @@ def test_a_reference_of_too_few_images_is_refused_as_samples_are(tmp_path, extra
 def as_png(image):
   """The content of a PNG file; Pillow writes no 16-bit colour."""
   if image.dtype == np.uint8 or image.ndim == 2:
-    return shards.png(Image.fromarray(image))
+    return encode_png(Image.fromarray(image))
   height, width, _ = image.shape
   rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in image)
 

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from vdm.configs import default
 
-from vdm import fid, parallel
+from vdm import fid
 from vdm.fid import inception, weights
+from vdm.system import parallel
 
 
 def test_resize_is_tensorflows_of_old():

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from vdm import fid, parallel
+from vdm import fid
+from vdm.system import hosts, parallel
 
 COUNT = 43  # not a multiple of any batch
 pytestmark = pytest.mark.usefixtures('rank_promotion_allowed')
@@ -114,5 +115,5 @@ def test_two_processes_are_one(expected):
 
 if __name__ == '__main__':
   sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-  parallel.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]), 100)
+  hosts.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]), 100)
   print(json.dumps(score(parallel.make_mesh(), 16)))

@@ -8,7 +8,13 @@ import pytest
 from etils import epath
 from vdm.configs import digits
 
-from vdm import cards, checkpoint, files, report, sample, shards
+from vdm import cards
+from vdm.diffusion.decoders import discrete
+from vdm.evaluation import plots
+from vdm.sampling.folder import open_samples, read_shards, write_shard
+from vdm.sampling.picture import save_png
+from vdm.system import files
+from vdm.workdir import checkpoint, config_file
 
 
 class Bucket:
@@ -62,10 +68,10 @@ def test_a_path_on_gs_is_absolute_as_it_is(bucket):
 
 def test_config_and_cards_are_written_to_gs_and_read_again(bucket):
   config = digits.get_config('debug')
-  checkpoint.open_workdir(str(bucket), config)
+  config_file.open_workdir(str(bucket), config)
   config.train.batch_size = 16
   with pytest.raises(ValueError, match=r'holds a run with config\.train\.batch_size=8, not 16'):
-    checkpoint.open_workdir(str(bucket), config)
+    config_file.open_workdir(str(bucket), config)
   card = {'metric': 'bits_per_dim', 'bound': 'continuous-time ELBO', 'params': 'ema', 'step': 4}
   card |= {'data': {'split': 'test'}, 'value': 3.0, 'stderr': 0.1, 'eval_seed': 0}
   card |= {'num_images': 360, 'whole_split': True}
@@ -79,18 +85,18 @@ def test_config_and_cards_are_written_to_gs_and_read_again(bucket):
 @pytest.mark.parametrize('image_format', ['npz', 'png'])
 def test_images_are_written_to_gs_and_read_again(image_format, bucket):
   manifest = {'num_images': 4, 'batch_size': 4, 'format': image_format}
-  assert shards.open_folder(bucket / 'samples', manifest) == [0]
+  assert open_samples(bucket / 'samples', manifest) == [0]
   images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
-  shards.write(bucket / 'samples', image_format, 0, images, 256)
-  assert shards.open_folder(bucket / 'samples', manifest) == []
-  (found,) = shards.read(bucket / 'samples')
+  write_shard(bucket / 'samples', image_format, 0, images, discrete(256))
+  assert open_samples(bucket / 'samples', manifest) == []
+  (found,) = read_shards(bucket / 'samples')
   np.testing.assert_array_equal(found, images)
-  sample.save_png(bucket / 'grid.png', images[0])
+  save_png(bucket / 'grid.png', images[0])
   assert (bucket / 'grid.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_figures_and_tables_are_written_to_gs(bucket):
-  report.save_figure(report.subplots(1, (4, 3))[0], bucket / 'plots' / 'a.png')
+  plots.save_figure(plots.subplots(1, (4, 3))[0], bucket / 'plots' / 'a.png')
   assert (bucket / 'plots' / 'a.png').read_bytes().startswith(b'\x89PNG')
-  report.write_table(bucket / 'tables' / 'a.csv', ('a', 'b'), [(1, 'x, y')])
+  files.write_table(bucket / 'tables' / 'a.csv', ('a', 'b'), [(1, 'x, y')])
   assert (bucket / 'tables' / 'a.csv').read_bytes() == b'a,b\r\n1,"x, y"\r\n'

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, gaussian
-from vdm.gaussian import HEADS
+from vdm import build
+from vdm.diffusion import gaussian, heads
+from vdm.diffusion.heads import HEADS
 from vdm.nn import MLP
 
 LOG_SNRS = np.linspace(-13, 13, 53)
@@ -34,7 +35,7 @@ def test_heads_return_the_data_and_the_noise_they_stand_for(head, key):
   x, eps = jax.random.normal(key, (2, 16, 3, 2, 1))
   a, s = (gaussian.expand_to(f(log_snr), x) for f in (gaussian.alpha, gaussian.sigma))
   z = gaussian.q_sample(x, eps, log_snr)
-  prediction = gaussian.to_prediction(head, target(head, x, eps, a, s), z, log_snr)
+  prediction = heads.to_prediction(head, target(head, x, eps, a, s), z, log_snr)
   np.testing.assert_allclose(prediction.x, x, atol=2e-4)
   np.testing.assert_allclose(prediction.eps, eps, atol=2e-4)
 
@@ -44,7 +45,7 @@ def test_any_output_of_a_head_is_consistent_with_z(head, key):
   """alpha x_hat + sigma eps_hat = z whatever the network says."""
   log_snr = jnp.linspace(-6.0, 6.0, 16)
   output, z = jax.random.normal(key, (2, 16, 5))
-  x, eps = gaussian.to_prediction(head, output, z, log_snr)
+  x, eps = heads.to_prediction(head, output, z, log_snr)
   np.testing.assert_allclose(gaussian.q_sample(x, eps, log_snr), z, atol=1e-4)
 
 
@@ -58,7 +59,7 @@ def test_heads_are_exact_where_they_can_be_for_log_snr_of_20(head):
   log_snr = np.array([-20.0, 20.0])
   a, s = (1 / np.sqrt(1 + np.exp(-sign * log_snr))[:, None] for sign in (1, -1))
   output, z = target(head, x, eps, a, s), a * x + s * eps
-  got = gaussian.to_prediction(head, *map(jnp.float32, (output, z, log_snr)))
+  got = heads.to_prediction(head, *map(jnp.float32, (output, z, log_snr)))
   assert np.all(np.isfinite(got.x)) and np.all(np.isfinite(got.eps))
   np.testing.assert_allclose(got.eps[0], eps[0], atol=2e-4)
   np.testing.assert_allclose(got.x[1], x[1], atol=2e-4)
@@ -83,7 +84,7 @@ def test_loss_ratio_is_the_heads_own_loss_by_that_of_eps(head):
   wrong_x = x - s / a * error  # alpha x_hat + sigma eps_hat = z
   own = (target(head, wrong_x, eps + error, a, s) - target(head, x, eps, a, s)) ** 2
   np.testing.assert_allclose(own / error**2, RATIO[head](log_snr), rtol=1e-6)
-  got = gaussian.loss_ratio(head, jnp.float32(log_snr))
+  got = heads.loss_ratio(head, jnp.float32(log_snr))
   np.testing.assert_allclose(got, RATIO[head](log_snr), rtol=1e-5)
 
 
@@ -95,12 +96,12 @@ def test_the_network_of_f_reads_what_edms_does(key):
   sigma = np.exp(-np.float64(log_snr) / 2)[:, None]
   c_in = 1 / np.sqrt(sigma**2 + 0.25)
   np.testing.assert_allclose(
-    gaussian.network_input('F', z, log_snr), c_in * (x + sigma * eps), rtol=1e-4, atol=1e-5
+    heads.network_input('F', z, log_snr), c_in * (x + sigma * eps), rtol=1e-4, atol=1e-5
   )
   for head in set(HEADS) - {'F'}:
-    assert gaussian.network_input(head, z, log_snr) is z
+    assert heads.network_input(head, z, log_snr) is z
   z = gaussian.q_sample(0.5 * x, eps, log_snr)
-  scale = gaussian.network_input('F', jnp.ones_like(z), log_snr)[:, 0]
+  scale = heads.network_input('F', jnp.ones_like(z), log_snr)[:, 0]
   variance = (gaussian.alpha(log_snr) / 2) ** 2 + gaussian.sigma(log_snr) ** 2  # of z
   np.testing.assert_allclose(scale**2 * variance, 1, rtol=1e-5)
 

@@ -7,11 +7,17 @@ import pytest
 from ml_collections import ConfigDict
 from vdm.configs import default
 
-from vdm import build, checkpoint, guidance, parallel, sample, train
-from vdm.gaussian import Prediction, alpha, expand_to, fold_in, q_sample, sigma
-from vdm.samplers import heun, time_grid
-from vdm.samplers import sample as draw
-from vdm.schedules import SCHEDULES
+from vdm import build
+from vdm.diffusion import guidance
+from vdm.diffusion.gaussian import Prediction, alpha, expand_to, fold_in, q_sample, sigma
+from vdm.diffusion.samplers import heun, time_grid
+from vdm.diffusion.samplers import sample as draw
+from vdm.diffusion.schedules import SCHEDULES
+from vdm.sampling.draw import make_guidance, make_sampler
+from vdm.system import parallel
+from vdm.training.step import make_loss
+from vdm.workdir import checkpoint, config_file
+from vdm.workdir.load import read_guide
 
 EVERYWHERE = (-100.0, 100.0)
 
@@ -146,7 +152,7 @@ def test_training_withholds_labels(rate, key):
   index = jnp.arange(128)
   batch = {'image': jnp.zeros((128, 1, 2, 1), jnp.uint8), 'label': index % 10, 'index': index}
   with pytest.raises(Seen) as seen:
-    train.make_loss(config, model)({'schedule': {}}, None, {}, batch, key, None)
+    make_loss(config, model)({'schedule': {}}, None, {}, batch, key, None)
   label = np.asarray(seen.value.args[0])
   lost = label == -1
   assert abs(lost.mean() - rate) < 0.25 and lost.any() == (rate > 0)
@@ -215,7 +221,7 @@ def test_a_percentile_out_of_range_is_refused():
 def run_and_state(tmp_path_factory):
   """A run of no steps, on disk, and its state."""
   workdir, config = tmp_path_factory.mktemp('guide'), config_of()
-  checkpoint.open_workdir(workdir, config)
+  config_file.open_workdir(workdir, config)
   with jax.numpy_rank_promotion('allow'):
     init = build.init_state(config, build.model(config))
     state = parallel.initial_state(parallel.make_mesh(), init)
@@ -225,7 +231,7 @@ def run_and_state(tmp_path_factory):
 
 
 def images(config, state):
-  sampler = sample.make_sampler(config, build.model(config), parallel.make_mesh())
+  sampler = make_sampler(config, build.model(config), parallel.make_mesh())
   return np.concatenate(list(sampler(state.ema_params)))
 
 
@@ -243,18 +249,18 @@ def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
   mesh = parallel.make_mesh()
   config = config_of(kind='auto', checkpoint=str(tmp_path))
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* must be the workdir of a run'):
-    sample.make_guidance(config, build.model(config), mesh)
+    make_guidance(config, build.model(config), mesh)
   config = config_of(kind='auto', checkpoint=str(workdir))
   with config.unlocked():
     config.data.update(num_values=256)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* a model of 256 values'):
-    sample.make_guidance(config, build.model(config), mesh)
+    make_guidance(config, build.model(config), mesh)
   config = config_of(kind='auto', checkpoint=str(workdir), log_snr_max=-8.0, log_snr_min=-9.0)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* overlap nowhere, -5 to -8;'):
-    sample.make_guidance(config, build.model(config), mesh)
+    make_guidance(config, build.model(config), mesh)
   config.model = ConfigDict(config.model.to_dict() | dict(name='mlp'))
   with pytest.raises(ValueError, match=r"guidance.checkpoint=.* model.name='mlp', not 'vdm_unet'"):
-    checkpoint.read_guide(config, None, mesh)
+    read_guide(config, None, mesh)
 
 
 def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):
@@ -274,6 +280,6 @@ def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):
 
   own = SCHEDULES['linear'](-5.0, 8.0)
   model = build.Model(None, lambda params: own, denoiser, None, (1, 2, 1), 256)
-  drawn = np.concatenate(list(sample.make_sampler(config, model, parallel.make_mesh())({})))
+  drawn = np.concatenate(list(make_sampler(config, model, parallel.make_mesh())({})))
   expected = np.round(((0.05 * np.arange(8) + 1) * 256 - 1) / 2)
   np.testing.assert_allclose(drawn[:, 0, 0, 0], expected, atol=1)

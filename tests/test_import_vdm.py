@@ -21,9 +21,12 @@ import pytest
 from clu import checkpoint as clu_checkpoint
 from vdm.configs import cifar10
 
-from vdm import build, checkpoint, evaluate, import_vdm
-from vdm.gaussian import log_snr_and_slope, q_sample
-from vdm.losses import variational_bound
+from vdm import build
+from vdm.diffusion.elbo import variational_bound
+from vdm.diffusion.gaussian import log_snr_and_slope, q_sample
+from vdm.evaluation.bound import make_evaluator
+from vdm.workdir import import_public
+from vdm.workdir.load import read_run
 
 PUBLIC = np.load(pathlib.Path(__file__).parent / 'public_vdm.npz')
 SEEDS = {'scalar': 1, 'net': 2, 'attention': 3}
@@ -73,7 +76,7 @@ def inputs(seed):
 def config_of(case, width=128):
   config = cifar10.get_config()
   with config.unlocked():
-    config.model.update(width=width, norm_groups=import_vdm.norm_groups(width))
+    config.model.update(width=width, norm_groups=import_public.norm_groups(width))
     config.model.update(num_blocks=1, augmentation_flag=True, condition_on='configured')
     config.model.attention = case == 'attention'
     config.schedule.name = 'learned_net' if case == 'net' else 'learned_endpoints'
@@ -83,7 +86,7 @@ def config_of(case, width=128):
 def convert(case, params, width=128):
   config = config_of(case, width)
   model = build.model(config)
-  return model, import_vdm.convert(config, model, params)
+  return model, import_public.convert(config, model, params)
 
 
 def public_network(p, z, t):
@@ -193,7 +196,7 @@ def test_network_and_bound_are_those_of_the_public_code(case):
     t = (jnp.float32(0.3) + jnp.arange(2) / 2) % 1
     schedule = model.schedule(params)
     bound = variational_bound(
-      recording, schedule, model.weighting, images, t, eps_recon, eps, model.num_values
+      recording, schedule, model.decoder, model.weighting, images, t, eps_recon, eps
     )
     return bound, seen[0][0], seen[0][1].eps
 
@@ -251,11 +254,11 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
   assert names(state) == list(PUBLIC['saved/names'])
 
   workdir = tmp_path / 'run'
-  assert import_vdm.run(config, workdir, str(tmp_path / 'public-0')) == 0
+  assert import_public.run(config, workdir, str(tmp_path / 'public-0')) == 0
   with pytest.raises(ValueError, match=r'--workdir=.* holds a run; choose another'):
-    import_vdm.run(config, workdir, str(tmp_path / 'public-0'))
+    import_public.run(config, workdir, str(tmp_path / 'public-0'))
 
-  _, model, mesh, state = checkpoint.read_run(config, workdir)
+  _, model, mesh, state = read_run(config, workdir)
   assert int(state.step) == 7
   kernel = public_params('scalar', 5)['score_model']['conv_out']['kernel']
   np.testing.assert_array_equal(state.params['network']['conv_out']['kernel'], kernel)
@@ -269,7 +272,7 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
     'index': np.arange(16, dtype=np.int32),
     'mask': np.ones(16, np.float32),
   }
-  result = evaluate.make_evaluator(config, model, mesh)(state.ema_params, [batch], 16)
+  result = make_evaluator(config, model, mesh)(state.ema_params, [batch], 16)
   error = np.hypot(result.stderr, PUBLIC['bpd/stderr'])
   assert error < 0.01 * result.value
   assert abs(result.value - PUBLIC['bpd/mean']) < 4 * error
@@ -283,11 +286,11 @@ def test_an_import_of_a_narrow_network_sets_its_groups(tmp_path):
   save(tmp_path / 'public', public, public, 3)
   config = config_of('scalar', 32)
   config.model.norm_groups = 0
-  assert import_vdm.run(config, tmp_path / 'run', str(tmp_path / 'public-0')) == 0
+  assert import_public.run(config, tmp_path / 'run', str(tmp_path / 'public-0')) == 0
   assert json.loads((tmp_path / 'run/config.json').read_text())['model']['norm_groups'] == 32
   config.model.norm_groups = 0
   with pytest.raises(ValueError, match=r'norm_groups=0 must be 32 .*; give --config.model.norm_gr'):
-    import_vdm.convert(config, build.model(config), public)
+    import_public.convert(config, build.model(config), public)
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
@@ -295,23 +298,23 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path):
     (tmp_path / f'ckpt-{number}.flax').touch()
     if number < 11:  # clu's last file: 11 was cut short
       (tmp_path / f'ckpt-{number}.index').touch()
-  assert import_vdm.newest(str(tmp_path)).name == 'ckpt-10.flax'
+  assert import_public.newest(str(tmp_path)).name == 'ckpt-10.flax'
   for named in ('ckpt-2', 'ckpt-2.flax'):
-    assert import_vdm.newest(f'{tmp_path}/{named}').name == 'ckpt-2.flax'
+    assert import_public.newest(f'{tmp_path}/{named}').name == 'ckpt-2.flax'
   for nothing in ('', f'{tmp_path}/ckpt-3', '/nowhere'):
     with pytest.raises(ValueError, match=f'--checkpoint={nothing} holds no ckpt-<number>.flax'):
-      import_vdm.newest(nothing)
+      import_public.newest(nothing)
 
 
 def test_a_file_cut_short_is_refused(tmp_path):
   whole = flax.serialization.msgpack_serialize({'step': 1, 'params': {}, 'ema_params': {}})
-  path = import_vdm.epath.Path(tmp_path / 'ckpt-1.flax')
+  path = import_public.epath.Path(tmp_path / 'ckpt-1.flax')
   path.write_bytes(whole)
-  assert import_vdm.read(path)['step'] == 1
+  assert import_public.read(path)['step'] == 1
   for cut in (whole[:-1], flax.serialization.msgpack_serialize({'step': 1}), b''):
     path.write_bytes(cut)
     with pytest.raises(ValueError, match=f'--checkpoint={path} is no checkpoint .*copy it again'):
-      import_vdm.read(path)
+      import_public.read(path)
 
 
 def change(path, leaf):
@@ -357,7 +360,7 @@ def test_a_config_of_another_model_is_told_what_to_set():
   config.model.fourier_exponents = (5, 6)
   config.schedule.name = 'learned_net'
   with pytest.raises(ValueError) as error:
-    import_vdm.convert(config, build.model(config), public)
+    import_public.convert(config, build.model(config), public)
   for field, value in (
     ('model.num_blocks', '1'),
     ('model.attention', 'True'),

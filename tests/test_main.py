@@ -158,11 +158,11 @@ def test_a_command_has_the_cores_as_devices_unless_it_is_one_of_a_job(job, expec
   code = f"""
 import os
 os.sched_getaffinity = lambda pid: range(4)
-from vdm import main
+from vdm import cli
 arguments = ['vdm', '{DIGITS}', *{[job, '--num_processes=1', '--process_id=0'] if job else []}]
-main.parse_flags(arguments)
+cli.parse_flags(arguments)
 import jax
-main.in_one_line(lambda config, workdir: print(jax.device_count(), workdir))
+cli.in_one_line(lambda config, workdir: print(jax.device_count(), workdir))
 """
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True)

@@ -15,7 +15,10 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, cards, checkpoint, parallel, train
+from vdm import build, cards
+from vdm.system import parallel
+from vdm.training import loop
+from vdm.workdir import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[1]
 OVERRIDES = [
@@ -183,7 +186,7 @@ def test_a_lost_process_ends_the_other_in_time_and_with_a_message(tmp_path):
   wait_for_steps(left, 2)
   lost.kill()
   text = left.communicate(timeout=5 + 55)[0]  # Python itself takes a while to end
-  assert left.returncode not in (0, train.EXIT_PREEMPTED)
+  assert left.returncode not in (0, loop.EXIT_PREEMPTED)
   assert 'This most likely indicates that another task died' in text
 
 
@@ -194,7 +197,7 @@ def test_sigterm_to_one_process_of_a_slurm_job_saves_on_both_and_one_process_goe
   wait_for_steps(first, 2)
   second.send_signal(signal.SIGTERM)
   texts = [process.communicate(timeout=500)[0] for process in (first, second)]
-  assert [first.returncode, second.returncode] == [train.EXIT_PREEMPTED] * 2, texts
+  assert [first.returncode, second.returncode] == [loop.EXIT_PREEMPTED] * 2, texts
   (step,) = {int(re.search(r'stopped and saved at step (\d+)', text)[1]) for text in texts}
   (output,) = finish(start(tmp_path, 1, 1, *ENDLESS, f'--config.train.num_steps={step + 2}'))
   assert f'step {step} of {step + 2}' in output and 'is done' in output

@@ -11,10 +11,11 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AbstractDevice
 from vdm.configs import default
 
-from vdm import parallel
-from vdm.nn import NETWORKS, attention, layers
+from vdm.nn import NETWORKS, attention, convolution, layers
+from vdm.nn.conditioning import Conditioning, sinusoidal_embedding
 from vdm.nn.mlp import MLP
 from vdm.nn.vdm_unet import VDMUNet
+from vdm.system import parallel
 
 SMALL = {'width': 16, 'num_blocks': 1, 'fourier_exponents': (3, 4)}
 
@@ -99,7 +100,7 @@ def test_noise_level_and_label_condition(network):
 
 def test_every_null_label_is_the_same_row():
   t = jnp.full(4, 0.5)
-  module = layers.Conditioning(8, num_classes=3)
+  module = Conditioning(8, num_classes=3)
   parameters = random_parameters(module, t)
   out = module.apply(parameters, t, jnp.array([-1, 3, 2, 0]))
   np.testing.assert_array_equal(out[0], out[1])
@@ -113,7 +114,7 @@ def test_every_null_label_is_the_same_row():
 
 def test_flag_conditions():
   t = jnp.full(2, 0.5)
-  module = layers.Conditioning(8, augmentation_flag=True)
+  module = Conditioning(8, augmentation_flag=True)
   parameters = random_parameters(module, t)
   out = module.apply(parameters, t, flag=jnp.array([0, 1]))
   assert jnp.abs(out[0] - out[1]).max() > 0.1
@@ -175,7 +176,7 @@ def test_fourier_features_separate_neighbours_and_show_the_noise():
 
 def test_sinusoidal_embedding():
   t, size = np.linspace(0, 1, 5), 8
-  embedding = layers.sinusoidal_embedding(jnp.asarray(t, jnp.float32), size)
+  embedding = sinusoidal_embedding(jnp.asarray(t, jnp.float32), size)
   for k in range(4):
     angle = 1000 * t * 10_000 ** (-k / 3)
     np.testing.assert_allclose(embedding[:, k], np.sin(angle), atol=2e-4)
@@ -306,13 +307,13 @@ def naive_attention(q, k, v):
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize('shape', [(2, 8, 6), (3, 1, 5)])
 def test_conv_gradients(dtype, tolerance, shape):
-  ours = lambda *args: value_and_gradients(layers.conv3x3, *args)
+  ours = lambda *args: value_and_gradients(convolution.conv3x3, *args)
 
   @jax.jit
   def run(x, kernel):
     stacked = jax.vmap(ours, in_axes=(0, None))(jnp.stack([x, 2 * x]), kernel)
     # Other platforms take the native gradient, which this one can run too.
-    native = layers._conv_vjp_native(x, kernel, normal(99, *shape, 4).astype(dtype))
+    native = convolution._conv_vjp_native(x, kernel, normal(99, *shape, 4).astype(dtype))
     expected = value_and_gradients(plain_conv, x, kernel)
     return expected, ours(x, kernel), in_scan(ours)(x, kernel), [a[0] for a in stacked], native
 
@@ -325,7 +326,7 @@ def test_conv_gradients(dtype, tolerance, shape):
 
 def test_conv_gradient_is_not_slow_in_a_loop():
   x, kernel = normal(0, 8, 16, 16, 32), normal(1, 3, 3, 32, 32)
-  straight = lambda *args: value_and_gradients(layers.conv3x3, *args)
+  straight = lambda *args: value_and_gradients(convolution.conv3x3, *args)
   runs = [jax.jit(f).lower(x, kernel).compile() for f in (straight, in_scan(straight))]
   seconds = [[], []]
   for _ in range(12):
@@ -377,7 +378,10 @@ def test_attention_on_tpu_is_softmax_attention(width, monkeypatch):
 @pytest.mark.parametrize(
   ('network', 'message'),
   [
-    (VDMUNet(width=128, num_heads=3), r'config\.model\.num_heads=3 must divide .* try 2 or 4\.'),
+    (
+      VDMUNet(width=128, num_heads=3),
+      r'config\.model\.num_heads=3 must be a divisor .* try 2 or 4\.',
+    ),
     (VDMUNet(width=31), r'config\.model\.width=31 must be even and at least 4; try 32\.'),
     (VDMUNet(dropout=1.0), r'config\.model\.dropout=1\.0 must be in \[0, 1\)'),
     (VDMUNet(num_blocks=0), r'config\.model\.num_blocks=0 must be at least 1'),
@@ -386,7 +390,7 @@ def test_attention_on_tpu_is_softmax_attention(width, monkeypatch):
       r'norm_groups=24 must be 0 or a divisor of the 128 channels .*; try 0',
     ),
     (VDMUNet(norm_groups=-1), r'config\.model\.norm_groups=-1 must be 0 or a divisor of the 128'),
-    (VDMUNet(num_classes=-1), r'config\.model\.num_classes=-1 must not be negative'),
+    (VDMUNet(num_classes=-1), r'config\.model\.num_classes=-1 must be zero or more'),
   ],
 )
 def test_errors_name_the_field(network, message):
@@ -399,9 +403,9 @@ def test_errors_name_the_field(network, message):
 def test_inputs_that_the_network_has_no_use_for_are_refused():
   t = jnp.zeros(1)
   with pytest.raises(ValueError, match='class_conditional'):
-    layers.Conditioning(8).init(jax.random.key(0), t, jnp.zeros(1, jnp.int32))
+    Conditioning(8).init(jax.random.key(0), t, jnp.zeros(1, jnp.int32))
   with pytest.raises(ValueError, match='augmentation_flag'):
-    layers.Conditioning(8).init(jax.random.key(0), t, flag=t)
+    Conditioning(8).init(jax.random.key(0), t, flag=t)
   with pytest.raises(ValueError, match='vdm_unet takes images'):
     VDMUNet().init(jax.random.key(0), jnp.zeros((1, 4)), t, train=False)
 

@@ -13,10 +13,15 @@ import pytest
 from scipy import stats
 from vdm.configs import default, digits
 
-from vdm import build, data, evaluate_ode, look, ode, parallel, train
-from vdm.gaussian import Prediction, fold_in, q_sample
-from vdm.likelihood import to_grid
-from vdm.schedules import linear
+from vdm import build, data
+from vdm.diffusion import ode
+from vdm.diffusion.decoders import discrete, to_grid
+from vdm.diffusion.gaussian import Prediction, fold_in, q_sample
+from vdm.diffusion.schedules import linear
+from vdm.evaluation import evaluate
+from vdm.evaluation import ode as evaluation_ode
+from vdm.system import parallel
+from vdm.training import loop
 
 ENDS = (jnp.float32(12.0), jnp.float32(-12.0))
 SETTINGS = dict(rtol=1e-5, atol=1e-4, max_steps=500)
@@ -122,8 +127,8 @@ def test_dequantisers_draw_from_the_density_that_they_state(log_snr_max):
     'uniform': stats.uniform(-half, 2 * half),
     'truncated_normal': stats.truncnorm(-half / std, half / std, scale=std),
   }
-  for name, draw in ode.DEQUANTIZATIONS.items():
-    y, log_q = draw(keys, u, jnp.float32(log_snr_max), num_values)
+  for name, draw in discrete(num_values).dequantizations.items():
+    y, log_q = draw(keys, u, jnp.float32(log_snr_max))
     offset = np.clip(np.asarray(y, np.float64) - centre, -half, half)  # float32 at the edges
     np.testing.assert_allclose(np.asarray(y) - centre, offset, atol=1e-6)
     # scipy's density of the cell, which integrates to one, is the one stated ...
@@ -138,10 +143,11 @@ def test_discrete_value_is_that_of_the_density_of_z_0_over_alpha_0(exact):
   u = jnp.array([[0, 3, 7], [4, 4, 3]])
   keys = fold_in(jax.random.key(0), jnp.arange(2))
   probes = ode.exact_probes(2, (3,))
-  solution = ode.discrete_log_prob(
-    exact.denoiser_of(m), u, keys, high, low, 8, 'truncated_normal', 1, probes, **SETTINGS
+  dequantize = discrete(8).dequantizations['truncated_normal']
+  solution = ode.data_log_prob(
+    exact.denoiser_of(m), u, keys, high, low, dequantize, 1, probes, **SETTINGS
   )
-  y, log_q = ode.truncated_normal(fold_in(keys, jnp.zeros(2, jnp.int32)), u, high, 8)
+  y, log_q = dequantize(fold_in(keys, jnp.zeros(2, jnp.int32)), u, high)
   alpha_0 = 1 / math.sqrt(1 + math.exp(-1))
   log_p = exact.log_density(m, alpha_0 * y, jnp.full(2, high)) + 3 * math.log(alpha_0)
   np.testing.assert_allclose(solution.log_prob, log_p - log_q, atol=3e-3)
@@ -211,7 +217,7 @@ def oracle(exact):
     denoiser=lambda params, label=None: denoise_images,
     weighting=None,
     image_shape=(2, 2, 1),
-    num_values=exact.NUM_VALUES,
+    decoder=discrete(exact.NUM_VALUES),
   )
   u, log_mass = exact.discretise(m, jax.random.key(5), 40, exact.NUM_VALUES)
   images = np.asarray(u, np.uint8).reshape(40, 2, 2, 1)
@@ -228,7 +234,7 @@ def score(exact, batch_size=16, **settings):
   with config.unlocked():
     config.eval.batch_size = batch_size
     config.eval.ode.update(trace='exact', dequantization='uniform', **settings)
-  result = evaluate_ode.evaluate(config, model, parallel.make_mesh(), source, {})
+  result = evaluation_ode.evaluate(config, model, parallel.make_mesh(), source, {})
   return result, -log_mass / (4 * math.log(2))
 
 
@@ -269,11 +275,11 @@ def test_eval_mode_writes_a_card_for_each_likelihood(tmp_path, rank_promotion_al
   config = digits.get_config('debug')
   with config.unlocked():
     config.train.eval_every_steps = 4
-  assert train.train(config, tmp_path) == 0
+  assert loop.train(config, tmp_path) == 0
   for card in (tmp_path / 'cards').glob('*.json'):
     card.unlink()
   config.eval.likelihood = 'elbo,ode'
-  assert look.run(config, tmp_path) == 0
+  assert evaluate.run(config, tmp_path) == 0
   found = {path.name: json.loads(path.read_text()) for path in (tmp_path / 'cards').glob('*.json')}
   (name,) = (name for name in found if name.startswith('ode_'))
   assert name.startswith('ode_bits_per_dim_ema_truncated_normal1_hutchinson_16_seed0_')

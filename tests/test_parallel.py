@@ -13,7 +13,11 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, parallel, train
+from vdm import build
+from vdm.data.augment import augment
+from vdm.system import hosts, parallel, runners
+from vdm.system.runners import jit_runner, pmap_runner
+from vdm.training.step import make_train_step
 
 STEPS = 5
 
@@ -62,8 +66,8 @@ def final_state(num_devices, **settings):
   abstract = parallel.abstract_state(mesh, init)
   state = parallel.initial_state(mesh, init)
   before = flat(state.params)
-  step = train.make_train_step(config, model, optimizer)
-  runner = parallel.runner(config.parallel.mode, step, mesh, abstract)
+  step = make_train_step(config, model, optimizer)
+  runner = runners.runner(config.parallel.mode, step, mesh, abstract)
   state = runner.put_state(state)
   for batch in batches(STEPS, config.train.batch_size):
     state, metrics = runner.step(state, runner.put_batch(batch))
@@ -90,7 +94,7 @@ def flat(params):
 )
 def test_flags_that_name_no_process_of_a_job_are_refused(job, message):
   with pytest.raises(ValueError, match=re.escape(message)):
-    parallel.initialize(*job)
+    hosts.initialize(*job)
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +141,7 @@ def test_dropout_differs_between_microbatches_and_devices():
     jax.debug.callback(lambda k: keys.append(tuple(np.ravel(k))), jax.random.key_data(key_dropout))
     return original(params, label, flag, train=train, key_dropout=key_dropout)
 
-  step = train.make_train_step(config, model._replace(denoiser=spy), optimizer)
+  step = make_train_step(config, model._replace(denoiser=spy), optimizer)
   jax.block_until_ready(jax.jit(step)(state, same))
   jax.effects_barrier()
   assert len(set(keys)) == 4
@@ -149,7 +153,7 @@ def test_dropout_differs_between_microbatches_and_devices():
     (6, 'True', {}, 6),
     (6, '12 % n == 0 and n != 6', {}, 4),
     (6, 'False', {}, 1),
-    (64, 'True', {}, parallel.MOST_CORES),
+    (64, 'True', {}, hosts.MOST_CORES),
     (6, 'True', {'JAX_NUM_CPU_DEVICES': '3'}, 3),
     (6, 'True', {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'}, 2),
     (6, 'build.works_on(digits.get_config("debug"), n)', {}, 4),
@@ -160,9 +164,10 @@ def test_a_cpu_is_as_many_devices_as_cores_that_divide_the_batch(cores, works, e
 import os
 os.sched_getaffinity = lambda pid: range({cores})
 import jax
-from vdm import build, parallel
+from vdm import build
+from vdm.system import hosts
 from vdm.configs import digits
-parallel.use_cores(lambda n: {works})
+hosts.use_cores(lambda n: {works})
 print(jax.device_count())
 """
   env = os.environ | {'XLA_FLAGS': '', 'JAX_PLATFORMS': 'cpu'} | env
@@ -221,13 +226,13 @@ def test_step_is_traced_once():
   mesh = parallel.make_mesh()
   init = build.init_state(config, model)
   traces = []
-  step = train.make_train_step(config, model, optimizer)
+  step = make_train_step(config, model, optimizer)
 
   def counted(*args):
     traces.append(1)
     return step(*args)
 
-  runner = parallel.jit_runner(counted, mesh, parallel.abstract_state(mesh, init))
+  runner = jit_runner(counted, mesh, parallel.abstract_state(mesh, init))
   state = parallel.initial_state(mesh, init)
   for batch in batches(3, 32):
     state, _ = runner.step(state, runner.put_batch(batch))
@@ -244,7 +249,7 @@ def test_fsdp_splits_large_arrays_and_replicates_small_ones():
 
 def test_state_survives_the_way_to_replicas_and_back():
   mesh = parallel.make_mesh()
-  runner = parallel.pmap_runner(lambda state, batch, axis_name: (state, {}), mesh)
+  runner = pmap_runner(lambda state, batch, axis_name: (state, {}), mesh)
   state = jax.device_put(
     {'a': jnp.arange(6.0).reshape(2, 3), 'b': jnp.int32(3)}, parallel.replicated(mesh)
   )
@@ -268,7 +273,7 @@ def test_the_adaptive_schedule_pools_devices_and_microbatches():
 def drawn(images, flip, rotate):
   """How often each of the eight flips and turns of one image came, and whether it was flagged."""
   keys = (jax.random.split(jax.random.key(seed), len(images)) for seed in (0, 1))
-  out, flag = jax.jit(train.augment, static_argnums=(3, 4))(*keys, images, flip, rotate)
+  out, flag = jax.jit(augment, static_argnums=(3, 4))(*keys, images, flip, rotate)
   orbit = {
     (f, k): np.rot90(images[0, :, ::-1] if f else images[0], k)
     for f in (False, True)

@@ -11,8 +11,11 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from vdm import build, chips, costs, counts, parallel, plan
+from vdm import build
 from vdm.nn.attention import softmax_attention
+from vdm.planning import chips, costs, hlo, plan
+from vdm.planning.flops import matmuls
+from vdm.system import parallel
 
 # Two devices; a loop of 32 whose body gathers, and takes and replaces slices of stacked arrays, in
 # fusions or in fusions of fusions.
@@ -90,12 +93,12 @@ ENTRY %main (p: bf16[32,100], q: f32[50]) -> (bf16[32,100], f32[50]) {
 @pytest.mark.parametrize('outer', ['', 'outer_'])
 def test_traffic_multiplies_loops_and_counts_slices_and_hbm_alone(outer):
   program = PROGRAM.replace('OUTER', outer)
-  computations, entry = counts.parse(program)
+  computations, entry = hlo.parse(program)
   assert entry == 'main'
-  times = counts.runs(computations, entry)
+  times = hlo.runs(computations, entry)
   assert times['body'] == times[f'{outer}replaces'] == 32
   assert times['add'] == times['condition'] == 0
-  traffic = counts.traffic(program, num_devices=2)
+  traffic = hlo.traffic(program, num_devices=2)
   # a row taken and written, gathered (what is made stays on the chip), read and put back
   in_loop = (200 + 200) + 200 + (200 + 200)
   # fetched from HBM, a part of it too, and reduced into it
@@ -115,7 +118,7 @@ def test_traffic_multiplies_loops_and_counts_slices_and_hbm_alone(outer):
   ],
 )
 def test_bytes_of_shapes(shape, size):
-  assert counts.shape_bytes(shape) == size
+  assert hlo.shape_bytes(shape) == size
 
 
 @pytest.mark.parametrize(
@@ -129,21 +132,21 @@ def test_bytes_of_shapes(shape, size):
   ],
 )
 def test_sent_bytes(kind, sent):
-  assert counts.sent_bytes(kind, 'f32[100]{0:T(128)S(1)}', 4) == sent
-  assert counts.sent_bytes(kind, 'f32[100]', 1) == (400 if kind == 'collective-permute' else 0)
+  assert hlo.sent_bytes(kind, 'f32[100]{0:T(128)S(1)}', 4) == sent
+  assert hlo.sent_bytes(kind, 'f32[100]', 1) == (400 if kind == 'collective-permute' else 0)
 
 
 def test_group_sizes_in_every_notation():
-  assert counts.group_size('replica_groups={{0,1,2,3},{4,5,6,7}}, x', 8) == 4
-  assert counts.group_size('replica_groups=[4,2]<=[2,4]T(1,0)', 8) == 2
-  assert counts.group_size("replica_groups=mesh['a'=4,'b'=2,'c'=3] {'a','c'}", 24) == 12
-  assert counts.group_size('replica_groups={}', 8) == 8
+  assert hlo.group_size('replica_groups={{0,1,2,3},{4,5,6,7}}, x', 8) == 4
+  assert hlo.group_size('replica_groups=[4,2]<=[2,4]T(1,0)', 8) == 2
+  assert hlo.group_size("replica_groups=mesh['a'=4,'b'=2,'c'=3] {'a','c'}", 24) == 12
+  assert hlo.group_size('replica_groups={}', 8) == 8
 
 
 def test_matmuls_of_loops_choices_and_convolutions():
   def of(f, *shapes, platform='tpu'):
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-    return counts.matmuls(jax.make_jaxpr(f)(*args).jaxpr, platform)
+    return matmuls(jax.make_jaxpr(f)(*args).jaxpr, platform)
 
   product = of(jnp.matmul, (2, 3), (3, 5))
   assert product == (2 * 2 * 3 * 5, 4 * (6 + 15 + 10))
@@ -177,7 +180,7 @@ def test_matmuls_of_a_kernel_on_a_mesh():
   x = jax.ShapeDtypeStruct((batch, size, heads, width), jnp.bfloat16)
   with jax.sharding.use_abstract_mesh(mesh):
     jaxpr = jax.make_jaxpr(lambda *args: softmax_attention(*args))(x, x, x).jaxpr
-  flops = counts.matmuls(jaxpr, 'tpu').flops
+  flops = matmuls(jaxpr, 'tpu').flops
   assert flops == 2 * 2 * batch * heads * size**2 * width
 
 
@@ -336,7 +339,7 @@ def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")
 @pytest.mark.slow
 def test_the_compiler_says_nothing_of_the_cloud_that_it_is_not_in():
-  code = "from vdm import costs; print(len(costs.tpu_devices('v5e:2x4')))"
+  code = "from vdm.planning import costs; print(len(costs.tpu_devices('v5e:2x4')))"
   env = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'ALLOW_', 'XLA_'))}
   done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True)
   assert done.stdout.strip() == '8' and 'TPU_' not in done.stderr and 'Failed' not in done.stderr

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from vdm.configs import digits
 
-from vdm import profile
+from vdm.system import profile
 
 
 def config_of(first_step, num_steps):

@@ -11,7 +11,12 @@ import jax
 import pytest
 from vdm.configs import default, digits
 
-from vdm import cards, checkpoint, look, plan, sample, train
+from vdm import cards
+from vdm.evaluation import evaluate
+from vdm.planning import plan
+from vdm.sampling import run as run_lib
+from vdm.training import loop
+from vdm.workdir import checkpoint, config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -33,7 +38,7 @@ def finished(tmp_path_factory):
   """A run with checkpoints of steps 2 and 4, both evaluated."""
   workdir = tmp_path_factory.mktemp('run')
   with jax.numpy_rank_promotion('allow'):
-    assert train.train(config_of(), workdir) == 0
+    assert loop.train(config_of(), workdir) == 0
   return workdir
 
 
@@ -57,8 +62,8 @@ def test_eval_and_sample_leave_no_trace_and_read_by_the_runs_own_config(
   before = traces(finished)
   config = config_of(**OTHERS[change])
   with caplog.at_level('INFO'):
-    assert look.run(config, finished, out=tmp_path) == 0
-    assert sample.run(config, finished, out=tmp_path) == 0
+    assert evaluate.run(config, finished, out=tmp_path) == 0
+    assert run_lib.run(config, finished, out=tmp_path) == 0
   assert traces(finished) == before
   (leaf, value), *_ = OTHERS[change].items()
   assert f'config.{leaf}=' in caplog.text and f'not {value}' in caplog.text  # said, not refused
@@ -71,10 +76,10 @@ def test_eval_and_sample_leave_no_trace_and_read_by_the_runs_own_config(
 
 def test_what_is_evaluated_and_drawn_is_as_given(finished, tmp_path):
   config = config_of(**{'eval.draws': 3, 'eval.seed': 7, 'sample.num_images': 5})
-  assert look.run(config, finished, out=tmp_path) == 0
+  assert evaluate.run(config, finished, out=tmp_path) == 0
   series = cards.series(tmp_path)
   assert all(name.rpartition('_')[0].endswith('continuous_8x3_seed7') for name in series)
-  assert sample.run(config, finished, out=tmp_path) == 0
+  assert run_lib.run(config, finished, out=tmp_path) == 0
   manifest = json.loads(next(tmp_path.glob('samples/*/manifest.json')).read_text())
   assert manifest['num_images'] == 5
 
@@ -90,9 +95,9 @@ def test_no_evaluation_takes_the_place_of_another(finished, tmp_path):
     {'data.eval_split': 'train', 'data.eval_images': 1437},
   )
   for number, change in enumerate(changes, 1):
-    assert look.run(config_of(**change), finished, out=tmp_path) == 0
+    assert evaluate.run(config_of(**change), finished, out=tmp_path) == 0
     assert len(list((tmp_path / 'cards').iterdir())) == 2 * number, change  # raw and ema
-  assert look.run(config_of(**{'eval.batch_size': 16}), finished, out=tmp_path) == 0
+  assert evaluate.run(config_of(**{'eval.batch_size': 16}), finished, out=tmp_path) == 0
   assert len(list((tmp_path / 'cards').iterdir())) == 2 * number  # the same number again
 
 
@@ -104,8 +109,8 @@ def test_any_step_is_read_and_the_log_says_which_is_the_best(
   lowest = cards.best(own)
   read = read or lowest['step']
   with caplog.at_level('INFO'):
-    assert look.run(config_of(), finished, step, tmp_path) == 0
-    assert sample.run(config_of(), finished, step, tmp_path) == 0
+    assert evaluate.run(config_of(), finished, step, tmp_path) == 0
+    assert run_lib.run(config_of(), finished, step, tmp_path) == 0
   assert f'step {read} of 2, 4; the best by bits/dim is {lowest["step"]}' in caplog.text
   (series,) = (s for name, s in cards.series(tmp_path).items() if 'bits_per_dim_ema' in name)
   assert [card['step'] for card in series] == [read]
@@ -116,7 +121,7 @@ def test_any_step_is_read_and_the_log_says_which_is_the_best(
 @pytest.mark.parametrize('step', ['3', 'last', '-1', ''])
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(step, finished):
   with pytest.raises(ValueError) as error:
-    look.run(config_of(), finished, step)
+    evaluate.run(config_of(), finished, step)
   assert str(error.value) == (
     f'--step={step} is not there: --workdir={finished} holds the steps 2, 4; choose one, or '
     'newest, or best.'
@@ -126,12 +131,12 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(step, finished)
 def test_the_best_is_not_known_where_none_was_evaluated(tmp_path):
   config = config_of(**{'train.eval_every_steps': 4, 'checkpoint.every_steps': 1})
   config.train.num_steps = 2
-  assert train.train(config, tmp_path) == 0
+  assert loop.train(config, tmp_path) == 0
   with checkpoint.manager(tmp_path, 3) as manager:
     manager.delete(2)
   with pytest.raises(ValueError, match=r'^--step=best is not known: .* holds the steps 1, none of'):
-    look.run(config, tmp_path, 'best')
-  assert look.run(config, tmp_path, '1') == 0
+    evaluate.run(config, tmp_path, 'best')
+  assert evaluate.run(config, tmp_path, '1') == 0
 
 
 def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
@@ -145,17 +150,17 @@ def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
     if path.name != 'config.json':
       (tmp_path / path.name).symlink_to(path)
   (tmp_path / 'config.json').write_text(json.dumps(saved))
-  read = checkpoint.own_config(tmp_path, config_of())
+  read = config_file.own_config(tmp_path, config_of())
   assert read.model.remat is False and read.data.num_bits == 0 and read.profile.num_steps == 0
   assert isinstance(read.model.fourier_exponents, tuple)
-  read = checkpoint.own_config(tmp_path, other)
+  read = config_file.own_config(tmp_path, other)
   assert read.data.num_bits == 0 and 'remat' not in read.model and read.model.name == 'vdm_unet'
 
 
 def test_a_workdir_without_a_config_is_refused(finished, tmp_path):
   (tmp_path / 'checkpoints').symlink_to(finished / 'checkpoints')
   with pytest.raises(ValueError, match=r'config.json that cannot be read \(No such file'):
-    look.run(config_of(), tmp_path)
+    evaluate.run(config_of(), tmp_path)
   assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
 
 

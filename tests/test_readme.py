@@ -9,7 +9,9 @@ import jax
 import pytest
 
 import vdm
-from vdm import build, schedules, train, weightings
+from vdm import build
+from vdm.diffusion import schedules, weightings
+from vdm.training.step import make_train_step
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / 'README.md'
@@ -33,7 +35,7 @@ def test_the_five_line_weighting_builds_and_traces(rank_promotion_allowed):
       'label': jax.ShapeDtypeStruct((8,), 'int32'),
       'index': jax.ShapeDtypeStruct((8,), 'int32'),
     }
-    _, metrics = jax.eval_shape(train.make_train_step(config, model, optimizer), state, batch)
+    _, metrics = jax.eval_shape(make_train_step(config, model, optimizer), state, batch)
     assert metrics['loss'].shape == ()
   finally:
     weightings.WEIGHTINGS.pop('power', None)

@@ -10,10 +10,13 @@ import pytest
 from flax import linen as nn
 from vdm.configs import default
 
-from vdm import build, gaussian, likelihood, losses, state, times
+from vdm import build
+from vdm.build.optimizer import decay_mask
+from vdm.diffusion import decoders, gaussian, times
+from vdm.diffusion.elbo import variational_bound
+from vdm.diffusion.schedules import SCHEDULES
+from vdm.diffusion.weightings import WEIGHTINGS
 from vdm.nn import NETWORKS
-from vdm.schedules import SCHEDULES
-from vdm.weightings import WEIGHTINGS
 
 ENDS = dict(log_snr_min=-5.0, log_snr_max=13.3)
 
@@ -25,7 +28,9 @@ def bound(schedule, num_timesteps):
   denoiser = lambda z, log_snr: gaussian.Prediction(jnp.zeros_like(z), z)
   elbo = WEIGHTINGS['elbo']()
   t = jnp.array([0.0, 0.4, 0.9])
-  return losses.variational_bound(denoiser, schedule, elbo, u, t, eps_recon, eps, 5, num_timesteps)
+  return variational_bound(
+    denoiser, schedule, decoders.discrete(5), elbo, u, t, eps_recon, eps, num_timesteps
+  )
 
 
 @pytest.mark.parametrize('num_timesteps', [0, 10])
@@ -61,7 +66,7 @@ def test_one_channel_images_count_once():
   def loss(channels):
     copies = (1, 1, 1, channels)
     noise = jnp.tile(eps, copies)
-    return likelihood.reconstruction_loss(jnp.tile(u, copies), noise, jnp.float32(9.0), 256)
+    return decoders.discrete(256).loss(jnp.tile(u, copies), noise, jnp.float32(9.0))
 
   one, three = jax.jit(lambda: (loss(1), loss(3)))()
   np.testing.assert_allclose(3 * one, three, rtol=1e-5)
@@ -70,7 +75,7 @@ def test_one_channel_images_count_once():
 def test_decoder_keeps_no_value_per_vocabulary_entry():
   """Public: one-hot codes and log-probabilities of all 256 values, in float32."""
   u = jnp.zeros((8, 32, 32, 3), jnp.int32)
-  loss = lambda log_snr: likelihood.reconstruction_loss(u, jnp.float32(u), log_snr, 256).sum()
+  loss = lambda log_snr: decoders.discrete(256).loss(u, jnp.float32(u), log_snr).sum()
   kept = jax.eval_shape(lambda log_snr: jax.vjp(loss, log_snr)[1], jnp.float32(13.3))
   assert sum(a.size for a in jax.tree.leaves(kept)) < 64 * u.size
 
@@ -81,7 +86,7 @@ def test_weight_decay_spares_schedule_and_norms(name):
   config = default.get_config('debug')
   config.schedule.name = name
   params = jax.eval_shape(build.model(config).init, jax.random.key(0))
-  mask = jax.tree_util.tree_leaves_with_path(state.decay_mask(params))
+  mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
   decayed = {jax.tree_util.keystr(path, simple=True, separator='/') for path, on in mask if on}
   assert 'network/conv_in/kernel' in decayed
   assert all(path.startswith('network/') and path.endswith('/kernel') for path in decayed)

@@ -7,7 +7,13 @@ import numpy as np
 import pytest
 from vdm.configs import digits
 
-from vdm import build, checkpoint, look, parallel, release, released, sample, train
+from vdm import build
+from vdm.evaluation import evaluate
+from vdm.sampling import run as run_lib
+from vdm.system import parallel
+from vdm.training import loop
+from vdm.workdir import release, released
+from vdm.workdir.load import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +35,7 @@ def folders(tmp_path_factory):
   """(workdir of a run, folder of its release)."""
   workdir = tmp_path_factory.mktemp('run')
   with jax.numpy_rank_promotion('allow'):
-    assert train.train(config_of(), workdir) == 0
+    assert loop.train(config_of(), workdir) == 0
     assert release.run(config_of(), workdir) == 0
   return workdir, workdir.with_name(f'{workdir.name}_release')
 
@@ -38,7 +44,7 @@ def folders(tmp_path_factory):
 def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan):
   workdir, folder = folders
   config = config_of(**{'model.scan_blocks': scan})
-  run, given = checkpoint.read_run(config, workdir), checkpoint.read_run(config, folder)
+  run, given = read_run(config, workdir), read_run(config, folder)
   assert int(given.state.step) == int(run.state.step) == 4
   network, want = given.state.params['network'], run.state.ema_params['network']
   jax.tree.map(
@@ -52,8 +58,8 @@ def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan
 def test_it_is_evaluated_and_sampled_from_like_a_run(folders, tmp_path):
   workdir, folder = folders
   for name, place in (('run', workdir), ('release', folder)):
-    assert look.run(config_of(), place, out=tmp_path / name) == 0
-    assert sample.run(config_of(), place, out=tmp_path / name) == 0
+    assert evaluate.run(config_of(), place, out=tmp_path / name) == 0
+    assert run_lib.run(config_of(), place, out=tmp_path / name) == 0
   values = [
     json.loads(next((tmp_path / name / 'cards').glob('bits_per_dim_ema*')).read_text())['value']
     for name in ('run', 'release')
@@ -68,9 +74,9 @@ def test_it_is_evaluated_and_sampled_from_like_a_run(folders, tmp_path):
 def test_it_cannot_be_trained_on_and_has_one_step(folders):
   _, folder = folders
   with pytest.raises(ValueError, match='holds a released model, which has no optimizer'):
-    train.train(config_of(), folder)
+    loop.train(config_of(), folder)
   with pytest.raises(ValueError, match=r'--step=2 is not there: .* was released at 4'):
-    checkpoint.read_run(config_of(), folder, '2')
+    read_run(config_of(), folder, '2')
 
 
 def damaged(arrays, name):

@@ -13,9 +13,19 @@ from jax.sharding import Mesh
 from PIL import Image
 from vdm.configs import default
 
-from vdm import build, checkpoint, data, parallel, sample, shards
-from vdm.gaussian import Prediction, expand_to, fold_in
-from vdm.schedules import SCHEDULES
+from vdm import build, data
+from vdm.diffusion.decoders import discrete
+from vdm.diffusion.gaussian import Prediction, expand_to, fold_in
+from vdm.diffusion.schedules import SCHEDULES
+from vdm.sampling import run as run_lib
+from vdm.sampling.draw import make_sampler
+from vdm.sampling.folder import check_format, read_shards, write_shard
+from vdm.sampling.labels import drawn_classes, labels_of
+from vdm.sampling.picture import image_grid, save_png
+from vdm.sampling.run import folder_name, manifest_of
+from vdm.system import parallel
+from vdm.workdir import load
+from vdm.workdir.load import Run
 
 SHAPE, VALUES = (3, 2, 1), 17
 
@@ -44,9 +54,9 @@ def read_run(monkeypatch):
   """A run on disk; the parameter of its newest state is `state.ema_params`."""
   state = types.SimpleNamespace(step=3, params=None, ema_params=jnp.ones(()), averages={})
   monkeypatch.setattr(
-    checkpoint,
+    load,
     'read_run',
-    lambda config, *_: checkpoint.Run(config, stub_model(), parallel.make_mesh(), state),
+    lambda config, *_: Run(config, stub_model(), parallel.make_mesh(), state),
   )
   return state
 
@@ -64,14 +74,14 @@ def test_embeddings_are_taken_in_turn(tmp_path):
   np.save(tmp_path / 'e.npy', rows)
   config = config_of(embeddings=str(tmp_path / 'e.npy'))
   config.model.class_conditional, config.data.embedding_size = False, 3
-  labels = sample.labels_of(config)(np.array([3, 4, 5, 11]))
+  labels = labels_of(config)(np.array([3, 4, 5, 11]))
   np.testing.assert_array_equal(labels, rows[[3, 4, 0, 1]].astype(np.float32))
   config.data.embedding_size = 4
   with pytest.raises(ValueError, match=r'sample.embeddings=.* an array \[N, 4\]'):
-    sample.labels_of(config)
+    labels_of(config)
   config.sample.embeddings = str(tmp_path / 'none.npy')
   with pytest.raises(ValueError, match=r'sample.embeddings=.*none.npy.* cannot be read'):
-    sample.labels_of(config)
+    labels_of(config)
 
 
 class Killed(BaseException):
@@ -96,43 +106,43 @@ def test_killed_at_any_rename_and_run_again_the_files_are_the_same_bytes(
   image_format, read_run, tmp_path, monkeypatch
 ):
   config = config_of(format=image_format)
-  assert sample.run(config, tmp_path / 'straight') == 0
+  assert run_lib.run(config, tmp_path / 'straight') == 0
   expected = files(tmp_path / 'straight')
   for number in range(1, 6):  # of the manifest and of the four shards
     workdir = tmp_path / f'killed_{number}'
     with monkeypatch.context() as patch, pytest.raises(Killed):
       die_at(patch, number)
-      sample.run(config, workdir)
+      run_lib.run(config, workdir)
     left = files(workdir)
     assert len(left) < len(expected) and any('.part' in name for name in left)
     kept = {p: p.stat().st_mtime_ns for p in workdir.glob('samples/*/[0-9]*')}
-    assert sample.run(config, workdir) == 0
+    assert run_lib.run(config, workdir) == 0
     assert files(workdir) == expected
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
 def test_a_half_written_shard_and_a_lost_one_are_drawn_again(read_run, tmp_path):
   config = config_of()
-  sample.run(config, tmp_path)
+  run_lib.run(config, tmp_path)
   expected = files(tmp_path)
   (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   (folder / '00000008.npz').unlink()
   shard = folder / '00000024.npz'
   shard.rename(folder / '.00000024.npz.part')
   (folder / '.00000024.npz.part').write_bytes(b'half')
-  sample.run(config, tmp_path)
+  run_lib.run(config, tmp_path)
   assert files(tmp_path) == expected
 
 
 def test_shards_hold_every_image_once_in_order_with_its_label(read_run, tmp_path):
   config = config_of()
-  sample.run(config, tmp_path)
-  run = sample.make_sampler(config, stub_model(), parallel.make_mesh())
+  run_lib.run(config, tmp_path)
+  run = make_sampler(config, stub_model(), parallel.make_mesh())
   images = np.concatenate(list(run(read_run.ema_params)))
   assert images.shape == (28, *SHAPE) and len(np.unique(images, axis=0)) == 28
   (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
-  np.testing.assert_array_equal(np.concatenate(list(shards.read(folder))), images)
-  assert [len(batch) for batch in shards.read(folder)] == [8, 8, 8, 4]
+  np.testing.assert_array_equal(np.concatenate(list(read_shards(folder))), images)
+  assert [len(batch) for batch in read_shards(folder)] == [8, 8, 8, 4]
   labels = np.concatenate([np.load(path)['labels'] for path in sorted(folder.glob('*.npz'))])
   np.testing.assert_array_equal(labels, np.arange(28) % 10)
   np.testing.assert_array_equal(next(run(read_run.ema_params, starts=[16])), images[16:24])
@@ -140,26 +150,26 @@ def test_shards_hold_every_image_once_in_order_with_its_label(read_run, tmp_path
 
 def test_png_files_are_scaled_and_say_their_class(read_run, tmp_path):
   config = config_of(format='png', label_rule='uniform')
-  sample.run(config, tmp_path)
+  run_lib.run(config, tmp_path)
   (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   images = np.concatenate(
-    list(sample.make_sampler(config, stub_model(), parallel.make_mesh())(jnp.ones(())))
+    list(make_sampler(config, stub_model(), parallel.make_mesh())(jnp.ones(())))
   )
-  labels = sample.labels_of(config)(np.arange(28))
+  labels = labels_of(config)(np.arange(28))
   for i in (0, 7, 8, 27):
     (path,) = folder.glob(f'*/{i:08d}_class{labels[i]}.png')
     np.testing.assert_array_equal(Image.open(path), np.round(images[i, ..., 0] * 255 / 16))
-  read = np.concatenate(list(shards.read(folder)))
+  read = np.concatenate(list(read_shards(folder)))
   np.testing.assert_array_equal(read, np.round(images * 255 / 16))
 
 
 def test_the_bytes_of_a_shard_hold_no_time(tmp_path):
   images = np.arange(12, dtype=np.int32).reshape(2, 3, 2, 1)
-  shards.write(tmp_path, 'npz', 0, images, 300, np.arange(2))
+  write_shard(tmp_path, 'npz', 0, images, discrete(300), np.arange(2))
   with zipfile.ZipFile(tmp_path / '00000000.npz') as archive:
     assert {entry.date_time for entry in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
   assert np.load(tmp_path / '00000000.npz')['images'].dtype == np.uint16
-  shards.write(tmp_path, 'npz', 0, images, 17)
+  write_shard(tmp_path, 'npz', 0, images, discrete(17))
   stored = np.load(tmp_path / '00000000.npz')
   assert stored['images'].dtype == np.uint8 and 'labels' not in stored
 
@@ -167,25 +177,25 @@ def test_the_bytes_of_a_shard_hold_no_time(tmp_path):
 def test_one_device_and_eight_draw_the_same_images():
   config = config_of(label_rule='uniform')
   drawn = [
-    np.concatenate(list(sample.make_sampler(config, stub_model(), mesh)(jnp.ones(()))))
+    np.concatenate(list(make_sampler(config, stub_model(), mesh)(jnp.ones(()))))
     for mesh in (Mesh(np.array(jax.devices()[:n])[:, None], parallel.BATCH_AXES) for n in (1, 8))
   ]
   np.testing.assert_array_equal(*drawn)
 
 
 def test_another_setting_is_another_folder_and_another_state_is_refused(read_run, tmp_path):
-  sample.run(config_of(), tmp_path)
-  sample.run(config_of(seed=1), tmp_path)
+  run_lib.run(config_of(), tmp_path)
+  run_lib.run(config_of(seed=1), tmp_path)
   folders = sorted(path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   assert len(folders) == 2
   for leaf, value in {'eta': 0.5, 'name': 'ddim', 's_churn': 1.0}.items():
     changed = config_of()
     changed.sample.sampler[leaf] = value
-    assert sample.folder_name(changed, 3) != sample.folder_name(config_of(), 3)
+    assert folder_name(changed, 3) != folder_name(config_of(), 3)
   before = files(tmp_path)
   read_run.ema_params = jnp.full((), 1.5)  # trained anew, to the same step
   with pytest.raises(ValueError, match=r"holds images of fingerprint='\w{8}', not '\w{8}'; remove"):
-    sample.run(config_of(), tmp_path)
+    run_lib.run(config_of(), tmp_path)
   assert files(tmp_path) == before
 
 
@@ -199,17 +209,17 @@ def test_another_setting_is_another_folder_and_another_state_is_refused(read_run
   ],
 )
 def test_a_folder_that_says_something_else_is_refused(content, message, read_run, tmp_path):
-  sample.run(config_of(), tmp_path)
+  run_lib.run(config_of(), tmp_path)
   (manifest,) = tmp_path.glob('samples/*/manifest.json')
   manifest.write_text(content) if content else manifest.unlink()
   with pytest.raises(ValueError, match=message):
-    sample.run(config_of(), tmp_path)
+    run_lib.run(config_of(), tmp_path)
 
 
 def test_the_manifest_says_what_the_images_are(read_run, tmp_path):
   config = config_of(denoise_last=True, label_rule='uniform')
   config.sample.sampler.update(name='heun', s_churn=2.0)
-  sample.run(config, tmp_path)
+  run_lib.run(config, tmp_path)
   (path,) = tmp_path.glob('samples/*/manifest.json')
   manifest = json.loads(path.read_text())
   expected = dict(
@@ -239,30 +249,30 @@ def test_a_class_without_images_is_not_drawn(rule, monkeypatch):
   monkeypatch.setattr(data, 'load', lambda settings, split: source)
   config = config_of(label_rule=rule)
   config.model.class_conditional, config.data.dir = True, f'{rule} of three'
-  labels = sample.labels_of(config)(np.arange(60))
+  labels = labels_of(config)(np.arange(60))
   assert labels.dtype == np.int32 and set(labels) == {1, 3, 6}
   if rule == 'balanced':
     np.testing.assert_array_equal(labels, of(np.arange(60)))
-  assert '3' in sample.manifest_of(config, 1, '')['labels']
+  assert '3' in manifest_of(config, 1, '')['labels']
 
   def refuse(settings, split):
     raise ValueError('config.data.dir is nowhere')
 
   monkeypatch.setattr(data, 'load', refuse)
   config.data.dir = f'{rule} of none'
-  assert set(sample.labels_of(config)(np.arange(200))) == set(range(10))
+  assert set(labels_of(config)(np.arange(200))) == set(range(10))
 
 
 def test_label_rules():
   index = np.arange(20_000)
-  uniform = sample.labels_of(config_of(label_rule='uniform'))
+  uniform = labels_of(config_of(label_rule='uniform'))
   labels = uniform(index)
   counts = np.bincount(labels, minlength=10)
   assert labels.dtype == np.int32 and len(counts) == 10
   assert np.abs(counts - 2000).max() < 5 * np.sqrt(2000)
   np.testing.assert_array_equal(uniform(index[7:19]), labels[7:19])
-  assert (sample.labels_of(config_of(label_rule='uniform', seed=1))(index) != labels).mean() > 0.8
-  assert set(sample.labels_of(config_of(label_rule='uniform', label=4))(index)) == {4}
+  assert (labels_of(config_of(label_rule='uniform', seed=1))(index) != labels).mean() > 0.8
+  assert set(labels_of(config_of(label_rule='uniform', label=4))(index)) == {4}
   # the key of the label is none of those that `sample` splits off the image's own
   keys = jax.vmap(jax.random.split)(fold_in(jax.random.key(0), jnp.arange(50)))
   for used in (keys[:, 0], keys[:, 1]):
@@ -280,22 +290,22 @@ def test_label_rules():
 )
 def test_bad_input_is_refused_before_anything_is_written(settings, message, read_run, tmp_path):
   with pytest.raises(ValueError, match=message):
-    sample.run(config_of(**settings), tmp_path)
+    run_lib.run(config_of(**settings), tmp_path)
   assert not files(tmp_path)
 
 
 def test_png_holds_one_or_three_channels():
   for channels in (1, 3):
-    shards.check('png', channels)
+    check_format('png', channels)
   with pytest.raises(ValueError, match=r"sample.format='png' must be 'npz' for images of 2 chan"):
-    shards.check('png', 2)
-  shards.check('npz', 2)
+    check_format('png', 2)
+  check_format('npz', 2)
 
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 4, 5])
 def test_a_grid_shows_every_channel_and_what_is_empty_is_no_image(channels, tmp_path):
   images = np.random.default_rng(0).integers(0, 17, (5, 3, 4, channels))
-  picture = sample.grid(images, 17)
+  picture = image_grid(discrete(17).to_pixels(images))
   wide = 4 if channels in (1, 3) else 4 * channels
   assert picture.shape == (2 * (3 + 2), 3 * (wide + 2), channels if channels in (1, 3) else 1)
   for number, image in enumerate(images):
@@ -304,7 +314,7 @@ def test_a_grid_shows_every_channel_and_what_is_empty_is_no_image(channels, tmp_
     parts = [image] if channels in (1, 3) else [image[..., c : c + 1] for c in range(channels)]
     np.testing.assert_array_equal(cell, np.concatenate(np.round(np.array(parts) * 255 / 16), 1))
   assert (picture[5:, 2 * (wide + 2) :] == 128).all()  # the sixth cell
-  sample.save_png(tmp_path / 'grid.png', picture)
+  save_png(tmp_path / 'grid.png', picture)
   assert Image.open(tmp_path / 'grid.png').mode == ('RGB' if channels == 3 else 'L')
 
 
@@ -314,7 +324,7 @@ def test_labels_of_a_model_whose_data_are_not_here_are_of_all_classes_and_it_is_
     config.model.class_conditional = True
     config.data.update(name='fashion_mnist', dir='/nowhere', num_classes=10)
   with caplog.at_level('INFO'):
-    drawn = sample.drawn_classes(config)
+    drawn = drawn_classes(config)
   np.testing.assert_array_equal(drawn, np.arange(10))
   (record,) = caplog.records
   assert 'all 10 classes' in record.getMessage() and '/nowhere' in record.getMessage()

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from vdm.configs import default
 
-from vdm import build, configs, samplers
-from vdm.gaussian import Prediction, alpha, expand_to, fold_in, sigma, standard_normal
-from vdm.samplers import (
+from vdm import build, configs
+from vdm.diffusion import samplers
+from vdm.diffusion.gaussian import Prediction, alpha, expand_to, fold_in, sigma, standard_normal
+from vdm.diffusion.samplers import (
   SAMPLERS,
   ancestral,
   ddim,
@@ -23,7 +24,7 @@ from vdm.samplers import (
   sample,
   time_grid,
 )
-from vdm.schedules import SCHEDULES
+from vdm.diffusion.schedules import SCHEDULES
 
 MEAN = np.array([0.3, -0.5])
 COVARIANCE = np.array([[0.5, 0.3], [0.3, 0.4]])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from vdm.gaussian import density, log_snr_and_slope
-from vdm.schedules import SCHEDULES, Learned
+from vdm.diffusion.gaussian import density, log_snr_and_slope
+from vdm.diffusion.schedules import SCHEDULES, Learned
 
 ENDS = dict(log_snr_min=-7.0, log_snr_max=11.0)
 EXTRA = {'shifted_cosine': dict(image_size=128)}

@@ -4,7 +4,9 @@ import numpy as np
 import optax
 import pytest
 
-from vdm import ema, state
+from vdm.build.optimizer import make_optimizer
+from vdm.build.state import apply_gradients, create, named_params
+from vdm.diffusion import averages
 
 PARAMS = {
   'network': {
@@ -30,10 +32,10 @@ SETTINGS = dict(
 
 def test_weight_decay_reaches_kernels_alone():
   """With no gradient, AdamW moves what decays: not the learned end points, norms or biases."""
-  optimizer = state.make_optimizer(**SETTINGS)
-  before = state.create(PARAMS, optimizer)
+  optimizer = make_optimizer(**SETTINGS)
+  before = create(PARAMS, optimizer)
   zero = jax.tree.map(jnp.zeros_like, PARAMS)
-  after = state.apply_gradients(before, zero, optimizer, {'ema': 0.9}).params
+  after = apply_gradients(before, zero, optimizer, {'ema': 0.9}).params
   moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before.params, after)
   assert moved['network'].pop('conv_in') == {'kernel': True, 'bias': False}
   assert not any(jax.tree.leaves(moved))
@@ -43,7 +45,7 @@ def test_weight_decay_reaches_kernels_alone():
 def test_learning_rate_warms_up_without_an_update_of_zero_and_decays(decay, end):
   """Every update of a constant gradient under Adam is the learning rate itself."""
   settings = SETTINGS | dict(warmup_steps=10, decay=decay, weight_decay=0.0)
-  optimizer = state.make_optimizer(**settings)
+  optimizer = make_optimizer(**settings)
   params, opt_state, sizes = {'network': jnp.zeros(1)}, None, []
   params = {'network': {'bias': jnp.zeros(1)}}
   opt_state = optimizer.init(params)
@@ -57,21 +59,21 @@ def test_learning_rate_warms_up_without_an_update_of_zero_and_decays(decay, end)
 
 @pytest.mark.parametrize('warmup_steps', [1, 2])
 def test_a_short_warm_up_changes_the_parameters_at_once(warmup_steps):
-  optimizer = state.make_optimizer(**SETTINGS | dict(warmup_steps=warmup_steps, weight_decay=0.0))
+  optimizer = make_optimizer(**SETTINGS | dict(warmup_steps=warmup_steps, weight_decay=0.0))
   updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
   np.testing.assert_allclose(updates['network']['conv_in']['bias'], -0.1 / warmup_steps, rtol=1e-4)
 
 
 def test_the_schedule_moves_at_its_own_rate():
   """The first update of Adam is the learning rate, whatever the gradient."""
-  optimizer = state.make_optimizer(**SETTINGS | dict(weight_decay=0.0, schedule_rate=10.0))
+  optimizer = make_optimizer(**SETTINGS | dict(weight_decay=0.0, schedule_rate=10.0))
   updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
   np.testing.assert_allclose(updates['schedule']['slope'], -1.0, rtol=1e-4)
   np.testing.assert_allclose(updates['network']['conv_in']['bias'], -0.1, rtol=1e-4)
 
 
 def test_clipping_bounds_the_gradient_norm():
-  optimizer = state.make_optimizer(**SETTINGS | dict(clip_norm=1.0))
+  optimizer = make_optimizer(**SETTINGS | dict(clip_norm=1.0))
   grads = jax.tree.map(lambda a: 100 * jnp.ones_like(a), PARAMS)
   _, opt_state = optimizer.update(grads, optimizer.init(PARAMS), PARAMS)
   adam = [
@@ -83,28 +85,28 @@ def test_clipping_bounds_the_gradient_norm():
 def test_average_halves_the_past_after_one_half_life():
   """Weight of the initial value after n steps is 0.5 ** (n batch / halflife)."""
   optimizer = optax.set_to_zero()
-  current = state.create({'network': jnp.float32(0.0)}, optimizer)
+  current = create({'network': jnp.float32(0.0)}, optimizer)
   current = current.replace(ema_params={'network': jnp.float32(1.0)})
   for _ in range(50):
-    decay = ema.exponential_decay(current.step, 32, halflife_images=800, rampup_ratio=0.0)
-    current = state.apply_gradients(current, current.params, optimizer, {'ema': decay})
+    decay = averages.exponential_decay(current.step, 32, halflife_images=800, rampup_ratio=0.0)
+    current = apply_gradients(current, current.params, optimizer, {'ema': decay})
   np.testing.assert_allclose(current.ema_params['network'], 0.25, rtol=1e-4)
   assert current.step == 50
 
 
 def test_averages_are_kept_side_by_side():
   optimizer = optax.set_to_zero()
-  current = state.create({'network': jnp.float32(1.0)}, optimizer, averages=('slow', 'fast'))
+  current = create({'network': jnp.float32(1.0)}, optimizer, averages=('slow', 'fast'))
   current = current.replace(params={'network': jnp.float32(0.0)})
   decays = {'ema': 0.5, 'slow': 0.9, 'fast': 0.0}
   for _ in range(2):
-    current = state.apply_gradients(current, current.params, optimizer, decays)
-  values = {n: float(state.named_params(current, n)['network']) for n in ('raw', *decays)}
+    current = apply_gradients(current, current.params, optimizer, decays)
+  values = {n: float(named_params(current, n)['network']) for n in ('raw', *decays)}
   assert values == pytest.approx({'raw': 0.0, 'ema': 0.25, 'slow': 0.81, 'fast': 0.0})
 
 
 def test_parameters_and_average_do_not_share_buffers():
   """The state is donated: one buffer must not be given away twice."""
-  created = state.create(PARAMS, state.make_optimizer(**SETTINGS))
+  created = create(PARAMS, make_optimizer(**SETTINGS))
   pairs = zip(jax.tree.leaves(created.params), jax.tree.leaves(created.ema_params), strict=True)
   assert all(p.unsafe_buffer_pointer() != e.unsafe_buffer_pointer() for p, e in pairs)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm import times
+from vdm.diffusion import times
 
 
 def test_one_time_in_each_stratum_for_every_batch_size():

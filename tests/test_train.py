@@ -12,9 +12,18 @@ import pytest
 from flax import linen as nn
 from vdm.configs import default, digits
 
-from vdm import build, cards, checkpoint, data, look, parallel, reconstruct, sample, train
-from vdm.gaussian import Prediction, fold_in
+from vdm import build, cards, data
+from vdm.data.augment import augment
+from vdm.diffusion.gaussian import Prediction, fold_in
+from vdm.evaluation import evaluate
 from vdm.nn import NETWORKS, layers
+from vdm.nn.conditioning import Conditioning
+from vdm.sampling import run as run_lib
+from vdm.system import hosts, parallel, runners
+from vdm.training import loop
+from vdm.training.step import make_loss, make_train_step
+from vdm.workdir import posthoc_ema
+from vdm.workdir.load import read_run
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +45,7 @@ def config_of(**settings):
 
 
 def final_state(config, workdir):
-  return checkpoint.read_run(config, workdir).state
+  return read_run(config, workdir).state
 
 
 def assert_equal_bit_for_bit(one, other):
@@ -49,7 +58,7 @@ def straight(tmp_path_factory):
   """A run of four steps without a break."""
   jax.config.update('jax_numpy_rank_promotion', 'allow')
   workdir = tmp_path_factory.mktemp('straight')
-  assert train.train(config_of(), workdir) == 0
+  assert loop.train(config_of(), workdir) == 0
   return workdir
 
 
@@ -92,18 +101,18 @@ def test_two_and_two_resumed_steps_are_four_straight_ones(tmp_path):
   resumed = tmp_path / 'resumed'
   config = config_of(optimizer__decay='constant')
   straight_constant = tmp_path / 'constant'
-  assert train.train(config, straight_constant) == 0
+  assert loop.train(config, straight_constant) == 0
   config.train.num_steps = 2
-  assert train.train(config, resumed) == 0
+  assert loop.train(config, resumed) == 0
   config.train.num_steps = 4
-  assert train.train(config, resumed) == 0
+  assert loop.train(config, resumed) == 0
   assert_equal_bit_for_bit(final_state(config, straight_constant), final_state(config, resumed))
 
 
 def test_a_finished_run_says_so_and_does_nothing(straight, caplog):
   before = {path: path.stat().st_mtime for path in straight.rglob('*.json')}
   with caplog.at_level('INFO'):
-    assert train.train(config_of(), straight) == 0
+    assert loop.train(config_of(), straight) == 0
   assert 'is done' in caplog.text and 'bits/dim' in caplog.text
   written = {path: t for path, t in before.items() if path.parent.name == 'cards'}
   assert all(path.stat().st_mtime == t for path, t in written.items())
@@ -123,7 +132,7 @@ def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(
 ):
   """Sent from a thread once the first step has been made."""
   config = config_of(train__num_steps=4, checkpoint__every_steps=100)
-  original, sent = train.make_train_step, []
+  original, sent = loop.make_train_step, []
 
   def step_then_signal(*args):
     step = original(*args)
@@ -134,34 +143,34 @@ def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(
 
     return wrapped
 
-  train.make_train_step = step_then_signal
+  loop.make_train_step = step_then_signal
   try:
-    assert train.train(config, tmp_path) == train.EXIT_PREEMPTED
+    assert loop.train(config, tmp_path) == loop.EXIT_PREEMPTED
   finally:
-    train.make_train_step = original
+    loop.make_train_step = original
   assert len(sent) == 1
   assert 1 <= int(final_state(config, tmp_path).step) < 4
-  assert train.train(config, tmp_path) == 0
+  assert loop.train(config, tmp_path) == 0
   assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config_of(), straight))
 
 
 def test_handlers_are_the_old_ones_after_a_run():
   numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
   before = [signal.getsignal(number) for number in numbers]
-  stop = train._StopSignal()
+  stop = hosts.StopSignal()
   assert [signal.getsignal(number) for number in numbers] != before
   stop.restore()
   assert [signal.getsignal(number) for number in numbers] == before
 
 
 def test_a_terminal_may_hang_up_more_than_once_and_nohup_stays(not_under_nohup):
-  stop = train._StopSignal()
+  stop = hosts.StopSignal()
   for _ in range(3):
     signal.raise_signal(signal.SIGHUP)
   assert stop.agreed(1) and stop.name == 'SIGHUP'
   stop.restore()
   signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  stop = train._StopSignal()
+  stop = hosts.StopSignal()
   assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
   stop.restore()
 
@@ -196,7 +205,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_the_term(term, poiso
   build.init_state = poisoned
   try:
     with pytest.raises(FloatingPointError, match=rf'step 1: {term} is nan; stopped. .*checkpoint'):
-      train.train(config, tmp_path)
+      loop.train(config, tmp_path)
   finally:
     build.init_state = original
   assert not (tmp_path / 'checkpoints' / '2').exists()
@@ -204,14 +213,14 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_the_term(term, poiso
 
 def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_path, caplog):
   config = config_of()
-  assert train.train(config, tmp_path) == 0
+  assert loop.train(config, tmp_path) == 0
   newest = tmp_path / 'checkpoints' / '4'
   # Orbax leaves files that it does not read again: which are read is its business.
   for path in (newest / 'state').rglob('*'):
     if path.is_file():
       path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
   with caplog.at_level('WARNING'):
-    assert train.train(config, tmp_path) == 0
+    assert loop.train(config, tmp_path) == 0
   assert (tmp_path / 'checkpoints' / '4.corrupt').exists()
   assert 'checkpoints/4' in caplog.text and 'broken' in caplog.text
   assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config, straight))
@@ -219,7 +228,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tm
 
 def test_eval_and_sample_read_the_newest_checkpoint(straight):
   config = config_of(eval__num_timesteps=10, eval__augmented_elbo=True)
-  assert look.run(config, straight) == 0
+  assert evaluate.run(config, straight) == 0
   (table,) = (straight / 'tables').glob('augmented_elbo_ema_*.csv')
   rows = list(csv.DictReader(table.read_text().splitlines()))
   spent = sum(float(r['bits_per_log_snr']) for r in rows) * 13 / len(rows)
@@ -228,7 +237,7 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
   (card,) = straight.glob('cards/bits_per_dim_ema_T10_8x2_seed0_*_step00000004.json')
   card = json.loads(card.read_text())
   assert card['bound'] == 'discrete-time ELBO, T = 10'
-  assert sample.run(config, straight) == 0
+  assert run_lib.run(config, straight) == 0
   (path,) = (straight / 'samples').glob('*/*.npz')
   stored = np.load(path)
   assert stored['images'].shape == (config.sample.num_images, 8, 8, 1)
@@ -237,7 +246,7 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
 
 def test_a_workdir_of_another_config_is_refused(straight):
   with pytest.raises(ValueError, match=r'config.model.width=16.*not 24'):
-    train.train(config_of(model__width=24), straight)
+    loop.train(config_of(model__width=24), straight)
 
 
 def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
@@ -255,19 +264,19 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   learned, _ = build.schedule(config)
   fake = model._replace(denoiser=denoiser)
   given = ({'schedule': learned.init()}, None, {}, batch, jax.random.key(1), None)
-  train.make_loss(config, fake)(*given)
+  make_loss(config, fake)(*given)
   keys = [fold_in(key, index) for key in jax.random.split(jax.random.key(1), 6)[3:5]]
-  _, flag = train.augment(*keys, batch['image'], True, True)
+  _, flag = augment(*keys, batch['image'], True, True)
   np.testing.assert_array_equal(seen, [flag])
   assert 0 < flag.sum() < 8
 
-  conditioning = layers.Conditioning.__call__
+  conditioning = Conditioning.__call__
 
   def note(self, t, label=None, flag=None):
     seen.append(flag)
     return conditioning(self, t, label, flag)
 
-  monkeypatch.setattr(layers.Conditioning, '__call__', note)
+  monkeypatch.setattr(Conditioning, '__call__', note)
   for given in (flag, None):  # in training; in evaluation and sampling
     jax.eval_shape(
       lambda p, given=given: model.denoiser(p, flag=given)(jnp.ones(image.shape), index / 8), params
@@ -305,7 +314,7 @@ def test_dropout_is_on_in_training_alone_at_the_rate_of_the_network(name, rate):
   batch = {'image': image, 'label': 0 * index, 'index': index}
   mesh = parallel.make_mesh()
   state = parallel.abstract_state(mesh, build.init_state(config, model))
-  step = train.make_train_step(config, model, build.optimizer(config))
+  step = make_train_step(config, model, build.optimizer(config))
   evaluated = lambda params: model.denoiser(params)(jnp.float32(image), index / 8)
   wanted = default_rate if rate is None else rate
   assert seen(step, state, batch) == ({(wanted, True)} if wanted else set())
@@ -339,16 +348,16 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
   model, optimizer = build.model(config), build.optimizer(config)
   mesh = parallel.make_mesh()
   init = build.init_state(config, model)
-  runner = parallel.runner(
+  runner = runners.runner(
     'jit',
-    train.make_train_step(config, model, optimizer),
+    make_train_step(config, model, optimizer),
     mesh,
     parallel.abstract_state(mesh, init),
   )
   state = parallel.initial_state(mesh, init)
   source = data.load(config.data, 'train')
   losses = []
-  for batch, _ in zip(train._batches(config, source, 0), range(250), strict=False):
+  for batch, _ in zip(loop._batches(config, source, 0), range(250), strict=False):
     state, metrics = runner.step(state, runner.put_batch(batch))
     losses.append(float(metrics['bits_per_dim']))
   assert np.mean(losses[-20:]) < 3.9 and np.mean(losses[:5]) > 4.5
@@ -357,7 +366,7 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
 @pytest.mark.parametrize('std', [0.05, 0.1])
 def test_a_stored_length_is_reconstructed_as_it_was_tracked(straight, std):
   config = config_of(ema__reconstruct_std=std)
-  assert reconstruct.run(config, straight) == 0
+  assert posthoc_ema.run(config, straight) == 0
   out = straight.with_name(f'{straight.name}_std{std:g}')
   made, tracked = final_state(config, out), final_state(config, straight)
   pairs = zip(
@@ -372,6 +381,6 @@ def test_a_stored_length_is_reconstructed_as_it_was_tracked(straight, std):
 
 def test_reconstruction_needs_snapshots_of_the_run_whatever_the_config_given(tmp_path):
   config = config_of(ema__power_stds=(), ema__snapshot_every_steps=0, train__num_steps=2)
-  assert train.train(config, tmp_path) == 0
+  assert loop.train(config, tmp_path) == 0
   with pytest.raises(ValueError, match=r'config.ema.power_stds=\(\) must be two lengths'):
-    reconstruct.run(config_of(), tmp_path)
+    posthoc_ema.run(config_of(), tmp_path)

@@ -202,7 +202,11 @@ def test_two_billion_parameters_for_512():
   ('fields', 'shape', 'message'),
   [
     ({}, (28, 28, 1), r'image_shape=\(28, 28, 1\) .* by 8 .*; try \(32, 32, 1\), or fewer'),
-    ({'head_width': 7}, (16, 16, 1), r'config\.model\.head_width=7 must divide the width 16'),
+    (
+      {'head_width': 7},
+      (16, 16, 1),
+      r'config\.model\.head_width=7 must be a divisor of the width 16',
+    ),
     ({'skip': 'add'}, (16, 16, 1), r"skip='add' must be 'concatenate' or 'residual'; try"),
     ({'patch_size': 0}, (16, 16, 1), r'config\.model\.patch_size=0 must be at least 1; try 1'),
     ({'transformer_depth': 0}, (16, 16, 1), r'config\.model\.transformer_depth=0 must be at least'),

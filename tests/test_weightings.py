@@ -6,8 +6,8 @@ from scipy.stats import norm
 from vdm.configs import digits
 
 from vdm import build
-from vdm.schedules import SCHEDULES
-from vdm.weightings import WEIGHTINGS, is_monotone, shifted
+from vdm.diffusion.schedules import SCHEDULES
+from vdm.diffusion.weightings import WEIGHTINGS, is_monotone, shifted
 
 LOG_SNR = jnp.linspace(-20.0, 20.0, 401)
 # Where each w is highest (maths of VDM++ table 1); None where it never rises.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm import report, writers
+from vdm.system import writers
 
 SCALARS = {'train/loss': 1.5, 'eval/ema_bits_per_dim': np.float32(2.25)}
 GREY, RGB = np.arange(2 * 3 * 4, dtype=np.uint8).reshape(2, 3, 4, 1), np.full((1, 5, 6, 3), 7, 'u1')
@@ -54,9 +54,9 @@ def test_a_run_that_goes_on_has_every_step_once(tmp_path, tensorflow):
   """A process that was killed at step 9 had a checkpoint of step 6, where another goes on."""
   for start, end in ((0, 9), (6, 12)):
     session = f"""
-from vdm import writers
+from vdm.system import writers
 if not {tensorflow}:
-  writers.data.has_tensorflow = lambda: False
+  writers.packages.has_tensorflow = lambda: False
 writer = writers.open_writer({str(tmp_path)!r}, {start})
 for step in range({start} + 1, {end} + 1):
   writer.write_scalars(step, {{'train/loss': float(step + {start})}})
@@ -69,7 +69,7 @@ writer.close()
   events = EventAccumulator(str(tmp_path), tensor_size_guidance={'scalars': 0})
   events.Reload()
   assert [event.step for event in events.Tensors('train/loss')] == list(range(1, 13))
-  assert report.read_scalars(tmp_path, 'train/loss')[8] == 14  # of the second
+  assert writers.read_scalars(tmp_path, 'train/loss')[8] == 14  # of the second
 
 
 def test_a_silent_writer_writes_nothing(tmp_path):
@@ -99,8 +99,8 @@ def test_without_tensorflow_a_run_trains_and_writes(tmp_path):
   run = run_without_tensorflow(f"""
 sys.argv = ['main', '--config=configs/digits.py:debug', '--workdir={tmp_path}/run']
 from absl import app
-from vdm import main
-app.run(main.main, flags_parser=main.parse_flags)
+from vdm import cli, main
+app.run(main.main, flags_parser=cli.parse_flags)
 """)
   assert run.returncode == 0, run.stderr
   found = written(tmp_path / 'run' / 'tensorboard')
@@ -109,9 +109,9 @@ app.run(main.main, flags_parser=main.parse_flags)
 
 def test_what_needs_tensorflow_says_so_in_a_line():
   run = run_without_tensorflow("""
-from vdm import data
+from vdm.system import packages
 try:
-  data.require_tensorflow('this')
+  packages.require_tensorflow('this')
 except ValueError as error:
   print(error)
 """)

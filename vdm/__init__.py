@@ -1,3 +1,26 @@
-"""Variational diffusion models in JAX: VDM (arXiv 2107.00630) and VDM++ (arXiv 2303.00848)."""
+"""Variational diffusion models in JAX: VDM (arXiv 2107.00630) and VDM++ (arXiv 2303.00848).
+
+Importing this imports nothing else: what is asked of it is loaded then.
+"""
+
+import importlib
 
 __version__ = '0.1.0'
+
+_PLACES = {
+  name: f'vdm.diffusion.{name}'
+  for name in (
+    'adaptive averages decoders elbo gaussian guidance heads noisy_elbo ode samplers schedules '
+    'times weightings'
+  ).split()
+}
+
+
+def __getattr__(name: str):
+  if name in _PLACES:
+    return importlib.import_module(_PLACES[name])
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_PLACES])

@@ -14,6 +14,7 @@ called `seed` is what means and spreads are over.
 """
 
 import itertools
+import json
 import math
 import os
 import pathlib
@@ -30,23 +31,15 @@ import numpy as np
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
-from vdm import (
-  build,
-  cards,
-  checkpoint,
-  data,
-  fid,
-  files,
-  main,
-  parallel,
-  report,
-  sample,
-  train,
-)
+from vdm import build, cards, cli, data, fid
+from vdm.build.state import named_params
+from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
-from vdm.likelihood import to_grid
-from vdm.samplers import num_evaluations
-from vdm.state import named_params
+from vdm.evaluation import plots
+from vdm.sampling.draw import make_sampler
+from vdm.system import files, hosts, logs, writers
+from vdm.training import loop
+from vdm.workdir.load import read_run
 
 _INDEX = flags.DEFINE_list('index', None, 'Runs of the grid, for arrays of jobs: 7, or 0,2,4.')
 _WORKERS = flags.DEFINE_integer(
@@ -109,7 +102,7 @@ def _change(run: ConfigDict, axis: str, block: str, change: Any):
 
 def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
   """Writes scores.json: Fréchet distances of samples by network evaluations, w and p of log_snr."""
-  config, model, mesh, state = checkpoint.read_run(config, workdir)
+  config, model, mesh, state = read_run(config, workdir)
   config = config.copy_and_resolve_references()
   source = data.load(config.data, 'eval')
   reference = source.fetch(np.arange(len(source)))['image']
@@ -117,7 +110,7 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
   fitted, distances = _fit(reference, model), {}
   for count in steps:
     config.sample.num_steps = count
-    images = np.concatenate(list(sample.make_sampler(config, model, mesh)(params)))
+    images = np.concatenate(list(make_sampler(config, model, mesh)(params)))
     evaluations = num_evaluations(build.sampler(config), count, config.sample.denoise_last)
     distances[evaluations] = fid.frechet_distance(_fit(images, model), fitted)
   schedule = model.training_schedule(state.params, state.adaptive)
@@ -131,7 +124,7 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
 
 
 def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
-  x = to_grid(jnp.asarray(images, jnp.int32), model.num_values)
+  x = model.decoder.to_model(images)
   return fid.fit(np.asarray(x).reshape(len(images), -1))
 
 
@@ -151,15 +144,15 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
       curves = {
         'bits': {card['step']: card['value'] for card in scored},
         'loss': {card['step']: card['training_loss']['value'] for card in scored},
-        'train_loss': report.read_scalars(path / 'tensorboard', 'train/loss'),
-        'train_cv': report.read_scalars(path / 'tensorboard', 'train/diffusion_cv'),
+        'train_loss': writers.read_scalars(path / 'tensorboard', 'train/loss'),
+        'train_cv': writers.read_scalars(path / 'tensorboard', 'train/diffusion_cv'),
         'distances': {},
       }
       for scored in sorted(series.values(), key=len):  # the longest of a metric is training's
         if cards.is_distance(scored[0]):
           values = {card['step']: card['value'] for card in scored}
           curves['distances'] |= {scored[0]['metric']: values}
-      yield {'labels': labels} | curves | report.load_json(path / SCORES)
+      yield {'labels': labels} | curves | json.loads((path / SCORES).read_text())
 
 
 def steps_to(curve: dict[int, float], loss: float) -> float:
@@ -200,7 +193,7 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
     return
   numbers = [numbers_of(run, found, reference) for run in found]
   rows = [[*run['labels'].values(), *n.values()] for run, n in zip(found, numbers, strict=True)]
-  report.write_table(workdir / 'results.csv', [*found[0]['labels'], *numbers[0]], rows)
+  files.write_table(workdir / 'results.csv', [*found[0]['labels'], *numbers[0]], rows)
   groups = {}
   for run, n in zip(found, numbers, strict=True):
     own = tuple(v for k, v in run['labels'].items() if k != 'seed')
@@ -229,7 +222,7 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
     styles[label] = {'color': colours[number], 'linestyle': '--' if dashed else '-'}
 
   def draw(name, xlabel, ylabel, points, log_x=False, log_y=False, most=None):
-    figure, axes = report.subplots(1, (8, 5))
+    figure, axes = plots.subplots(1, (8, 5))
     for label, members in groups.items():
       runs = members[:most]
       x = points(runs[0])[0]
@@ -239,12 +232,12 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
     axes.set(xlabel=xlabel, ylabel=ylabel)
     if log_x:
       axes.set_xscale('log', base=2)
-      report.plain_numbers(axes.xaxis)
+      plots.plain_numbers(axes.xaxis)
     if log_y:
       axes.set_yscale('log')
-      report.plain_numbers(axes.yaxis)
+      plots.plain_numbers(axes.yaxis)
     figure.legend(loc='outside right center', fontsize='small', title='mean, least to greatest')
-    report.save_figure(figure, workdir / f'{name}.png')
+    plots.save_figure(figure, workdir / f'{name}.png')
 
   pairs = lambda table: ([float(k) for k in table], list(table.values()))
   draw('bits_per_dim', 'steps', 'bits/dim', lambda run: pairs(run['bits']))
@@ -297,7 +290,7 @@ def _share(indices: list[int]) -> int:
   ]
   for number in (s for s in signal.Signals if s.name in ('SIGTERM', 'SIGHUP')):
     if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-      signal.signal(number, lambda *_: sys.exit(train.EXIT_PREEMPTED))
+      signal.signal(number, lambda *_: sys.exit(hosts.EXIT_PREEMPTED))
   try:
     return next((status for status in [child.wait() for child in children] if status), 0)
   finally:
@@ -318,7 +311,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     status = _share([i for i in indices if not (workdir / folder(runs[i][0]) / SCORES).exists()])
     write_results(workdir, runs, reference)
     return status
-  parallel.keep_compiled(workdir / 'xla_cache')  # one for all: most programs are the same
+  hosts.keep_compiled(workdir / 'xla_cache')  # one for all: most programs are the same
   for number in indices:
     labels, run_config = runs[number]
     path = workdir / folder(labels)
@@ -326,7 +319,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       continue
     logging.info('run %d of %d: %s', number, len(runs), folder(labels))
     try:
-      status = train.train(run_config, path)
+      status = loop.train(run_config, path)
     except FloatingPointError as error:
       logging.error('%s: %s; the grid goes on without it.', path, error)
       continue
@@ -340,9 +333,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
 
 
 def _main(_):
-  report.set_up_logging()
-  main.in_one_line(run, lambda config: config.base, works_on)
+  logs.set_up_logging()
+  cli.in_one_line(run, lambda config: config.base, works_on)
 
 
 if __name__ == '__main__':
-  app.run(_main, flags_parser=main.parse_flags)
+  app.run(_main, flags_parser=cli.parse_flags)

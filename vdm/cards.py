@@ -25,7 +25,7 @@ from etils import epath
 from scipy import special
 
 import vdm
-from vdm import files
+from vdm.system import files
 
 ODE = 'probability-flow ODE'  # the bound of a card that is no bound begins with it
 

@@ -19,6 +19,22 @@ def require(ok: bool, name: str, value: Any, rule: str, remedy: str):
     raise ValueError(f'{name}={value!r} must be {rule}; {remedy}.')
 
 
+def confirm(ok: bool, name: str, value: Any, fact: str, remedy: str):
+  """Raises ValueError `name=value fact; remedy` unless `ok`: what was found contradicts the value.
+
+  There is no full stop: the remedy often ends in something to type.
+
+  Args:
+    ok: whether it agrees.
+    name: as in `require`.
+    value: as in `require`.
+    fact: what was found, such as 'but cifar10 has 10'.
+    remedy: as in `require`.
+  """
+  if not ok:
+    raise ValueError(f'{name}={value!r} {fact}; {remedy}')
+
+
 @contextlib.contextmanager
 def within(block: str) -> Iterator[None]:
   """Puts `block.` before the message of a ValueError, which names a function's argument alone."""

@@ -8,7 +8,7 @@
 from ml_collections import ConfigDict
 from vdm.configs import digits_pp
 
-from vdm.weightings import WEIGHTINGS
+from vdm.diffusion.weightings import WEIGHTINGS
 
 
 def get_config(arg=''):

@@ -8,30 +8,51 @@ samples = fid.collect(extractor, batches, keep=config.fid.num_images)
 fid.measure(samples, reference, extractor.label, config.fid.halves)  # {'fid': {'value', ...}}
 """
 
-from vdm.fid.extractor import Extractor, make
-from vdm.fid.metrics import card_fields, measure
-from vdm.fid.network import Network
-from vdm.fid.references import Reference, of_config, of_source, read, write
-from vdm.fid.statistics import Gaussian, Statistics, fit, frechet_distance
-from vdm.fid.streaming import Collected, batches_of, check_count, collect
+import importlib
 
-__all__ = [
-  'Collected',
-  'Extractor',
-  'Gaussian',
-  'Network',
-  'Reference',
-  'Statistics',
-  'batches_of',
-  'card_fields',
-  'check_count',
-  'collect',
-  'fit',
-  'frechet_distance',
-  'make',
-  'measure',
-  'of_config',
-  'of_source',
-  'read',
-  'write',
-]
+ORDER = (
+  'statistics',
+  'inception',
+  'weights',
+  'network',
+  'classifier',
+  'extractor',
+  'streaming',
+  'images',
+  'references',
+  'metrics',
+  '__init__',
+  '__main__',
+)
+
+# Loaded when asked for: the distances alone need neither a network nor a data set.
+_PLACES = {
+  'Extractor': 'vdm.fid.extractor',
+  'make': 'vdm.fid.extractor',
+  'card_fields': 'vdm.fid.metrics',
+  'measure': 'vdm.fid.metrics',
+  'Network': 'vdm.fid.network',
+  'Reference': 'vdm.fid.references',
+  'of_config': 'vdm.fid.references',
+  'of_source': 'vdm.fid.references',
+  'read': 'vdm.fid.references',
+  'write': 'vdm.fid.references',
+  'Gaussian': 'vdm.fid.statistics',
+  'Statistics': 'vdm.fid.statistics',
+  'fit': 'vdm.fid.statistics',
+  'frechet_distance': 'vdm.fid.statistics',
+  'Collected': 'vdm.fid.streaming',
+  'batches_of': 'vdm.fid.streaming',
+  'check_count': 'vdm.fid.streaming',
+  'collect': 'vdm.fid.streaming',
+}
+
+
+def __getattr__(name: str):
+  if name in _PLACES:
+    return getattr(importlib.import_module(_PLACES[name]), name)
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_PLACES])

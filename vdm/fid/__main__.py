@@ -16,9 +16,10 @@ import sys
 import jax
 from absl import app, flags, logging
 
-from vdm import cards, data, files, main, parallel, report
+from vdm import cards, cli, data
 from vdm.fid import extractor as extractors
 from vdm.fid import images, metrics, references, streaming, weights
+from vdm.system import files, logs, parallel
 
 _ALLOW_UNKNOWN = flags.DEFINE_bool('allow_unknown', False, 'convert: take weights of any sha256.')
 _SPLIT = flags.DEFINE_enum('split', 'train', ['train', 'eval'], 'stats: of config.data.')
@@ -69,13 +70,13 @@ def score(config, path: str, reference_path: str) -> str:
   )
   samples = streaming.collect(extractor, batches, wanted)
   found = metrics.measure(samples, reference, extractor.label, settings.halves)
-  if flags.FLAGS.out:  # the flag of vdm.main
+  if cli.OUT.value:
     for name, estimate in found.items():
       facts = metrics.card_fields(name, estimate, extractor, reference)
       facts |= {'samples': source.identity}
       made_of = {k: facts[k] for k in ('num_samples', 'extractor_sha256', 'reference', 'samples')}
       file = f'{name}_{wanted}_{files.short_hash(made_of)}.json'  # no other number's
-      cards.write(pathlib.Path(flags.FLAGS.out) / file, facts)
+      cards.write(pathlib.Path(cli.OUT.value) / file, facts)
   return files.json_text(found).rstrip()
 
 
@@ -87,15 +88,15 @@ COMMANDS = {'convert': (convert, 1, 2), 'stats': (stats, 1, 2), 'score': (score,
 
 
 def parse_flags(argv):
-  """The flags of vdm.main; without --config, Inception on 8-bit images."""
+  """The flags of all commands; without --config, Inception on 8-bit images."""
   if not any(arg.startswith(('--config=', '-config=')) or arg == '--config' for arg in argv):
     sys.argv[1:1] = _DEFAULTS  # where ml_collections looks for overrides
     argv = sys.argv
-  return main.parse_flags(argv)
+  return cli.parse_flags(argv)
 
 
 def _main(argv):
-  report.set_up_logging()
+  logs.set_up_logging()
   name, arguments = (argv[1], argv[2:]) if len(argv) > 1 else ('', [])
   command, least, most = COMMANDS[name] if name in COMMANDS else (None, 0, 0)
   if command is None or not least <= len(arguments) <= most:
@@ -109,7 +110,7 @@ def _main(argv):
     logging.flush()
     return 0
 
-  main.in_one_line(run, works_on=lambda *_: True)  # it fills batches up
+  cli.in_one_line(run, works_on=lambda *_: True)  # it fills batches up
 
 
 if __name__ == '__main__':

@@ -18,11 +18,12 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.experimental import multihost_utils
 
-from vdm import data, files
+from vdm import data
+from vdm.diffusion.decoders import to_grid
 from vdm.errors import require
 from vdm.fid import weights
 from vdm.fid.network import Network
-from vdm.likelihood import to_grid
+from vdm.system import files
 
 NUM_FEATURES = 64
 RECIPE = dict(widths=(32, 64), batch_size=128, num_steps=600, learning_rate=2e-3, seed=0)

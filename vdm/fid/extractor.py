@@ -6,10 +6,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from vdm import parallel
 from vdm.errors import require
 from vdm.fid.classifier import classifier_network
 from vdm.fid.network import Features, Network, check_range, inception_network
+from vdm.system import parallel
 
 
 class Extractor:

@@ -51,7 +51,7 @@ def load(path: str) -> data.Source:
 
 
 def _counts(root: pathlib.Path, path: pathlib.Path) -> bool:
-  """Whether it is a file, and not a part of one that `vdm.shards` was writing."""
+  """Whether it is a file, and not a part of one that `vdm.sampling.folder` was writing."""
   return path.is_file() and not any(p.startswith('.') for p in path.relative_to(root).parts)
 
 

@@ -36,7 +36,7 @@ class Network(NamedTuple):
 
 
 def to_eight_bits(images: jax.Array, num_values: int) -> jax.Array:
-  """Pixels 0 .. num_values - 1 as 0 .. 255, rounded: as `vdm.sample` writes pictures."""
+  """Pixels 0 .. num_values - 1 as 0 .. 255, rounded: as `vdm.sampling` writes pictures."""
   if num_values == 256:
     return images
   return jnp.round(images.astype(jnp.float32) * (255 / (num_values - 1)))

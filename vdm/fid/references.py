@@ -12,12 +12,13 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from vdm import data, files
+from vdm import data
 from vdm.fid import images, statistics, weights
 from vdm.fid.extractor import Extractor
 from vdm.fid.network import Features
 from vdm.fid.statistics import Gaussian
 from vdm.fid.streaming import check_reference, collect
+from vdm.system import files
 
 KEPT = 10_000  # images whose features a reference of ours keeps, for KID, precision and recall
 FOREIGN = {'features': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}  # as ADM and EDM call them

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
-from vdm import data, files
 from vdm.fid.inception import SIDE, Inception, conv_names
+from vdm.system import files, packages
 
 NAME = 'inception-2015-12-05'
 # sha256 of files whose weights are known to be Inception's.
@@ -181,7 +181,7 @@ def _read_torch(path: pathlib.Path) -> Params:
 
 def _read_graph(path: pathlib.Path) -> Params:
   """From the constants of a frozen graph; its normalisation may be told to ignore gamma."""
-  data.require_tensorflow(f'{path}: reading a frozen graph')
+  packages.require_tensorflow(f'{path}: reading a frozen graph')
   import tensorflow as tf
 
   graph = tf.compat.v1.GraphDef()

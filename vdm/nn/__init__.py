@@ -6,3 +6,15 @@ from vdm.nn.uvit import UViT
 from vdm.nn.vdm_unet import VDMUNet
 
 NETWORKS = {'vdm_unet': VDMUNet, 'adm_unet': ADMUNet, 'uvit': UViT, 'mlp': MLP}
+ORDER = (
+  'convolution',
+  'conditioning',
+  'attention',
+  'layers',
+  'blocks',
+  'vdm_unet',
+  'adm_unet',
+  'uvit',
+  'mlp',
+  '__init__',
+)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import layers
+from vdm.nn import convolution, layers
+from vdm.nn.conditioning import Conditioning, ScaleShift
 
 
 class Block(nn.Module):
@@ -31,11 +32,11 @@ class Block(nn.Module):
   def __call__(self, h, skip, cond):
     x = h if skip is None else jnp.concatenate([h, skip], axis=-1)
     h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0', self.norm_groups)(x))
-    h = layers.Conv3x3(self.features, self.dtype, name='conv_0')(self.resample(h))
+    h = convolution.Conv3x3(self.features, self.dtype, name='conv_0')(self.resample(h))
     h = layers.group_norm(self.features, self.dtype, 'norm_1', self.norm_groups)(h)
-    h = nn.swish(layers.ScaleShift(self.dtype, name='cond')(h, cond))
+    h = nn.swish(ScaleShift(self.dtype, name='cond')(h, cond))
     h = layers.Dropout(self.dropout)(h, train=self.train)
-    h = layers.Conv3x3(self.features, self.dtype, nn.initializers.zeros, name='conv_1')(h)
+    h = convolution.Conv3x3(self.features, self.dtype, nn.initializers.zeros, name='conv_1')(h)
     x = self.resample(x)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
@@ -118,7 +119,7 @@ class ADMUNet(nn.Module):
 
     if self.remat:
       run = nn.remat(run)
-    cond = layers.Conditioning(
+    cond = Conditioning(
       self.width,
       self.num_classes,
       self.augmentation_flag,
@@ -128,7 +129,7 @@ class ADMUNet(nn.Module):
     channels = [self.width * multiplier for multiplier in self.channel_multipliers]
     attention = [z.shape[1] >> level in self.attention_resolutions for level in range(levels)]
 
-    h = layers.Conv3x3(channels[0], self.dtype, name='conv_in')(z)
+    h = convolution.Conv3x3(channels[0], self.dtype, name='conv_in')(z)
     skips = [h]
     for level in range(levels):
       if level:
@@ -149,6 +150,6 @@ class ADMUNet(nn.Module):
 
     h = nn.swish(layers.group_norm(channels[0], self.dtype, 'norm_out', self.norm_groups)(h))
     zeros = nn.initializers.zeros
-    h = layers.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
+    h = convolution.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
     h = h.astype(jnp.float32)
     return h + z if self.residual else h

@@ -1,4 +1,4 @@
-"""Layers that the networks share: convolution, dropout, normalisation, attention, conditioning.
+"""Layers that the networks share: dropout, normalisation, attention, resampling, Fourier features.
 
 Parameters are float32. `dtype` is that of activations; statistics, softmax and the conditioning
 vector are float32 whatever it is.
@@ -13,70 +13,6 @@ from jax import lax
 
 from vdm.errors import require
 from vdm.nn.attention import softmax_attention
-
-
-def _conv(x, kernel):
-  """x [B, H, W, I] * kernel [3, 3, I, O] -> [B, H, W, O]."""
-  return lax.conv_general_dilated(
-    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-  )
-
-
-@jax.custom_vjp
-def conv3x3(x, kernel):
-  """3x3 convolution, stride 1, zero padding: x [B, H, W, I], kernel [3, 3, I, O] -> [B, H, W, O].
-
-  Equal to `lax.conv_general_dilated` in value and gradient (reverse mode only). On CPU the gradient
-  is written out as two plain NHWC/HWIO convolutions: XLA:CPU takes its fast path for this layout
-  only, and inside the body of a loop nothing rewrites the transposed layout of the automatic
-  kernel gradient, which is then some forty times slower.
-  """
-  return _conv(x, kernel)
-
-
-def _conv3x3_fwd(x, kernel):
-  return _conv(x, kernel), (x, kernel)
-
-
-def _conv3x3_bwd(residuals, g):
-  return lax.platform_dependent(*residuals, g, cpu=_conv_vjp_plain, default=_conv_vjp_native)
-
-
-def _conv_vjp_native(x, kernel, g):
-  (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel), x)(g)
-  (dkernel,) = jax.linear_transpose(lambda kernel: _conv(x, kernel), kernel)(g)
-  return dx, dkernel
-
-
-def _conv_vjp_plain(x, kernel, g):
-  dx = _conv(g, kernel[::-1, ::-1].swapaxes(2, 3))
-  # Input channels act as the batch, examples as the channels, g as an H x W kernel.
-  dkernel = lax.conv_general_dilated(
-    x.transpose(3, 1, 2, 0),
-    g.transpose(1, 2, 0, 3),
-    (1, 1),
-    ((1, 1), (1, 1)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
-  return dx, dkernel.transpose(1, 2, 0, 3)
-
-
-conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
-
-
-class Conv3x3(nn.Module):
-  """3x3 convolution with bias: x [B, H, W, I] -> [B, H, W, features]; see `conv3x3`."""
-
-  features: int
-  dtype: jnp.dtype = jnp.float32
-  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-
-  @nn.compact
-  def __call__(self, x):
-    kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
-    bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    y = conv3x3(x.astype(self.dtype), kernel.astype(self.dtype))
-    return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
 
 
 def random_words(key, shape):
@@ -164,19 +100,6 @@ def auto_groups(channels):
   return max(n for n in range(1, most + 1) if channels % n == 0)
 
 
-class ScaleShift(nn.Module):
-  """x [B, H, W, C], cond [B, D] -> x (1 + scale) + shift, both projections [B, C] of cond."""
-
-  dtype: jnp.dtype
-  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
-
-  @nn.compact
-  def __call__(self, x, cond):
-    dense = nn.Dense(2 * x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name='dense')
-    scale, shift = jnp.split(dense(cond)[:, None, None, :], 2, axis=-1)
-    return x * (1 + scale) + shift
-
-
 class Attention(nn.Module):
   """Residual self-attention over all positions: x [B, H, W, C] -> [B, H, W, C].
 
@@ -227,17 +150,6 @@ def depth_to_space(x, size):
   return x.reshape(batch, height * size, width * size, -1)
 
 
-def sinusoidal_embedding(t, size):
-  """t [B] in [0, 1] -> [B, size]: sin, then cos, of 1000 t w_k, k = 0 .. size/2 - 1.
-
-  w_k = 10000^(-k / (size/2 - 1)), from 1 to 1e-4.
-  """
-  k = jnp.arange(size // 2, dtype=jnp.float32)
-  frequencies = jnp.exp(-math.log(10_000) / (size // 2 - 1) * k)
-  angles = 1000 * t[:, None] * frequencies[None, :]
-  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
 def fourier_features(z, exponents):
   """z [..., C] -> [..., C (1 + 2 len(exponents))]: z, sin(2 pi 2^n z), cos(2 pi 2^n z).
 
@@ -252,70 +164,6 @@ def fourier_features(z, exponents):
   # Exact in float32, unlike 2 pi 2^n z, which for n = 7 is 1e-4 off.
   angles = 2 * jnp.pi * (cycles - jnp.round(cycles))
   return jnp.concatenate([z, jnp.sin(angles), jnp.cos(angles)], axis=-1)
-
-
-class Conditioning(nn.Module):
-  """Noise level t [B], label and flag [B] -> conditioning vector [B, 4 width], float32.
-
-  VDM's (public code): sinusoidal embedding of t, then twice Dense, swish. Our addition: the
-  embedding of the label is added before the last swish. Labels -1 and `num_classes`, and no labels
-  at all, are the null label, which has its own row in the table.
-
-  With `embedding_size` E > 0 the label is instead a vector of each image, float [B, E], such as
-  another network's; its projection is added. Zeros, and no labels at all, stand for its absence,
-  for which a vector is learned.
-  """
-
-  width: int
-  num_classes: int = 0
-  augmentation_flag: bool = False
-  embedding_size: int = 0
-
-  @nn.compact
-  def __call__(self, t, label=None, flag=None):
-    if label is not None and not self.num_classes and not self.embedding_size:
-      raise ValueError(
-        'labels were given to a network with num_classes=0; set '
-        'config.model.class_conditional=True, or pass label=None.'
-      )
-    if self.num_classes and self.embedding_size:
-      raise ValueError(
-        f'config.data.embedding_size={self.embedding_size} must be 0 for a network with classes; '
-        'set config.model.class_conditional=False to condition on embeddings.'
-      )
-    if flag is not None and not self.augmentation_flag:
-      raise ValueError(
-        'flag was given to a network with augmentation_flag=False; set '
-        'config.model.augmentation_flag=True, or pass flag=None.'
-      )
-    t = jnp.asarray(t, jnp.float32)
-    h = sinusoidal_embedding(t, self.width)
-    if self.augmentation_flag:
-      flag = jnp.zeros_like(t) if flag is None else jnp.asarray(flag, jnp.float32)
-      h = jnp.concatenate([h, flag[:, None]], axis=-1)
-    h = nn.swish(nn.Dense(4 * self.width, name='dense_0')(h))
-    h = nn.Dense(4 * self.width, name='dense_1')(h)
-    if self.num_classes:
-      # The null label's row is the last, which is also where the index -1 leads.
-      label = jnp.full(t.shape, -1) if label is None else label
-      h += nn.Embed(
-        self.num_classes + 1,
-        4 * self.width,
-        embedding_init=nn.initializers.normal(1.0),
-        name='label',
-      )(label)
-    if self.embedding_size:
-      label = jnp.zeros((len(t), self.embedding_size)) if label is None else label
-      if label.shape != (len(t), self.embedding_size):
-        raise ValueError(
-          f'config.data.embedding_size={self.embedding_size} must be that of the embeddings, '
-          f'whose shape is {label.shape}.'
-        )
-      label = jnp.asarray(label, jnp.float32)
-      null = self.param('null_embedding', nn.initializers.normal(1.0), (1, 4 * self.width))
-      projected = nn.Dense(4 * self.width, use_bias=False, name='embedding')(label)
-      h += jnp.where(label.any(axis=-1, keepdims=True), projected, null)
-    return nn.swish(h)
 
 
 def require_field(valid, name, value, rule, remedy):

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from vdm.nn import layers
+from vdm.nn.conditioning import Conditioning
 
 
 class MLP(nn.Module):
@@ -42,7 +43,7 @@ class MLP(nn.Module):
     shape = z.shape
     z = z.reshape(shape[0], -1)
     zeros = nn.initializers.zeros
-    cond = layers.Conditioning(
+    cond = Conditioning(
       self.width, self.num_classes, embedding_size=self.embedding_size, name='conditioning'
     )(t, label)
     own = layers.fourier_features(z[..., None], self.fourier_exponents)  # [B, D, F] of each element

@@ -5,8 +5,9 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import adm_unet, blocks, layers
+from vdm.nn import adm_unet, blocks, convolution, layers
 from vdm.nn.attention import softmax_attention
+from vdm.nn.conditioning import Conditioning, ScaleShift
 
 
 class TransformerBlock(nn.Module):
@@ -31,7 +32,7 @@ class TransformerBlock(nn.Module):
 
     def norm(x, name):
       x = nn.LayerNorm(use_scale=False, use_bias=False, dtype=self.dtype, name=f'norm_{name}')(x)
-      return layers.ScaleShift(self.dtype, zeros, name=f'cond_{name}')(x, cond)
+      return ScaleShift(self.dtype, zeros, name=f'cond_{name}')(x, cond)
 
     u = norm(h, 'attention')
     q, k, v = (
@@ -136,7 +137,7 @@ class UViT(nn.Module):
     def transformer(name):
       return TransformerBlock(self.head_width, self.dropout, self.dtype, train, name=name)
 
-    cond = layers.Conditioning(
+    cond = Conditioning(
       self.conditioning_width,
       self.num_classes,
       self.augmentation_flag,
@@ -144,7 +145,7 @@ class UViT(nn.Module):
       name='conditioning',
     )(t, label, flag)
     h = layers.space_to_depth(jnp.asarray(z, jnp.float32), self.patch_size)
-    h = layers.Conv3x3(self.widths[0], self.dtype, name='conv_in')(h)
+    h = convolution.Conv3x3(self.widths[0], self.dtype, name='conv_in')(h)
 
     skips = []
     for level, width in enumerate(self.widths):
@@ -167,6 +168,6 @@ class UViT(nn.Module):
 
     h = nn.swish(layers.group_norm(self.widths[0], self.dtype, 'norm_out', self.norm_groups)(h))
     features = self.patch_size**2 * z.shape[-1]
-    h = layers.Conv3x3(features, self.dtype, nn.initializers.zeros, name='conv_out')(h)
+    h = convolution.Conv3x3(features, self.dtype, nn.initializers.zeros, name='conv_out')(h)
     h = layers.depth_to_space(h.astype(jnp.float32), self.patch_size)
     return h + z if self.residual else h

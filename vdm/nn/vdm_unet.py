@@ -5,7 +5,8 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import blocks, layers
+from vdm.nn import blocks, convolution, layers
+from vdm.nn.conditioning import Conditioning
 
 
 class ResBlock(nn.Module):
@@ -24,14 +25,14 @@ class ResBlock(nn.Module):
   def __call__(self, x, cond, *, train):
     zeros = nn.initializers.zeros
     h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0', self.norm_groups)(x))
-    h = layers.Conv3x3(self.features, self.dtype, name='conv_0')(h)
+    h = convolution.Conv3x3(self.features, self.dtype, name='conv_0')(h)
     shift = nn.Dense(
       self.features, use_bias=False, kernel_init=zeros, dtype=self.dtype, name='cond'
     )(cond)
     h += shift[:, None, None, :]
     h = nn.swish(layers.group_norm(self.features, self.dtype, 'norm_1', self.norm_groups)(h))
     h = layers.Dropout(self.dropout)(h, train=train)
-    h = layers.Conv3x3(self.features, self.dtype, zeros, name='conv_1')(h)
+    h = convolution.Conv3x3(self.features, self.dtype, zeros, name='conv_1')(h)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
     return x + h
@@ -67,7 +68,7 @@ class VDMUNet(nn.Module):
     num_heads: heads of each attention; VDM has one.
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
     dropout: rate in each residual block.
-    norm_groups: groups of channels in every norm; 0: `layers.auto_groups`.
+    norm_groups: groups of channels in every norm; 0: `vdm.nn.layers.auto_groups`.
     num_classes: 0 for a network without labels.
     embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
     dtype: of activations. Parameters and output are float32.
@@ -125,7 +126,7 @@ class VDMUNet(nn.Module):
         residual(name), attention(f'{name}_attention') if self.attention else None, train
       )
 
-    cond = layers.Conditioning(
+    cond = Conditioning(
       self.width,
       self.num_classes,
       self.augmentation_flag,
@@ -133,7 +134,7 @@ class VDMUNet(nn.Module):
       name='conditioning',
     )(t, label, flag)
     h = layers.fourier_features(z, self.fourier_exponents)
-    h = layers.Conv3x3(self.width, self.dtype, name='conv_in')(h)
+    h = convolution.Conv3x3(self.width, self.dtype, name='conv_in')(h)
 
     chain = functools.partial(blocks.chain, block, scan=self.scan_blocks, remat=self.remat)
     first = h
@@ -145,6 +146,6 @@ class VDMUNet(nn.Module):
 
     h = nn.swish(layers.group_norm(self.width, self.dtype, 'norm_out', self.norm_groups)(h))
     zeros = nn.initializers.zeros
-    h = layers.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
+    h = convolution.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
     h = h.astype(jnp.float32)
     return h + z if self.residual else h

@@ -1,0 +1,84 @@
+"""Folders are levels: see the map in the README."""
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+import vdm
+
+ROOT = pathlib.Path(vdm.__file__).parent
+# A folder or file of a level imports from the levels before it, and a folder from itself.
+LEVELS = (
+  'errors',
+  'diffusion nn system',
+  'data build cards',
+  'cli workdir',
+  'sampling fid',
+  'evaluation',
+  'training',
+  'planning ablate',
+  'main',
+)
+LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names.split()}
+FOLDERS = sorted(path.parent.name for path in ROOT.glob('*/__init__.py') if path.parent != ROOT)
+FOLDERS = [name for name in FOLDERS if name != 'configs']
+
+
+def imports(path):
+  """Yields what a file imports of vdm, as tuples: ('data', 'tfds'), ('cards',)."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    names = []
+    if isinstance(node, ast.ImportFrom) and (node.module or '').split('.')[0] == 'vdm':
+      names = [f'{node.module}.{alias.name}' for alias in node.names]
+    elif isinstance(node, ast.Import):
+      names = [alias.name for alias in node.names if alias.name.startswith('vdm.')]
+    for name in names:
+      first, *rest = name.split('.')[1:]
+      if first in FOLDERS and rest and not (ROOT / first / f'{rest[0]}.py').exists():
+        rest = ['__init__']  # a name of the folder's face
+      yield (first, rest[0] if rest else '__init__') if first in FOLDERS else (first,)
+
+
+def test_the_listing_is_that_of_the_levels():
+  files = {path.stem for path in ROOT.glob('*.py')} - {'__init__'}
+  assert files | set(FOLDERS) == set(LEVEL)
+
+
+@pytest.mark.parametrize('path', sorted(ROOT.rglob('*.py')), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_downwards(path):
+  place = path.relative_to(ROOT).with_suffix('').parts
+  if place == ('__init__',) or place[0] == 'configs':
+    return  # the face, whose names are loaded when asked for
+  for found in set(imports(path)):
+    if found[0] == 'configs':
+      continue
+    if found[0] != place[0]:
+      assert LEVEL[found[0]] < LEVEL[place[0]], f'imports {".".join(found)}'
+    else:
+      order = __import__(f'vdm.{place[0]}', fromlist=['ORDER']).ORDER
+      assert order.index(found[1]) < order.index(place[1]), f'imports {".".join(found)}'
+
+
+@pytest.mark.parametrize('folder', FOLDERS)
+def test_the_order_of_a_folder_has_all_its_files(folder):
+  order = __import__(f'vdm.{folder}', fromlist=['ORDER']).ORDER
+  assert sorted(order) == sorted(path.stem for path in (ROOT / folder).glob('*.py'))
+
+
+def test_the_maths_hold_no_jit_config_io_or_logging():
+  for path in (ROOT / 'diffusion').glob('*.py'):
+    for word in ('jax.jit', 'ml_collections', 'open(', 'logging', 'print('):
+      assert word not in path.read_text(), f'{path.name} has {word}'
+
+
+def test_the_map_in_the_readme_is_the_listing():
+  readme = (ROOT.parent / 'README.md').read_text()
+  found = set(re.findall(r'`vdm/([\w/]+?)(?:/|\.py)`', readme))
+  names = {name for line in re.findall(r'^\| `vdm/\w+/` \|.*$', readme, re.M) for name in [line]}
+  assert set(LEVEL) <= found
+  for line in names:
+    folder = re.match(r'\| `vdm/(\w+)/`', line)[1]
+    files = set(re.findall(r'`(\w+)`', line)) - {folder}
+    assert files >= {path.stem for path in (ROOT / folder).glob('[a-z]*.py')}, folder

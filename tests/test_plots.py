@@ -1,0 +1,221 @@
+import logging
+import re
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from vdm import cards
+from vdm.evaluation import plots
+from vdm.system import logs
+from vdm.training import meter as meter_lib
+from vdm.training.meter import Meter, _duration
+
+
+class Writer:
+  """Keeps what a clu writer would write."""
+
+  def __init__(self):
+    self.scalars = {}
+
+  def write_scalars(self, step, scalars):
+    self.scalars[step] = scalars
+
+
+def moments(value):
+  return np.array([value, 2 * value**2, 5 * value**2])
+
+
+def metrics(value, **changes):
+  names = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm', 'bits_per_dim')
+  bins = {'sum': np.array([value, 0.0]), 'count': np.array([1.0, 0.0])}
+  return dict.fromkeys(names, value) | {'bins': bins, 'moments': moments(value)} | changes
+
+
+def test_meter_writes_means_over_its_interval():
+  writer = Writer()
+  meter = Meter(writer, every=2, batch_size=8, start=0, total=4)
+  for step in range(1, 5):
+    meter.push(step, metrics(float(step)), fetch=lambda m: m)
+  with meter.pause():
+    pass
+  meter.close()
+  assert sorted(writer.scalars) == [2, 4]
+  assert writer.scalars[2]['train/loss'] == 1.5 and writer.scalars[4]['train/loss'] == 3.5
+  assert writer.scalars[4]['train/images_per_second'] > 0
+  means = np.mean([moments(3.0), moments(4.0)], axis=0)
+  cv = (writer.scalars[4]['train/diffusion_cv'], writer.scalars[4]['train/diffusion_cv_linear'])
+  np.testing.assert_allclose(cv, (means[1:] / means[0] ** 2 - 1) ** 0.5)
+  bins = meter.take_bins()
+  assert bins[0] == 2.5 and np.isnan(bins[1])
+
+
+def test_the_first_step_which_compiles_has_no_speed():
+  writer = Writer()
+  meter = Meter(writer, every=1, batch_size=8, start=4, total=6)
+  for step in (5, 6):
+    meter.push(step, metrics(1.0), fetch=lambda m: m)
+  meter.drain()
+  meter.close()
+  assert 'train/images_per_second' not in writer.scalars[5]
+  assert 0 < writer.scalars[6]['train/images_per_second'] < 1e7
+
+
+@pytest.mark.parametrize('seconds', [0.0, 3.0])
+def test_data_wait_is_the_share_of_time_that_a_slow_source_takes(seconds, monkeypatch):
+  """Steps take one second each by the test's own clock; the first and a pause do not count."""
+  now = [0.0]
+  monkeypatch.setattr(meter_lib, 'time', types.SimpleNamespace(monotonic=lambda: now[0]))
+
+  def takes(duration, value=None):
+    now[0] += duration
+    return value
+
+  writer = Writer()
+  meter = Meter(writer, every=2, batch_size=8, start=0, total=6)
+  batches = meter.waits_for(takes(100 if step == 1 else seconds, step) for step in range(1, 7))
+  for step in range(1, 7):
+    assert next(batches) == step
+    meter.push(step, metrics(1.0), fetch=lambda m: takes(1.0, m))
+    if step == 3:
+      with meter.pause():
+        takes(50)
+  meter.drain()
+  meter.close()
+  # In the last two seconds nothing but the batch of step 6 was waited for.
+  for step, steps, waits in ((2, 1, 1), (4, 2, 2), (6, 2, 1)):
+    scalars, waited = writer.scalars[step], waits * seconds
+    assert scalars['train/data_wait'] == pytest.approx(waited / (waited + steps))
+    assert scalars['train/images_per_second'] == pytest.approx(8 * steps / (waited + steps))
+
+
+def test_meter_reads_a_step_only_after_the_next_one_was_dispatched():
+  fetched = []
+  meter = Meter(Writer(), every=100, batch_size=8, start=0, total=4)
+  for step in (1, 2, 3):
+    meter.push(step, metrics(float(step)), fetch=lambda m: fetched.append(m['loss']) or m)
+    assert fetched == [float(s) for s in range(1, step)]
+  meter.close()
+
+
+@pytest.mark.parametrize('name', ['recon_bpd', 'diffusion_bpd', 'grad_norm'])
+@pytest.mark.parametrize('value', [np.nan, np.inf])
+def test_meter_stops_at_the_first_value_that_is_not_finite(name, value):
+  meter = Meter(Writer(), every=100, batch_size=8, start=0, total=4)
+  meter.push(7, metrics(1.0, **{name: value}), fetch=lambda m: m)
+  with pytest.raises(FloatingPointError, match=f'step 7: {name} is {value}'):
+    meter.drain()
+  meter.close()
+
+
+def test_only_warnings_of_other_packages_are_shown():
+  def record(level, path):
+    return logging.LogRecord('absl', level, path, 1, 'text', (), None)
+
+  orbax, ours = '/lib/site-packages/orbax/checkpoint/x.py', plots.__file__
+  assert not logs._ours_or_serious(record(logging.INFO, orbax))
+  assert logs._ours_or_serious(record(logging.WARNING, orbax))
+  assert logs._ours_or_serious(record(logging.INFO, ours))
+
+
+def test_plots_are_pictures(tmp_path):
+  bins = {'ema': np.array([0.1, np.nan, 0.4])}
+  picture = plots.plot_bins(bins, (8.0, -5.0), tmp_path / 'plots' / 'bins.png')
+  assert picture.dtype == np.uint8 and picture.std() > 5
+  with Image.open(tmp_path / 'plots' / 'bins.png') as image:
+    assert image.size == picture.shape[1::-1]
+
+
+@pytest.mark.parametrize('seconds, text', [(5, '0:05'), (65.4, '1:05'), (3723, '1:02:03')])
+def test_durations(seconds, text):
+  assert re.fullmatch(text, _duration(seconds))
+
+
+CARD = {
+  'metric': 'bits_per_dim',
+  'bound': 'continuous-time ELBO',
+  'value': 2.0,
+  'stderr': 0.1,
+  'params': 'ema',
+  'step': 4,
+  'num_images': 360,
+  'whole_split': True,
+  'draws_per_image': 4,
+  'eval_seed': 0,
+  'data': {'split': 'test'},
+  'diffusion_cv': 1.0,
+  'diffusion_cv_linear': 2.0,
+}
+
+
+def curves(monkeypatch, draw):
+  """Label -> (x, y) of the curves with points that `draw` puts into its figure, and its title."""
+  found, titles = {}, []
+
+  def keep(figure, path):
+    for axes in figure.axes:
+      titles.append(axes.get_title())
+      for bars in axes.containers:
+        found[bars.get_label()] = tuple(map(list, bars[0].get_data()))
+
+  monkeypatch.setattr(plots, 'save_figure', keep)
+  draw()
+  return found, titles
+
+
+def test_the_history_mixes_no_two_numbers_and_says_what_they_are(tmp_path, monkeypatch):
+  """Another count, draws, seed, bound or split is another curve, whatever is written later."""
+  changes = {
+    'part': dict(num_images=64, whole_split=False, value=9.0),
+    'one': dict(draws_per_image=1, stderr=None),
+    'seed': dict(eval_seed=1),
+    'T': dict(bound='discrete-time ELBO, T = 10'),
+    'split': dict(data={'split': 'train'}),
+    'raw': dict(params='raw'),
+    'ode': dict(bound='probability-flow ODE, uniform dequantisation'),
+  }
+  for step in (4, 2):
+    for name, change in ({'own': {}} | changes).items():
+      path = cards.path_of(tmp_path, ['bits_per_dim'], {'name': name}, step)
+      cards.write(path, CARD | {'step': step, 'value': 2.0 + step / 10} | change)
+  found, (title,) = curves(
+    monkeypatch, lambda: plots.plot_history(cards.series(tmp_path), tmp_path / 'x.png')
+  )
+  assert len(found) == 1 + len(changes) and title == ''
+  whole = found['ema parameters, continuous-time ELBO, all 360 images of test, 4 draws, seed 0']
+  assert whole == ([2, 4], [2.2, 2.4])
+  part = found['ema parameters, continuous-time ELBO, first 64 images of test, 4 draws, seed 0']
+  assert part == ([2, 4], [9.0, 9.0])
+
+
+def test_two_series_that_read_alike_end_in_their_hashes_and_the_rest_is_said_once(monkeypatch):
+  found = {f'a_{name}': [CARD] for name in ('11', '22')} | {'b_33': [CARD | {'params': 'raw'}]}
+  found, (title,) = curves(monkeypatch, lambda: plots.plot_history(found, None))
+  assert title == 'continuous-time ELBO, all 360 images of test, 4 draws, seed 0'
+  assert set(found) == {'ema parameters 11', 'ema parameters 22', 'raw parameters'}
+
+
+def test_importing_the_package_leaves_the_backend_of_a_notebook_alone():
+  code = (
+    "import matplotlib; matplotlib.use('svg')\n"
+    'import vdm.ablate, vdm.training.loop\n'
+    'import sys\n'
+    "print(matplotlib.get_backend(), 'matplotlib.pyplot' in sys.modules)"
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert run.stdout.split() == ['svg', 'False']
+
+
+def test_the_progressive_picture_says_what_its_rows_and_columns_are(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(plots, 'save_figure', lambda figure, path: seen.append(figure))
+  picture = np.zeros((2 * 3 * 10, 2 * 10, 1), np.uint8)  # z and x_hat of three images, two levels
+  plots.plot_progressive(picture, np.array([7.25, -5.0]), 3, tmp_path / 'p.png')
+  (axes,) = seen[0].axes
+  assert [label.get_text() for label in axes.get_xticklabels()] == ['7.2', '-5.0']
+  np.testing.assert_allclose(axes.get_xticks(), [4.5, 14.5])
+  assert [label.get_text() for label in axes.get_yticklabels()] == ['z', 'x_hat'] * 3
+  np.testing.assert_allclose(axes.get_yticks(), np.arange(6) * 10 + 4.5)

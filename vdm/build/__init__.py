@@ -1,0 +1,29 @@
+"""The one bridge from a config to objects, and the checks that need no device."""
+
+from vdm.build.checks import check_config, check_devices, works_on
+from vdm.build.factories import other_schedule, sampler, schedule, threshold
+from vdm.build.model import Model, model
+from vdm.build.optimizer import ema_decays, optimizer
+from vdm.build.platform import dtype, for_platform, scan_blocks
+from vdm.build.state import create_state, init_state
+
+ORDER = ('platform', 'factories', 'optimizer', 'checks', 'model', 'state', '__init__')
+
+__all__ = [
+  'Model',
+  'check_config',
+  'check_devices',
+  'create_state',
+  'dtype',
+  'ema_decays',
+  'for_platform',
+  'init_state',
+  'model',
+  'optimizer',
+  'other_schedule',
+  'sampler',
+  'scan_blocks',
+  'schedule',
+  'threshold',
+  'works_on',
+]

@@ -1,0 +1,52 @@
+"""What 'auto' means on a platform."""
+
+from ml_collections import ConfigDict
+from vdm.errors import require
+import jax
+import jax.numpy as jnp
+
+
+def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
+  """A copy in which what is 'auto' says what that means on `platform`: 'cpu', 'gpu' or 'tpu'.
+
+  Without it 'auto' is for the platform at hand. Layers choose as they are lowered.
+  """
+  config = config.copy_and_resolve_references()
+  config.model.dtype = dtype(config, platform).name
+  if 'scan_blocks' in config.model:
+    config.model.scan_blocks = 'on' if scan_blocks(config, platform) else 'off'
+  return config
+
+
+def dtype(config: ConfigDict, platform: str = '') -> jnp.dtype:
+  """Of activations inside the network, on `platform` or on what is at hand."""
+  name = config.model.dtype
+  require(
+    name in ('auto', 'float32', 'bfloat16'),
+    'config.model.dtype',
+    name,
+    "'auto', 'float32' or 'bfloat16'",
+    'auto means bfloat16 on TPU and GPU, float32 on CPU',
+  )
+  if name == 'auto':
+    name = 'float32' if (platform or jax.default_backend()) == 'cpu' else 'bfloat16'
+  return jnp.dtype(name)
+
+
+def scan_blocks(config: ConfigDict, platform: str = '') -> bool:
+  """Whether the network runs its equal blocks in a loop; False for one that has no such choice.
+
+  Not on CPU by default, where convolutions in a loop have been slow (`vdm.nn.convolution.conv3x3`).
+  """
+  if 'scan_blocks' not in config.model:
+    return False
+  choice = config.model.scan_blocks
+  require(
+    choice in ('auto', 'on', 'off'),
+    'config.model.scan_blocks',
+    choice,
+    "'auto', 'on' or 'off'",
+    'auto means on, but off on CPU',
+  )
+  platform = platform or jax.default_backend()
+  return choice == 'on' or (choice == 'auto' and platform != 'cpu')

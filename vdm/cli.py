@@ -1,0 +1,119 @@
+"""What all commands share: flags, one-line errors, exit status."""
+
+import functools
+import os
+import pathlib
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+# TensorFlow reads records and writes summaries here; it need not announce itself.
+os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
+
+from absl import flags
+from etils import epath
+from ml_collections import config_flags
+
+import vdm
+
+_CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
+OUT = flags.DEFINE_string(
+  'out',
+  '',
+  'Folder for what eval and sample make, not the workdir; for cards of vdm.fid.',
+)
+_COORDINATOR = flags.DEFINE_string(
+  'coordinator', '', 'host:port of process 0, where JAX does not find the job itself.'
+)
+_NUM_PROCESSES = flags.DEFINE_integer('num_processes', None, 'Processes, with --coordinator.')
+_PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This process, with --coordinator.')
+_HEARTBEAT_SECONDS = flags.DEFINE_integer(
+  'heartbeat_seconds', 100, 'A process that is silent for so long ends the job.'
+)
+
+
+def in_one_line(
+  command: Callable,
+  base: Callable[[Any], Any] = lambda config: config,
+  works_on: Callable[[Any, int], bool] | None = None,
+):
+  """Exits with the status of command(config, workdir), or with the one line of what it refused.
+
+  Args:
+    command: returns an exit status.
+    base: the part of the config whose name is the default workdir's.
+    works_on: whether `command` can run with (config, number of devices); build.works_on if None.
+  """
+  from vdm import build
+  from vdm.system import hosts
+
+  try:
+    hosts.initialize(
+      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
+    )
+    config = _CONFIG.value
+    hosts.use_cores(functools.partial(works_on or build.works_on, config))
+    workdir = epath.Path(_WORKDIR.value or f'runs/{base(config).name}')
+    sys.exit(command(config, workdir))
+  except (ValueError, FloatingPointError) as error:
+    # What our own code refused is one line; what broke inside a library keeps its traceback.
+    raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
+      raise
+    sys.exit(str(error))
+
+
+def parse_flags(argv: list[str]) -> list[str]:
+  """absl's parser, with what can go wrong in one line; finds packaged configs from anywhere."""
+  try:
+    rest = flags.FLAGS([_locate(arg) for arg in _joined(argv)])
+  except (flags.Error, AttributeError, KeyError, OSError) as error:
+    text = ' '.join(str(error.args[0]).replace('\\n', ' ').replace("\\'", "'").split())
+    if literal := re.search(r"invalid literal for int\(\) with base 10: '([\d.]+e\+?\d+)'", text):
+      text += f': it is an integer; give {float(literal[1]):.0f}'
+    typed = [arg for arg in argv if arg.startswith('--config.') and _last_field(arg) in text]
+    field = f'{typed[0].partition("=")[0]}: ' if typed and not text.startswith('flag') else ''
+    sys.exit(f'{field}{text} (configs/default.py lists every field, --help the flags)')
+  asks_for_help = any(arg.startswith(('--help', '-help')) for arg in argv)
+  if _CONFIG.value is None and not asks_for_help:
+    sys.exit(f'--config is missing; give a file, or one of {_packaged()}.')
+  return rest
+
+
+def _joined(argv: list[str]) -> list[str]:
+  """`--config FILE`, as absl allows it, as `--config=FILE`."""
+  joined, rest = [], iter(argv)
+  for arg in rest:
+    value = next(rest, None) if arg in ('--config', '-config') else None
+    joined.append(arg if value is None else f'{arg}={value}')
+  return joined
+
+
+def _last_field(arg: str) -> str:
+  return arg.partition('=')[0].rpartition('.')[2]
+
+
+def _packaged() -> str:
+  from vdm import configs
+
+  names = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
+  return f'configs/{{{",".join(names)}}}.py'
+
+
+def _locate(arg: str) -> str:
+  """--config=configs/NAME.py, where there is no such file, means the one that came with vdm."""
+  flag, _, rest = arg.partition('=')
+  path, colon, preset = rest.partition(':')
+  if flag in ('--config', '-config') and not pathlib.Path(path).exists():
+    from vdm import configs
+
+    *_, below = pathlib.PurePath(path).as_posix().rpartition('configs/')
+    packaged = pathlib.Path(configs.__file__).parent / below
+    if packaged.exists():
+      return f'{flag}={packaged}{colon}{preset}'
+    sys.exit(f'--config={path} does not exist; give a file, or one of {_packaged()}.')
+  return arg

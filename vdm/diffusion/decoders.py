@@ -1,0 +1,186 @@
+"""Decoders p(u | z_0): the likelihood of the data given the latent with the least noise.
+
+A decoder is all that knows the data's units: u, as it is stored, and x, in which the network sees
+it. Loss, likelihood, samplers and plots ask a `Decoder` and never which one it is.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Shaped
+
+from vdm.diffusion.gaussian import (
+  alpha,
+  expand_to,
+  kl_to_standard_normal,
+  sigma,
+  sum_over_dims,
+)
+
+# The discrete decoder's softmax runs over this many grid values either side of the nearest one ...
+RADIUS = 3
+# ... while the values left out weigh less than e^-40 in all: ((RADIUS + 1/2)^2 - 1/4) d^2 / 2 > 40
+WINDOW_SPACING = float(np.sqrt(80 / (RADIUS * (RADIUS + 1))))
+
+# (keys [B], u [B ...], log_snr_max) -> y = z_0 / alpha_0 drawn from q(y | u), and log q(y | u) [B]
+Dequantization = Callable[[Array, Array, Array], tuple[Array, Array]]
+
+
+class Decoder(NamedTuple):
+  """The units of the data, and p(u | z_0); made by a function such as `discrete`.
+
+  z_0 = alpha_0 x + sigma_0 eps is the latent at log_snr_max, a scalar, or of a multivariate
+  schedule an array that broadcasts against z_0. Likelihoods are in nats, summed over dimensions.
+  """
+
+  to_model: Callable[[Shaped[Array, '...']], Float[Array, '...']]  # u -> x, elementwise
+  from_model: Callable[[Float[Array, '...']], Shaped[Array, '...']]  # x -> the nearest u
+  # (u [B ...], z_0 [B ...], log_snr_max) -> log p(u | z_0) [B]
+  log_prob: Callable[[Array, Array, Array], Array]
+  # (u [B ...], eps [B ...], log_snr_max) -> -log p(u | z_0) [B] of the z_0 made with eps, without
+  # the rounding of z_0
+  loss: Callable[[Array, Array, Array], Array]
+  # (keys [B], z_0 [B ...], log_snr_max) -> u drawn from p(u | z_0)
+  sample: Callable[[Array, Array, Array], Array]
+  dequantizations: Mapping[str, Dequantization]  # how a density in x becomes one of u, by name
+  to_pixels: Callable[[np.ndarray], np.ndarray]  # u -> uint8, to look at; NumPy
+  dtype: np.dtype  # in which u is stored
+
+  def mode(self, z_0: Float[Array, 'b ...'], log_snr_max: Array) -> Shaped[Array, 'b ...']:
+    """Returns the u of the greatest p(u | z_0)."""
+    return self.from_model(z_0 / expand_to(alpha(log_snr_max), z_0))
+
+
+def discrete(num_values: int) -> Decoder:
+  """Returns the decoder of integers 0 .. K - 1, such as pixels (VDM eq. 12): a softmax over K.
+
+  Each dimension on its own, for x_k the centre of cell k of [-1, 1],
+
+    logit_k = -1/2 (z_0 / alpha_0 - x_k)^2 e^log_snr_max.
+
+  Where the grid is wide against the noise the softmax runs over the few nearest values, which is
+  the full one to float32 rounding; else over all K.
+
+  Args:
+    num_values: K.
+  """
+
+  def centres(u):
+    return to_grid(u, num_values)
+
+  def log_prob(u, z_0, log_snr_max):
+    y = z_0 / expand_to(alpha(log_snr_max), z_0)
+    offset = (y - centres(u)) * expand_to(jnp.exp(log_snr_max / 2), z_0)
+    return _discrete_log_prob(u.astype(jnp.int32), offset, log_snr_max, num_values)
+
+  def loss(u, eps, log_snr_max):
+    return -_discrete_log_prob(u.astype(jnp.int32), eps, log_snr_max, num_values)
+
+  def sample(keys, z_0, log_snr_max):
+    y = (z_0 / expand_to(alpha(log_snr_max), z_0))[..., None]
+    scale = expand_to(jnp.exp(log_snr_max / 2), z_0)[..., None]
+    values = jnp.arange(num_values).reshape((1,) * z_0.ndim + (-1,))
+    logits = -0.5 * ((y - centres(values)) * scale) ** 2
+    return jax.vmap(jax.random.categorical)(keys, logits)
+
+  def from_model(x):
+    return from_grid(x, num_values)
+
+  dequantizations = {
+    'uniform': functools.partial(uniform, num_values=num_values),
+    'truncated_normal': functools.partial(truncated_normal, num_values=num_values),
+  }
+  return Decoder(
+    to_model=centres,
+    from_model=from_model,
+    log_prob=log_prob,
+    loss=loss,
+    sample=sample,
+    dequantizations=dequantizations,
+    to_pixels=lambda u: np.round(u * (255 / (num_values - 1))).astype(np.uint8),
+    dtype=np.min_scalar_type(num_values - 1),
+  )
+
+
+def to_grid(u: Int[Array, '...'], num_values: int) -> Float[Array, '...']:
+  """Integers 0 .. K - 1 to the centres of K equal cells of [-1, 1]: 2 (u + 1/2) / K - 1."""
+  return (2 * u.astype(jnp.float32) + 1) / num_values - 1
+
+
+def from_grid(x: Float[Array, '...'], num_values: int) -> Int[Array, '...']:
+  """The nearest of the K integers: the mode of the decoder."""
+  u = jnp.round(((x + 1) * num_values - 1) / 2)
+  return jnp.clip(u, 0, num_values - 1).astype(jnp.int32)
+
+
+def _discrete_log_prob(u, offset, log_snr_max, num_values):
+  """log p(u | z_0) of z_0 / alpha_0 in units of its noise, from the data's own value: of eps."""
+  spacing = 2 / num_values * expand_to(jnp.exp(log_snr_max / 2), offset)
+
+  def log_softmax(steps):
+    """-offset^2 / 2 - log sum_k exp(-(offset - steps_k spacing)^2 / 2), elementwise."""
+    logits = [-0.5 * (offset - step * spacing) ** 2 for step in steps]
+    return -0.5 * offset**2 - _logsumexp(logits)
+
+  def window():
+    nearest = jnp.round(offset / spacing).astype(u.dtype)
+    last = num_values - 1
+    centre = jnp.clip(nearest + u, RADIUS, last - RADIUS) - u
+    return log_softmax([jax.lax.stop_gradient(centre + k) for k in range(-RADIUS, RADIUS + 1)])
+
+  @jax.checkpoint  # [B ..., K] is never kept: the compiler fuses it into its sum, in both passes
+  def full():
+    k = jax.lax.broadcasted_iota(u.dtype, (*u.shape, num_values), u.ndim) - u[..., None]
+    logits = -0.5 * (offset[..., None] - k * spacing[..., None]) ** 2
+    return -0.5 * offset**2 - jax.nn.logsumexp(logits, axis=-1)
+
+  if num_values <= 2 * RADIUS + 1:
+    return sum_over_dims(full())
+  return sum_over_dims(jax.lax.cond(spacing.min() > WINDOW_SPACING, window, full))
+
+
+def _logsumexp(terms):
+  largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, terms))
+  return largest + jnp.log(sum(jnp.exp(term - largest) for term in terms))
+
+
+def prior_loss(x: Float[Array, 'b ...'], log_snr_min: Float[Array, '']) -> Float[Array, ' b']:
+  """KL(q(z_1 | x) || N(0, I)) in nats (VDM eq. 11, first term)."""
+  mean = expand_to(alpha(log_snr_min), x) * x
+  return kl_to_standard_normal(mean, expand_to(sigma(log_snr_min) ** 2, x))
+
+
+def bits_per_dim(nats: Float[Array, '...'], num_dims: int) -> Float[Array, '...']:
+  """Nats of a whole example to bits per dimension: nats / (D ln 2)."""
+  return nats / (num_dims * np.log(2))
+
+
+def uniform(
+  keys: Array, u: Int[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
+) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
+  """y uniform in the cell of u, of width 2 / K, and log q(y | u) [B] in nats."""
+  noise = jax.vmap(lambda key: jax.random.uniform(key, u.shape[1:], minval=-1.0))(keys)
+  log_q = math.prod(u.shape[1:]) * math.log(num_values / 2)
+  return to_grid(u, num_values) + noise / num_values, jnp.full(len(u), log_q)
+
+
+def truncated_normal(
+  keys: Array, u: Int[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
+) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
+  """y ~ N(centre, e^-log_snr_max) truncated to the cell of u, and log q(y | u) [B] in nats.
+
+  Zheng et al. 2023 (arXiv 2305.03935, section 4.2): the noise that z_0 / alpha_0 has in training,
+  so that the model is asked about what it knows. Where that noise is wide against the cell this
+  is uniform dequantisation.
+  """
+  std = jnp.exp(-log_snr_max / 2)  # sigma_0 / alpha_0
+  bound = 1 / (num_values * std)  # half a cell
+  eps = jax.vmap(lambda key: jax.random.truncated_normal(key, -bound, bound, u.shape[1:]))(keys)
+  log_mass = jnp.log(jax.scipy.special.erf(bound / math.sqrt(2)))
+  log_q = -0.5 * eps**2 - 0.5 * math.log(2 * math.pi) - jnp.log(std) - log_mass
+  return to_grid(u, num_values) + std * eps, sum_over_dims(log_q)

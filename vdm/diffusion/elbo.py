@@ -1,0 +1,160 @@
+"""The one loss, in continuous and in discrete time; every term is [B] nats, unreduced."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+from vdm.diffusion.decoders import Decoder, prior_loss
+from vdm.diffusion.gaussian import (
+  Denoiser,
+  Schedule,
+  end_points,
+  expand_to,
+  log_snr_and_slope,
+  mean_over_dims,
+  q_sample,
+  sum_over_dims,
+)
+from vdm.diffusion.times import discretize
+from vdm.diffusion.weightings import Weighting
+
+
+class DiffusionTerm(NamedTuple):
+  """What the diffusion loss measured at one time per example, each [B]."""
+
+  loss: Array  # weighted, nats
+  elbo: Array  # the same with weight 1: a term of the variational bound
+  log_snr: Array
+  slope: Array  # dlog_snr/dt; in discrete time the mean of it over the step
+
+
+def diffusion_loss(
+  denoiser: Denoiser,
+  schedule: Schedule,
+  weighting: Weighting,
+  x: Float[Array, 'b ...'],
+  t: Float[Array, ' b'],
+  eps: Float[Array, 'b ...'],
+  num_timesteps: int = 0,
+  probe: tuple[Array, Array] | None = None,
+) -> DiffusionTerm:
+  """The weighted diffusion loss at times t.
+
+  Continuous time (VDM eq. 17, VDM++ eq. 7): 1/2 w(log_snr) (-dlog_snr/dt) |eps_hat - eps|^2.
+  Discrete time (VDM eq. 14): t moves to the end of its step of length 1/T, s = t - 1/T, and
+  1/2 T expm1(log_snr_s - log_snr_t) |eps_hat - eps|^2 = T KL(q(z_s | z_t, x) || p(z_s | z_t)).
+
+  Args:
+    denoiser: (z, log_snr) -> Prediction.
+    schedule: t -> log_snr.
+    weighting: log_snr -> w.
+    x: data [B ...].
+    t: times in [0, 1], [B].
+    eps: standard normal noise of x's shape.
+    num_timesteps: T; 0 for continuous time.
+    probe: zeros [B] and [B], added to log_snr and dlog_snr/dt in continuous time: the gradient of
+      the mean loss with respect to them is 1/B that of each example's loss (`interior_gradient`).
+  """
+  if num_timesteps:
+    t = discretize(t, num_timesteps)
+    log_snr, log_snr_s = schedule(t), schedule(t - 1 / num_timesteps)
+    slope = num_timesteps * (log_snr - log_snr_s)
+    step = num_timesteps * jnp.expm1(log_snr_s - log_snr)
+  else:
+    log_snr, slope = log_snr_and_slope(schedule, t)
+    if probe:
+      log_snr, slope = (a + expand_to(p, a) for a, p in zip((log_snr, slope), probe, strict=True))
+    step = -slope
+  eps_hat = denoiser(q_sample(x, eps, log_snr), log_snr).eps
+  elbo = 0.5 * expand_to(step, x) * (eps_hat - eps) ** 2
+  loss = expand_to(weighting(log_snr), x) * elbo
+  # each dimension has its own step and weight before the sum, for a multivariate schedule
+  return DiffusionTerm(
+    sum_over_dims(loss), sum_over_dims(elbo), mean_over_dims(log_snr), mean_over_dims(slope)
+  )
+
+
+def interior_gradient(
+  as_schedule: Callable[[Any], Schedule],
+  params: dict[str, Any],
+  t: Float[Array, ' b'],
+  loss: Float[Array, ' b'],
+  probe_gradients: tuple[Array, Array],
+) -> Any:
+  """Gradient of mean(loss^2) for params['interior'], without a second backward pass.
+
+  In continuous time the interior of a schedule does not change the expected loss, so that the mean
+  square is the variance up to a constant (VDM appendix I.2). Through its own time alone,
+
+    d mean(loss^2) = sum_i 2 loss_i / B (dloss_i/dlog_snr_i dlog_snr_i + dloss_i/dslope_i dslope_i).
+
+  Args:
+    as_schedule: params -> Schedule.
+    params: of the schedule.
+    t: [B].
+    loss: the diffusion loss of each example, [B].
+    probe_gradients: of the mean of `loss`, by the probe of `diffusion_loss`.
+  """
+
+  def values(interior):
+    return log_snr_and_slope(as_schedule(params | {'interior': interior}), t)
+
+  _, pull_back = jax.vjp(values, params['interior'])
+  return pull_back(tuple(2 * loss * gradient for gradient in probe_gradients))[0]
+
+
+def moments(term: DiffusionTerm, log_snr_range: Array) -> Float[Array, 'b 3']:
+  """The loss, its square, and its square times range / |slope|.
+
+  The mean of the last is the mean square had log_snr been drawn uniformly: a loss is then range /
+  |slope| times what it is here, and |slope| / range times as likely. Means over examples go into
+  `coefficients_of_variation`.
+  """
+  square = term.loss**2
+  return jnp.stack([term.loss, square, square * log_snr_range / -term.slope], axis=1)
+
+
+def coefficients_of_variation(means):
+  """Standard deviation over mean of the loss of one example at one time: as it is drawn, and were
+  log_snr drawn uniformly, from the means of `moments`. An estimate by importance of few examples
+  may have a negative square: nan."""
+  squares = (float(square / means[0] ** 2 - 1) for square in means[1:])
+  return tuple(math.sqrt(square) if square >= 0 else math.nan for square in squares)
+
+
+class Bound(NamedTuple):
+  """The terms of the variational bound on -log p(x) (VDM eq. 11), each [B] nats."""
+
+  recon: Array
+  prior: Array
+  diffusion: DiffusionTerm
+
+
+def variational_bound(
+  denoiser: Denoiser,
+  schedule: Schedule,
+  decoder: Decoder,
+  weighting: Weighting,
+  u: Shaped[Array, 'b ...'],
+  t: Float[Array, ' b'],
+  eps_recon: Float[Array, 'b ...'],
+  eps: Float[Array, 'b ...'],
+  num_timesteps: int = 0,
+  probe: tuple[Array, Array] | None = None,
+) -> Bound:
+  """All three terms for data u [B ...], in the decoder's units.
+
+  The reconstruction and prior terms depend on the end points of the schedule alone. Their noise
+  is drawn apart from the diffusion term's, so that each term is unbiased by itself.
+  """
+  x = decoder.to_model(u)
+  log_snr_max, log_snr_min = end_points(schedule)
+  return Bound(
+    recon=decoder.loss(u, eps_recon, log_snr_max),
+    prior=prior_loss(x, log_snr_min),
+    diffusion=diffusion_loss(denoiser, schedule, weighting, x, t, eps, num_timesteps, probe),
+  )

@@ -1,0 +1,112 @@
+"""The Gaussian process q(z_t | x), and the types that join everything else.
+
+Everything is a function of the log signal-to-noise ratio (VDM eq. 2; gamma = -log_snr there):
+alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr), z = alpha x + sigma eps.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+# t [B] in [0, 1] -> log_snr [B]; a multivariate one -> [B ...], which broadcasts against z
+Schedule = Callable[[Float[Array, ' b']], Float[Array, 'b ...']]
+Denoiser = Callable[[Array, Array], 'Prediction']  # (z [B ...], log_snr [B]) -> Prediction
+
+
+class Prediction(NamedTuple):
+  """What a denoiser says of z: the data in it and the noise in it, each of z's shape."""
+
+  x: Array
+  eps: Array
+
+
+def alpha(log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
+  """Scale of the signal, sqrt(sigmoid(log_snr)): exact in float32 for |log_snr| <= 80."""
+  return jnp.sqrt(jax.nn.sigmoid(log_snr))
+
+
+def sigma(log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
+  """Scale of the noise, sqrt(sigmoid(-log_snr)); never sqrt(1 - alpha^2), which cancels."""
+  return jnp.sqrt(jax.nn.sigmoid(-log_snr))
+
+
+def expand_to(a: Shaped[Array, '...'], z: Shaped[Array, '...']) -> Shaped[Array, '...']:
+  """Appends axes of length one to `a` until it broadcasts against z.
+
+  `a` is [B] or a scalar, or, of a multivariate schedule, has z's number of axes already and stays.
+  """
+  return a.reshape(a.shape + (1,) * (z.ndim - a.ndim))
+
+
+def sum_over_dims(a: Float[Array, 'b ...']) -> Float[Array, ' b']:
+  """Sums over all axes but the first."""
+  return a.reshape(a.shape[0], -1).sum(axis=1)
+
+
+def mean_over_dims(a: Float[Array, 'b ...']) -> Float[Array, ' b']:
+  """Averages over all axes but the first, if there are any."""
+  return a.reshape(a.shape[0], -1).mean(axis=1)
+
+
+def q_sample(
+  x: Float[Array, 'b ...'], eps: Float[Array, 'b ...'], log_snr: Float[Array, 'b ...']
+) -> Float[Array, 'b ...']:
+  """z = alpha x + sigma eps (VDM eq. 1) for x, eps [B ...] and log_snr [B], or [B ...]."""
+  return expand_to(alpha(log_snr), x) * x + expand_to(sigma(log_snr), x) * eps
+
+
+def log_snr_and_slope(schedule: Schedule, t: Float[Array, ' b']):
+  """(log_snr, dlog_snr/dt), each [B], for any schedule, a learned one too."""
+  return jax.jvp(schedule, (t,), (jnp.ones_like(t),))
+
+
+def end_points(schedule: Schedule) -> tuple[Array, Array]:
+  """Returns (log_snr_max, log_snr_min), the schedule at t = 0 and at t = 1.
+
+  They are scalars or, of a multivariate schedule, [1 ...].
+  """
+  ends = schedule(jnp.array([0.0, 1.0]))
+  return (ends[0], ends[1]) if ends.ndim == 1 else (ends[:1], ends[1:])
+
+
+def density(schedule: Schedule, t: Float[Array, ' b']) -> Float[Array, ' b']:
+  """p(log_snr) = -dt/dlog_snr at log_snr = schedule(t), for uniform t [B] (VDM++ section 2)."""
+  return -1 / log_snr_and_slope(schedule, t)[1]
+
+
+def posterior(
+  z_t: Float[Array, 'b ...'],
+  x: Float[Array, 'b ...'],
+  log_snr_t: Float[Array, 'b ...'],
+  log_snr_s: Float[Array, 'b ...'],
+) -> tuple[Float[Array, 'b ...'], Float[Array, 'b ...']]:
+  """Mean [B ...] and variance, of log_snr's shape, of q(z_s | z_t, x), s < t (VDM eq. 25 to 27).
+
+  With c = -expm1(log_snr_t - log_snr_s), the share of the noise at t that was added after s:
+  mean = (alpha_s / alpha_t) (1 - c) z_t + alpha_s c x, variance = sigma_s^2 c.
+  """
+  c = -jnp.expm1(log_snr_t - log_snr_s)
+  alpha_s = alpha(log_snr_s)
+  keep = alpha_s / alpha(log_snr_t) * jnp.exp(log_snr_t - log_snr_s)
+  mean = expand_to(keep, z_t) * z_t + expand_to(alpha_s * c, x) * x
+  return mean, sigma(log_snr_s) ** 2 * c
+
+
+def kl_to_standard_normal(
+  mean: Float[Array, 'b ...'], variance: Float[Array, '...']
+) -> Float[Array, ' b']:
+  """KL(N(mean, variance I) || N(0, I)) in nats, summed over dimensions; variance broadcasts."""
+  return 0.5 * sum_over_dims(mean**2 + variance - jnp.log(variance) - 1)
+
+
+def standard_normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, 'b ...']:
+  """eps ~ N(0, I) of `shape` for each of B keys: [B, *shape], the same on any number of devices."""
+  return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def fold_in(key: Array, index: Array) -> Array:
+  """One key per example: `index` [B] integers folded into one key, or one by one into B keys."""
+  return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index)

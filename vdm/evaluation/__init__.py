@@ -1,0 +1,3 @@
+"""What is measured and shown of a model."""
+
+ORDER = ('bound', 'ode', 'distances', 'pictures', 'plots', 'evaluate', '__init__')

@@ -1,0 +1,306 @@
+"""Bits per dimension of a whole split, each image once, with its standard error."""
+
+import itertools
+import math
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build, cards, data
+from vdm.build.state import named_params
+from vdm.diffusion.decoders import bits_per_dim
+from vdm.diffusion.elbo import DiffusionTerm, coefficients_of_variation, moments, variational_bound
+from vdm.diffusion.gaussian import end_points, fold_in, standard_normal
+from vdm.diffusion.times import BLOCK, stratified_in_blocks
+from vdm.system import parallel
+
+NUM_BINS = 20
+TERMS = ('recon', 'prior', 'diffusion')
+
+
+def log_snr_bins(
+  term: DiffusionTerm, ends: jax.Array, num_dims: int, mask: jax.Array
+) -> dict[str, jax.Array]:
+  """Bits/dim spent per unit of log-SNR, 1/2 |eps_hat - eps|^2 / (D ln 2), under any schedule.
+
+  Sum over examples and number of them in NUM_BINS equal bins from ends[1] to ends[0]; the means
+  times the bin width add up to the diffusion term.
+  """
+  position = (term.log_snr - ends[1]) / (ends[0] - ends[1])
+  number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
+  zeros, value = jnp.zeros(NUM_BINS), bits_per_dim(term.elbo / -term.slope, num_dims)
+  return {'sum': zeros.at[number].add(value * mask), 'count': zeros.at[number].add(mask)}
+
+
+def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
+  """step(params, batch, num_images, seed) -> what each image of the batch has, and sums over it.
+
+  Of each image: 'terms' [draws, B, 3] in bits/dim and 'loss' [draws, B], the training loss in
+  nats/dim, beside the batch's 'index' and 'mask'. Summed over those that count: 'bins' and
+  'moments' [3] of the diffusion term. Every random number of an image is a function of its index,
+  the seed and `num_images`, of the whole evaluation: none knows of batches, devices or hosts.
+  """
+  num_dims = math.prod(model.image_shape)
+  settings = config.eval
+
+  def step(params, batch, num_images, seed):
+    u, index, mask = batch['image'], batch['index'], batch['mask']
+    denoiser, schedule = model.denoiser(params, batch['label']), model.schedule(params)
+    ends = end_points(schedule)
+
+    def draw(number):
+      key = jax.random.fold_in(jax.random.key(seed), number)
+      key_t, key_eps, key_recon = jax.random.split(key, 3)
+      bound = variational_bound(
+        denoiser,
+        schedule,
+        model.decoder,
+        model.weighting,
+        u,
+        stratified_in_blocks(key_t, index, num_images),
+        standard_normal(fold_in(key_recon, index), model.image_shape),
+        standard_normal(fold_in(key_eps, index), model.image_shape),
+        settings.num_timesteps,
+      )
+      terms = jnp.stack([bound.recon, bound.prior, bound.diffusion.elbo], axis=1)
+      terms = bits_per_dim(terms, num_dims)  # [B, 3]
+      loss = (bound.recon + bound.prior + bound.diffusion.loss) / num_dims
+      diffusion = bound.diffusion._replace(loss=terms[:, 2])
+      spread = mask @ moments(diffusion, ends[0] - ends[1])
+      bins = log_snr_bins(diffusion, ends, num_dims, mask)
+      return terms, loss, bins, spread
+
+    terms, loss, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
+    return {
+      'terms': terms,
+      'loss': loss,
+      'index': index,
+      'mask': mask,
+      'bins': jax.tree.map(lambda a: a.sum(axis=0), bins),
+      'moments': spread.mean(axis=0),
+    }
+
+  return step
+
+
+class BitsPerDim(NamedTuple):
+  """An evaluation. `stderr` is the Monte Carlo error of the value for these very images, `dof` its
+  degrees of freedom: a single draw has none, and no error. `stderr_images` is the error as an
+  estimate for the population they come from, None for a single image. `cv` are the coefficients of
+  variation of the diffusion term (`elbo.coefficients_of_variation`)."""
+
+  value: float
+  stderr: float | None
+  dof: float
+  stderr_images: float | None
+  terms: dict[str, dict[str, float | None]]
+  num_images: int
+  # the training loss on these images, nats/dim, and its Monte Carlo error
+  loss: tuple[float, float | None]
+  bins: np.ndarray  # [NUM_BINS] bits/dim per unit of log-SNR, nan where none fell
+  cv: tuple[float, float]
+
+
+def summarize(parts: list[dict]) -> BitsPerDim:
+  """From what `make_eval_step` says of every batch, in float64.
+
+  Draws are independent, and so are blocks of images (`times.block_of`), which have strata of their
+  own. So the error is that of the blocks' totals over draws: Student's t with as many degrees of
+  freedom as variances in proportion to the blocks' sizes give (Welch and Satterthwaite).
+  """
+  joined = {
+    k: np.concatenate(
+      [np.moveaxis(part[k], 1, 0) if part[k].ndim > 1 else part[k] for part in parts]
+    )
+    for k in ('index', 'mask', 'terms', 'loss')
+  }
+  kept = np.flatnonzero(joined['mask'])
+  order = kept[np.argsort(joined['index'][kept])]
+  num_images = len(order)
+  terms, loss = (joined[k][order].astype(np.float64) for k in ('terms', 'loss'))  # [N draws (3)]
+  draws = terms.shape[1]
+  starts = np.arange(0, max(num_images - BLOCK, 0) + 1, BLOCK)
+  sizes = np.diff([*starts, num_images])
+  dof = float((draws - 1) * num_images**2 / (sizes**2).sum())
+
+  def mean_and_error(values):  # [N draws]
+    mean = float(values.mean())
+    if draws == 1:
+      return mean, None
+    totals = np.add.reduceat(values, starts)
+    return mean, float(np.sqrt(totals.var(axis=1, ddof=1).sum() / draws) / num_images)
+
+  per_image = terms.sum(axis=2)
+  value, stderr = mean_and_error(per_image)
+  per_term = dict(zip(TERMS, map(mean_and_error, np.moveaxis(terms, 2, 0)), strict=True))
+  bins = {k: sum(part['bins'][k].astype(np.float64) for part in parts) for k in ('sum', 'count')}
+  with np.errstate(invalid='ignore'):
+    bins = bins['sum'] / bins['count']
+  moments = sum(part['moments'].astype(np.float64) for part in parts) / num_images
+  return BitsPerDim(
+    value=value,
+    stderr=stderr,
+    dof=dof,
+    stderr_images=cards.stderr_of(per_image.mean(axis=1)),
+    terms={name: {'value': v, 'stderr': e} for name, (v, e) in per_term.items()},
+    num_images=num_images,
+    loss=mean_and_error(loss),
+    bins=bins,
+    cv=coefficients_of_variation(moments),
+  )
+
+
+def make_evaluator(
+  config: ConfigDict, model: build.Model, mesh: Mesh
+) -> Callable[[Any, Iterable[dict], int], BitsPerDim]:
+  """(params, batches, number of images) -> BitsPerDim; compiled once, for any parameters.
+
+  With a config.eval.schedule, which lies between the end points of the parameters, once for each.
+  """
+
+  def compile_for(model):
+    return parallel.jit(
+      make_eval_step(config, model), mesh, out_shardings=parallel.replicated(mesh)
+    )
+
+  own = compile_for(model)
+
+  def evaluate(params, batches, num_images):
+    parts, compiled = [], own
+    if config.eval.schedule.name != 'schedule':
+      fixed = build.other_schedule(config, 'eval.schedule', model.schedule(params))
+      compiled = compile_for(model._replace(schedule=lambda params: fixed))
+    on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
+    launched = (compiled(params, batch, num_images, config.eval.seed) for batch in on_devices)
+    # the next batch is under way while the last one is fetched
+    for part, _ in itertools.pairwise(itertools.chain(launched, [None])):
+      parts.append(jax.device_get(part))
+    return summarize(parts)
+
+  return evaluate
+
+
+def write_card(
+  path: pathlib.Path,
+  config: ConfigDict,
+  identity: dict,
+  params: str,
+  step: int,
+  ends: tuple[float, float],
+  fields: dict[str, Any],
+):
+  """The number card of one evaluation: `fields`, which hold what is particular to its kind, and
+  what every evaluation has."""
+  cards.write(
+    path,
+    {
+      'metric': 'bits_per_dim',
+      **fields,
+      'whole_split': fields['num_images'] == identity['num_images'],
+      'eval_batch_size': config.eval.batch_size,
+      'eval_seed': config.eval.seed,
+      'data': identity,
+      'params': params,
+      'step': step,
+      'images_seen': step * config.train.batch_size,
+      'log_snr_max': ends[0],
+      'log_snr_min': ends[1],
+      'dtype': str(build.dtype(config)),
+      'config': config.to_dict(),
+    },
+  )
+
+
+def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
+  """What a number card says of a variational bound."""
+  steps, schedule = config.eval.num_timesteps, config.eval.schedule.name
+  bound = f'discrete-time ELBO, T = {steps}' if steps else 'continuous-time ELBO'
+  return {
+    'value': result.value,
+    **cards.error_fields(result.value, result.stderr, result.dof),
+    'stderr_images': result.stderr_images,
+    'terms': result.terms,
+    'bound': bound if schedule == 'schedule' else f'{bound}, {schedule} schedule',
+    'num_images': result.num_images,
+    'draws_per_image': config.eval.draws,
+    'training_loss': {'value': result.loss[0], 'stderr': result.loss[1]},
+    'diffusion_cv': _or_none(result.cv[0]),
+    'diffusion_cv_linear': _or_none(result.cv[1]),
+    'bits_per_dim_per_log_snr': list(map(_or_none, result.bins)),
+  }
+
+
+def _or_none(number: float) -> float | None:
+  """What a card has for a number that could not be estimated: JSON has no NaN."""
+  return None if math.isnan(number) else float(number)
+
+
+def ends_of(model: build.Model, params: Any) -> tuple[float, float]:
+  """log_snr_max and log_snr_min."""
+  return tuple(map(float, jax.device_get(end_points(model.schedule(params)))))
+
+
+def card_path(
+  config: ConfigDict, source: data.Source, name: str, step: int, workdir: pathlib.Path
+) -> pathlib.Path:
+  """Returns where the card of a bound goes (`cards.path_of`): cards/bits_per_dim_<name of the
+  parameters>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json."""
+  settings, num_images = config.eval, data.num_eval_images(source, config.eval.max_images)
+  time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
+  own = [] if settings.schedule.name == 'schedule' else [settings.schedule.name]
+  times = f'{num_images}x{settings.draws}', f'seed{settings.seed}'
+  same = ('num_timesteps', 'schedule', 'draws', 'seed')
+  made_of = {k: v for k, v in settings.to_dict().items() if k in same} | {
+    'num_images': num_images,
+    'data': source.identity,
+    'dtype': str(build.dtype(config)),
+  }
+  return cards.path_of(workdir, ('bits_per_dim', name, time, *own, *times), made_of, step)
+
+
+def evaluate_and_write(
+  config: ConfigDict,
+  model: build.Model,
+  evaluator: Callable,
+  source: data.Source,
+  train_state: Any,
+  workdir: pathlib.Path,
+) -> dict[str, BitsPerDim]:
+  """Scores config.eval.params on the split and writes a card for each (`card_path`)."""
+  step, results = int(train_state.step), {}
+  num_images = data.num_eval_images(source, config.eval.max_images)
+  for name in config.eval.params.split(','):
+    params = named_params(train_state, name)
+    batches = data.eval_batches(
+      source,
+      batch_size=config.eval.batch_size,
+      max_images=config.eval.max_images,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    results[name] = evaluator(params, batches, num_images)
+    path = card_path(config, source, name, step, workdir)
+    fields = elbo_fields(config, results[name])
+    write_card(path, config, source.identity, name, step, ends_of(model, params), fields)
+  return results
+
+
+def log_bounds(results: dict[str, BitsPerDim], step: int):
+  """Logs evaluations of the bound, a line each."""
+  for name, result in results.items():
+    terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
+    logging.info(
+      '%s parameters, step %d, %d images: %s bits/dim (%s)',
+      name,
+      step,
+      result.num_images,
+      cards.plus_minus(result.value, result.stderr),
+      terms,
+    )

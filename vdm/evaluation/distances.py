@@ -1,0 +1,78 @@
+"""Fréchet distance and its relatives for samples of a model, each in a number card."""
+
+import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import numpy as np
+from absl import logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build, cards, fid
+from vdm.diffusion.samplers import num_evaluations
+
+
+def make_scorer(
+  config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path, num_images: int
+) -> Callable[[int, Iterable[np.ndarray]], dict[str, dict[str, Any]]]:
+  """score(step, batches) of samples [B H W C], as integers -> {metric: {'value', 'low', ...}}.
+
+  It takes the first `num_images` of them, and writes a card for each metric (`cards.path_of`):
+  cards/<metric>_<params>_<sampler><steps>_<number>_<hash>_step<step>.json. What it lacks, weights
+  or a reference, it says at once.
+  """
+  settings, how = config.fid, config.sample
+  drawn = {
+    'params': how.params,
+    'sampler': how.sampler.name,
+    'network_evaluations': num_evaluations(build.sampler(config), how.num_steps, how.denoise_last),
+    'dtype': str(build.dtype(config)),
+    'config': config.to_dict(),
+  }
+  extractor = fid.make(config, mesh)
+  fid.check_count(settings, num_images, extractor)
+  reference = fid.of_config(config, extractor)
+  of_no_image = ('num_images', 'preview_images', 'batch_size', 'format')
+  made_of = {k: v for k, v in how.to_dict().items() if k not in of_no_image} | {
+    'num_samples': num_images,
+    'extractor': [extractor.name, extractor.sha256],
+    'reference': reference.facts,
+    'dtype': drawn['dtype'],
+  }
+
+  def score(step, batches):
+    rows = fid.batches_of(_first(batches, num_images), extractor, settings.batch_size)
+    samples = fid.collect(extractor, rows, keep=num_images)
+    found = fid.measure(samples, reference, extractor.label, settings.halves)
+    for name, estimate in found.items():
+      parts = name, how.params, f'{how.sampler.name}{how.num_steps}', num_images
+      facts = fid.card_fields(name, estimate, extractor, reference) | drawn | {'step': step}
+      cards.write(cards.path_of(workdir, parts, made_of, step), facts)
+    return found
+
+  return score
+
+
+def log_distances(found: dict[str, dict[str, Any]], params: str, step: int):
+  """Logs the metrics, a line each."""
+  for name, part in found.items():
+    interval = f' (95 %: {part["low"]:.4f} to {part["high"]:.4f})' if 'low' in part else ''
+    logging.info(
+      '%s parameters, step %d, %d samples: %s %.4f%s',
+      params,
+      step,
+      part['num_images'],
+      name,
+      part['value'],
+      interval,
+    )
+
+
+def _first(batches: Iterable[np.ndarray], count: int):
+  """uint8 images, `count` in all."""
+  for images in batches:
+    if count <= 0:
+      return
+    yield images[:count].astype(np.uint8)
+    count -= len(images)

@@ -1,0 +1,94 @@
+"""Noise level, label and flag as one vector, and how it enters a network."""
+
+import math
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class ScaleShift(nn.Module):
+  """x [B, H, W, C], cond [B, D] -> x (1 + scale) + shift, both projections [B, C] of cond."""
+
+  dtype: jnp.dtype
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x, cond):
+    dense = nn.Dense(2 * x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name='dense')
+    scale, shift = jnp.split(dense(cond)[:, None, None, :], 2, axis=-1)
+    return x * (1 + scale) + shift
+
+
+def sinusoidal_embedding(t, size):
+  """t [B] in [0, 1] -> [B, size]: sin, then cos, of 1000 t w_k, k = 0 .. size/2 - 1.
+
+  w_k = 10000^(-k / (size/2 - 1)), from 1 to 1e-4.
+  """
+  k = jnp.arange(size // 2, dtype=jnp.float32)
+  frequencies = jnp.exp(-math.log(10_000) / (size // 2 - 1) * k)
+  angles = 1000 * t[:, None] * frequencies[None, :]
+  return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+
+class Conditioning(nn.Module):
+  """Noise level t [B], label and flag [B] -> conditioning vector [B, 4 width], float32.
+
+  VDM's (public code): sinusoidal embedding of t, then twice Dense, swish. Our addition: the
+  embedding of the label is added before the last swish. Labels -1 and `num_classes`, and no labels
+  at all, are the null label, which has its own row in the table.
+
+  With `embedding_size` E > 0 the label is instead a vector of each image, float [B, E], such as
+  another network's; its projection is added. Zeros, and no labels at all, stand for its absence,
+  for which a vector is learned.
+  """
+
+  width: int
+  num_classes: int = 0
+  augmentation_flag: bool = False
+  embedding_size: int = 0
+
+  @nn.compact
+  def __call__(self, t, label=None, flag=None):
+    if label is not None and not self.num_classes and not self.embedding_size:
+      raise ValueError(
+        'labels were given to a network with num_classes=0; set '
+        'config.model.class_conditional=True, or pass label=None.'
+      )
+    if self.num_classes and self.embedding_size:
+      raise ValueError(
+        f'config.data.embedding_size={self.embedding_size} must be 0 for a network with classes; '
+        'set config.model.class_conditional=False to condition on embeddings.'
+      )
+    if flag is not None and not self.augmentation_flag:
+      raise ValueError(
+        'flag was given to a network with augmentation_flag=False; set '
+        'config.model.augmentation_flag=True, or pass flag=None.'
+      )
+    t = jnp.asarray(t, jnp.float32)
+    h = sinusoidal_embedding(t, self.width)
+    if self.augmentation_flag:
+      flag = jnp.zeros_like(t) if flag is None else jnp.asarray(flag, jnp.float32)
+      h = jnp.concatenate([h, flag[:, None]], axis=-1)
+    h = nn.swish(nn.Dense(4 * self.width, name='dense_0')(h))
+    h = nn.Dense(4 * self.width, name='dense_1')(h)
+    if self.num_classes:
+      # The null label's row is the last, which is also where the index -1 leads.
+      label = jnp.full(t.shape, -1) if label is None else label
+      h += nn.Embed(
+        self.num_classes + 1,
+        4 * self.width,
+        embedding_init=nn.initializers.normal(1.0),
+        name='label',
+      )(label)
+    if self.embedding_size:
+      label = jnp.zeros((len(t), self.embedding_size)) if label is None else label
+      if label.shape != (len(t), self.embedding_size):
+        raise ValueError(
+          f'config.data.embedding_size={self.embedding_size} must be that of the embeddings, '
+          f'whose shape is {label.shape}.'
+        )
+      label = jnp.asarray(label, jnp.float32)
+      null = self.param('null_embedding', nn.initializers.normal(1.0), (1, 4 * self.width))
+      projected = nn.Dense(4 * self.width, use_bias=False, name='embedding')(label)
+      h += jnp.where(label.any(axis=-1, keepdims=True), projected, null)
+    return nn.swish(h)

@@ -1,0 +1,3 @@
+"""What a run costs on devices that need not be here."""
+
+ORDER = ('chips', 'flops', 'hlo', 'costs', 'plan', '__init__')

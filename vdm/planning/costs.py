@@ -1,0 +1,193 @@
+"""What a jitted step costs on a slice of TPUs, a node of GPUs or the devices at hand.
+
+For TPUs it is compiled with XLA's TPU compiler, which needs no TPU. For others nothing is compiled:
+FLOPs are counted all the same, memory and traffic are estimated.
+"""
+
+import importlib.util
+import math
+import os
+import re
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+from ml_collections import ConfigDict
+
+from vdm import build
+from vdm.planning import flops as flops_lib
+from vdm.planning import hlo
+from vdm.planning.chips import GPUS, TPUS, Chip, of_kind
+from vdm.system import parallel
+
+# What libtpu would ask Google's cloud for, and complain about where it is not.
+LIBTPU = {
+  'TPU_SKIP_MDS_QUERY': '1',  # elsewhere it waits for nothing
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip is taken: plans may run at once
+  'TPU_WORKER_HOSTNAMES': 'localhost',
+  'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any: the topology is given
+}
+
+
+class Target(NamedTuple):
+  """Where a run is planned to be."""
+
+  name: str  # as it was typed: 'v5e:2x4'
+  chip: Chip | None  # None: a device that no table has
+  mesh: Mesh | AbstractMesh
+  platform: str
+
+
+class Step(NamedTuple):
+  """A jitted function of a run."""
+
+  name: str
+  function: Callable
+  args: tuple  # abstract, with shardings
+  images: int  # of one call, over all devices
+  calls_per_batch: int  # until these images are done
+  calls: int  # in all
+  residuals: float = 0.0  # bytes a device keeps for the gradient, before any compiler fuses
+
+
+class Cost(NamedTuple):
+  """What one call of a step costs on one device; None stands for what is not known."""
+
+  flops: float
+  traffic: float | None = None
+  collectives: dict[str, tuple[int, float]] | None = None
+  temporaries: float | None = None
+  memory: float | None = None  # in all
+  limit: float | None = None  # what the compiler allows, where the program exceeds it
+  seconds: float | None = None  # of compilation
+  accessed: float | None = None  # bytes by XLA's own count: loops once, on-chip memory included
+
+
+def target(topology: str, config: ConfigDict) -> Target:
+  """What --topology names, 'v5e:8x8' or 'h100:8'; the devices at hand if it is empty."""
+  fsdp = config.parallel.fsdp
+  if not topology:
+    build.check_devices(config, jax.device_count())
+    name = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+    chip = of_kind(jax.devices()[0].device_kind)
+    return Target(name, chip, parallel.make_mesh(fsdp), jax.default_backend())
+  kind, _, size = topology.partition(':')
+  if kind in GPUS and re.fullmatch(r'[1-9]\d*', size):
+    build.check_devices(config, int(size))
+    mesh = parallel.abstract_mesh(int(size) // fsdp, fsdp)
+    return Target(topology, GPUS[kind], mesh, 'gpu')
+  if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', size):
+    raise ValueError(
+      f'--topology={topology} must be {", ".join(TPUS)} with a shape, or {", ".join(GPUS)} with a '
+      'number; try v5e:2x4 or h100:8.'
+    )
+  build.check_devices(config, math.prod(map(int, size.split('x'))))
+  return Target(topology, TPUS[kind], parallel.make_mesh(fsdp, tpu_devices(topology)), 'tpu')
+
+
+def tpu_devices(topology: str) -> list[jax.Device]:
+  """The devices of a slice that is not here, one a chip, to compile for."""
+  from jax.experimental import topologies
+
+  if importlib.util.find_spec('libtpu') is None:
+    raise ValueError(
+      f"--topology={topology} needs XLA's TPU compiler; pip install 'vdm-jax[tpu]', also without a "
+      'TPU.'
+    )
+  for name, value in LIBTPU.items():
+    os.environ.setdefault(name, value)
+  # libtpu would count the two cores of a v4 apart; on a TPU JAX sees the chip
+  as_one = {'chip_config_name': 'megacore'} if topology.startswith('v4:') else {}
+  try:
+    return list(topologies.get_topology_desc(topology, 'tpu', **as_one).devices)
+  except jax.errors.JaxRuntimeError as error:
+    raise ValueError(
+      f'--topology={topology} must be a slice that exists ({str(error).splitlines()[0]}); '
+      'try v5e:2x4, v5e:8x8, v4:2x2x2 or v5p:2x2x2.'
+    ) from error
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Of abstract arrays with shardings."""
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in jax.tree.leaves(tree)
+    if isinstance(leaf, jax.ShapeDtypeStruct)
+  )
+
+
+def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
+  """Of a step: counted in its jaxpr, and compiled where `where` is a slice of TPUs."""
+  traced = step.function.trace(*step.args)
+  num_devices = where.mesh.size
+  matmuls = flops_lib.matmuls(traced.jaxpr.jaxpr, where.platform)
+  flops, arguments = matmuls.flops / num_devices, bytes_per_device(step.args)
+  if where.platform != 'tpu' or not compiles:
+    moved = matmuls.bytes / num_devices + (2 if step.residuals else 1) * arguments
+    if not step.residuals:
+      return Cost(flops, moved, {})
+    params = bytes_per_device(step.args[0].params)
+    temporaries = step.residuals + params  # and the gradient
+    collectives = gradient_exchange(params, where.mesh)
+    return Cost(flops, moved, collectives, temporaries, arguments + temporaries)
+  start = time.perf_counter()
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as error:
+    used, limit = exceeded(str(error))
+    return Cost(flops, memory=used, limit=limit, seconds=time.perf_counter() - start)
+  seconds, analysis = time.perf_counter() - start, compiled.memory_analysis()
+  memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+  memory += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  traffic = hlo.traffic(compiled.as_text(), num_devices)
+  return Cost(
+    flops,
+    traffic.bytes,
+    traffic.collectives,
+    analysis.temp_size_in_bytes,
+    memory,
+    seconds=seconds,
+    accessed=compiled.cost_analysis()['bytes accessed'],
+  )
+
+
+def exceeded(message: str) -> tuple[float, float]:
+  """What the compiler says that a program takes and may take, in bytes; other errors are not ours.
+
+  Either 'Used 20.5G of 15.75G hbm', of all of it, or, of temporaries alone, '(54.47G) exceeds
+  available HBM (15.75G)'.
+  """
+  found = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', message) or re.search(
+    r'\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)', message
+  )
+  if not found:
+    raise RuntimeError(message)
+  unit = {'K': 2**10, 'M': 2**20, 'G': 2**30}
+  return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+
+
+def gradient_exchange(params: float, mesh: Mesh | AbstractMesh) -> dict[str, tuple[int, float]]:
+  """What a device sends for the gradients of its `params` bytes, in float32.
+
+  With fsdp the shards are gathered forward and backward, and gradients scattered.
+  """
+  fsdp, replicas = mesh.shape['fsdp'], mesh.shape['data']
+  sent = {}
+  if fsdp > 1:
+    sent['all-gather'] = 2, 2 * params * (fsdp - 1)
+    sent['reduce-scatter'] = 1, params * (fsdp - 1)
+  if replicas > 1:
+    sent['all-reduce'] = 1, 2 * params * (replicas - 1) / replicas
+  return sent
+
+
+def roofline(chip: Chip, dtype: str, cost: Cost) -> dict[str, float]:
+  """Seconds at the chip's peak: what the greatest belongs to binds."""
+  sent = sum(size for _, size in cost.collectives.values())
+  return {
+    'arithmetic': cost.flops / chip.flops(dtype),
+    'HBM': cost.traffic / chip.hbm_bandwidth,
+    'links': sent / chip.link_bandwidth,
+  }

@@ -1,0 +1,106 @@
+"""Draws batches of images; an image depends on its own number and the seed alone."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build
+from vdm.diffusion.gaussian import Denoiser, end_points, fold_in
+from vdm.diffusion.guidance import guide, label_pair, pair
+from vdm.diffusion.samplers import sample, time_grid
+from vdm.errors import require
+from vdm.sampling.labels import labels_of
+from vdm.system import parallel
+from vdm.workdir.load import read_guide
+
+# (params, guide's params, label) -> Denoiser, and the guide's params
+Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
+
+
+def make_sampler(
+  config: ConfigDict, model: build.Model, mesh: Mesh, guidance: Guidance | None = None
+) -> Callable[..., Iterator[np.ndarray]]:
+  """run(params, num_images=0, starts=None) -> iterator over batches [B H W C] of integers.
+
+  The first `num_images` of them, 0: of config.sample.num_images, the last batch cut; where `starts`
+  are given only the batches whose first image has one of these numbers. `guidance` is
+  config.sample.guidance where it was made already.
+  """
+  settings = config.sample
+  labels, sampler, threshold = labels_of(config), build.sampler(config), build.threshold(config)
+  guided, guide_params = guidance or make_guidance(config, model, mesh)
+
+  def draw(params, guide_params, log_snrs, index, label):
+    x = sample(
+      fold_in(jax.random.key(settings.seed), index),
+      sampler,
+      threshold(guided(params, guide_params, label)),
+      log_snrs,
+      model.image_shape,
+      settings.denoise_last,
+    )
+    return model.decoder.from_model(x)  # the decoder's mode
+
+  compiled = parallel.jit(draw, mesh, out_shardings=parallel.replicated(mesh))
+  sharding = parallel.batch_sharding(mesh)
+
+  def run(params, num_images=0, starts=None):
+    num_images = num_images or settings.num_images
+    grid = build.other_schedule(config, 'sample.grid', model.schedule(params))
+    log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
+
+    def launch(start):
+      index = start + np.arange(settings.batch_size)
+      inputs = (index.astype(np.int32), labels(index))
+      placed = [
+        jax.make_array_from_callback(a.shape, sharding, lambda part, a=a: a[part]) for a in inputs
+      ]
+      return start, compiled(params, guide_params, log_snrs, *placed)
+
+    if starts is None:
+      starts = range(0, num_images, settings.batch_size)
+    launched = itertools.chain(map(launch, starts), [None])
+    # the next batch is under way while the caller has this one
+    for (start, images), _ in itertools.pairwise(launched):
+      yield np.asarray(images)[: num_images - start]
+
+  return run
+
+
+def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidance:
+  """config.sample.guidance."""
+  settings = config.sample.guidance
+  limits = (settings.log_snr_min, settings.log_snr_max)
+  if settings.kind == 'none':
+    return lambda params, _, label: model.denoiser(params, label), None
+  if settings.kind == 'classifier_free':
+
+    def classifier_free(params, _, label):
+      of = functools.partial(model.denoiser, params)
+      return guide(of(label), label_pair(of, label), settings.weight, *limits)
+
+    return classifier_free, None
+  other, guide_state = read_guide(config, model, mesh)
+  high, low = map(float, end_points(other.schedule(guide_state.ema_params)))
+  low, high = max(low, limits[0]), min(high, limits[1])  # only where the guide, too, was trained
+  own = config.schedule.log_snr_min, config.schedule.log_snr_max
+  require(
+    max(low, own[0]) < min(high, own[1]),
+    'config.sample.guidance.checkpoint',
+    settings.checkpoint,
+    f"trained where the model is, at log-SNR {own[0]:g} to {own[1]:g} and within guidance's "
+    f'limits: the two overlap nowhere, {low:g} to {high:g}',
+    'name another run, or other limits',
+  )
+
+  def auto(params, guide_params, label):
+    own, weak = model.denoiser(params, label), other.denoiser(guide_params, label)
+    return guide(own, pair(own, weak), settings.weight, low, high)
+
+  return auto, guide_state.ema_params

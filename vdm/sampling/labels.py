@@ -1,0 +1,97 @@
+"""Image number -> label or embedding."""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from vdm import data
+from vdm.diffusion.gaussian import fold_in
+from vdm.errors import require
+
+LABEL_RULES = ('balanced', 'uniform')
+
+
+def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
+  """Image number -> class: config.sample.label; where that is -1, by config.sample.label_rule.
+
+  'balanced' takes each class in turn, 'uniform' draws one from the image's own key; of a
+  class-conditional model's, only those of which the training split has images. For a model of
+  embeddings: image number -> row of config.sample.embeddings, in turn.
+  """
+  if config.data.embedding_size:
+    return embeddings_of(config)
+  settings, classes = config.sample, max(1, config.data.num_classes)
+  label, rule = settings.label, settings.label_rule
+  fact, remedy = f'a class, 0 .. {classes - 1}, or -1', 'use -1 for config.sample.label_rule'
+  require(-1 <= label < classes, 'config.sample.label', label, fact, remedy)
+  choices = ' or '.join(map(repr, LABEL_RULES))
+  require(rule in LABEL_RULES, 'config.sample.label_rule', rule, choices, 'choose one')
+
+  if label >= 0:
+    return lambda index: np.full(len(index), label, np.int32)
+  drawn = drawn_classes(config)
+
+  def uniform(index):
+    keys = fold_in(jax.random.key(settings.seed), jnp.asarray(index))
+    keys = fold_in(keys, jnp.full(len(index), 2))  # `samplers.sample` splits them in two: 0 and 1
+    numbers = np.asarray(jax.vmap(lambda key: jax.random.randint(key, (), 0, len(drawn)))(keys))
+    return drawn[numbers].astype(np.int32)
+
+  return uniform if rule == 'uniform' else lambda index: drawn[index % len(drawn)].astype(np.int32)
+
+
+def drawn_classes(config: ConfigDict) -> np.ndarray:
+  """The classes that config.sample.label_rule draws from."""
+  if config.model.class_conditional:
+    return _classes_with_images(FrozenConfigDict(config.data))
+  return np.arange(max(1, config.data.num_classes))
+
+
+@functools.lru_cache
+def _classes_with_images(settings: FrozenConfigDict) -> np.ndarray:
+  """Those of config.data's training split; all of them, which is said, where it is not here."""
+  every = np.arange(settings.num_classes)
+  try:
+    source = data.load(settings, 'train')
+  except ValueError as error:
+    cause = str(error).partition(';')[0]  # what is to be done about it matters to training alone
+    logging.info(
+      'labels are drawn from all %d classes, not those with images: %s', len(every), cause
+    )
+    return every
+  found = data.classes(source, len(every))
+  if len(found) < len(every):
+    missing = np.setdiff1d(every, found)
+    logging.warning(
+      '%d of %d classes have no images in %r and are not drawn: %s%s',
+      len(missing),
+      len(every),
+      settings.train_split,
+      ', '.join(map(str, missing[:8])),
+      ', ...' if len(missing) > 8 else '',
+    )
+  return found
+
+
+def embeddings_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
+  """Image numbers [b] -> embeddings float32 [b, E]: each in turn of the file [N, E] of
+  config.sample.embeddings, or of the evaluation split."""
+  path, size = config.sample.embeddings, config.data.embedding_size
+  if not path:
+    source = data.load(config.data, 'eval')
+    return lambda index: source.fetch(index % len(source))['label']
+  try:
+    rows = np.load(path)
+  except (OSError, ValueError) as error:
+    raise ValueError(
+      f'config.sample.embeddings={path!r} cannot be read ({error}); name a file of np.save.'
+    ) from error
+  good = rows.ndim == 2 and rows.shape[1] == size and len(rows) > 0 and np.isfinite(rows).all()
+  fact = f'an array [N, {size}] of finite numbers, not {rows.dtype} {list(rows.shape)}'
+  require(good, 'config.sample.embeddings', path, fact, 'see config.data.embedding_size')
+  return lambda index: rows[index % len(rows)].astype(np.float32)

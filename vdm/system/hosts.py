@@ -1,0 +1,147 @@
+"""The processes and cores of a job: how they join, what they keep compiled, when they stop."""
+
+import os
+import signal
+from collections.abc import Callable
+
+import jax
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from vdm.system import files
+
+MOST_CORES = 8  # used as devices: with more, little of a batch is left to each, and of the memory
+# Seconds until XLA aborts the process because one of its devices is behind the others: 40 without.
+PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds'
+EXIT_PREEMPTED = 75  # saved after SIGTERM, not done: run the same command again
+
+
+def initialize(
+  coordinator: str, num_processes: int | None, process_id: int | None, heartbeat_seconds: int
+):
+  """Joins the processes of one job; to be called before anything asks JAX for a device.
+
+  JAX itself finds the jobs of Cloud TPU, GKE, SLURM and Open MPI; where it finds none, this process
+  is alone. A job that is started by hand says its coordinator, num_processes and process_id;
+  num_processes=1 and no coordinator looks for no job.
+
+  From then on JAX ends every process (SIGABRT, status 134) once one has been silent for
+  `heartbeat_seconds`, wherever the others wait for it.
+
+  Raises:
+    ValueError: the arguments do not name one process of a job.
+  """
+  _check_job(coordinator, num_processes, process_id, heartbeat_seconds)
+  job = dict(heartbeat_timeout_seconds=heartbeat_seconds)
+  if coordinator:
+    by_hand = dict(coordinator_address=coordinator, cluster_detection_method='deactivate')
+    job |= dict(num_processes=num_processes, process_id=process_id) | by_hand
+    logging.info('process %d of %d joins %s', process_id, num_processes, coordinator)
+  elif num_processes == 1:
+    return
+  try:
+    jax.distributed.initialize(**job)
+  except ValueError as error:
+    if 'coordinator_address should be defined' not in str(error):  # JAX for: found no job
+      raise
+    return
+  if jax.process_count() > 1:
+    logging.info(
+      'process %d of %d; the job ends when one is silent for %d s',
+      jax.process_index(),
+      jax.process_count(),
+      heartbeat_seconds,
+    )
+
+
+def _check_job(
+  coordinator: str, num_processes: int | None, process_id: int | None, heartbeat_seconds: int
+):
+  """Raises ValueError where the flags of the same names do not belong together."""
+  if heartbeat_seconds < 1:
+    raise ValueError(f'--heartbeat_seconds={heartbeat_seconds} must be at least 1; try 100.')
+  if not coordinator:
+    if process_id is not None or num_processes not in (None, 1):
+      given = f'{num_processes=}' if process_id is None else f'{process_id=}'
+      raise ValueError(
+        f'--{given} needs --coordinator=host:port; leave both out where JAX finds the job itself.'
+      )
+    return
+  host, _, port = coordinator.rpartition(':')
+  if not (host and port.isdigit()):
+    raise ValueError(f'--coordinator={coordinator} must be host:port; try {host or port}:8476.')
+  if num_processes is None or process_id is None:
+    raise ValueError(
+      f'--coordinator={coordinator} needs --num_processes and --process_id, the same command on '
+      'each process but for --process_id=0, 1, ...'
+    )
+  if not 0 <= process_id < num_processes:
+    raise ValueError(
+      f'--process_id={process_id} must be in 0 .. --num_processes={num_processes} - 1; '
+      'start each process with its own.'
+    )
+
+
+def use_cores(works: Callable[[int], bool]):
+  """Makes a CPU as many devices as it has cores; fewer where `works` of their number is false.
+
+  XLA:CPU runs much of a step on one core, such as convolutions with 64 output channels or fewer;
+  devices run side by side. To be called before anything asks JAX for a device, and without effect
+  on accelerators, in a job that JAX has joined, and where $JAX_NUM_CPU_DEVICES or XLA's
+  --xla_force_host_platform_device_count has a number already.
+  """
+  xla_flags = os.environ.get('XLA_FLAGS', '')
+  in_flags = '--xla_force_host_platform_device_count' in xla_flags
+  if in_flags or jax.config.jax_num_cpu_devices > 0 or jax.distributed.is_initialized():
+    return
+  pinned = hasattr(os, 'sched_getaffinity')  # not on macOS
+  cores = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
+  numbers = filter(works, range(1, min(cores, MOST_CORES) + 1))
+  jax.config.update('jax_num_cpu_devices', max(numbers, default=1))
+  if PATIENCE not in xla_flags:
+    os.environ['XLA_FLAGS'] = f'{xla_flags} {PATIENCE}=3600'.strip()
+
+
+def keep_compiled(directory: epath.Path):
+  """Keeps what took a second or more to compile in `directory`, for the next start of a run.
+
+  $JAX_COMPILATION_CACHE_DIR, or what an earlier call said, comes first. The directory is made when
+  there is something to keep.
+  """
+  if not jax.config.jax_compilation_cache_dir:
+    jax.config.update('jax_compilation_cache_dir', str(files.absolute(directory)))
+
+
+class StopSignal:
+  """Notes SIGTERM, Ctrl-C and SIGHUP, for the loop to save and stop.
+
+  A second SIGTERM or Ctrl-C acts at once. A terminal that closes sends SIGHUP more than once, and
+  under nohup it is to be ignored. In a job of several processes JAX has a SIGTERM handler of its
+  own, which tells all hosts.
+  """
+
+  def __init__(self):
+    self.name = 'preemption notice'
+    self.noted = False
+    signals = []
+    if jax.process_count() == 1:
+      hangup = [s for s in signal.Signals if s.name == 'SIGHUP']  # not on Windows
+      kept = [s for s in hangup if signal.getsignal(s) != signal.SIG_IGN]
+      signals = [signal.SIGTERM, signal.SIGINT, *kept]
+    self._old = {s: signal.signal(s, self._note) for s in signals}
+
+  def _note(self, number, _):
+    self.name, self.noted = signal.Signals(number).name, True
+    for again in (signal.SIGTERM, signal.SIGINT):
+      signal.signal(again, self._old[again])
+
+  def restore(self):
+    for number, handler in self._old.items():
+      signal.signal(number, handler)
+
+  def agreed(self, step: int) -> bool:
+    """Whether to stop after `step`: the same answer on every host."""
+    if jax.process_count() > 1:
+      return multihost_utils.reached_preemption_sync_point(step)
+    return self.noted

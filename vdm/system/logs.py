@@ -1,0 +1,42 @@
+"""What a person reads while a command runs: one line per event."""
+
+import os
+import time
+
+from absl import logging
+from rich.console import Console
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
+
+console = Console(stderr=True)
+
+
+def _ours_or_serious(record) -> bool:
+  """Of other packages' messages only warnings: Orbax alone has some thirty lines a save."""
+  ours = any(f'{os.sep}{name}{os.sep}' in record.pathname for name in ('vdm', 'clu'))
+  return ours or record.levelno >= logging.converter.STANDARD_WARNING
+
+
+class _PlainFormatter(logging.PythonFormatter):
+  def format(self, record):
+    level = '' if record.levelname == 'INFO' else f'{record.levelname} '
+    return f'{time.strftime("%H:%M:%S")} {level}{record.getMessage()}'
+
+
+def set_up_logging():
+  """Time and message, a line each; on a terminal they scroll above the progress line."""
+  logging.use_absl_handler()
+  logging.set_verbosity(logging.INFO)
+  logger, handler = logging.get_absl_logger(), logging.get_absl_handler()
+  if console.is_terminal:
+    handler = RichHandler(
+      console=console,
+      show_path=False,
+      show_level=False,
+      log_time_format='%H:%M:%S',
+      highlighter=NullHighlighter(),
+    )
+    logger.handlers, logger.propagate = [handler], False
+  else:
+    handler.setFormatter(_PlainFormatter())
+  handler.addFilter(_ours_or_serious)

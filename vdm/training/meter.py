@@ -1,0 +1,137 @@
+"""Averages of the steps' metrics, their lines in the log, and the progress line."""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from vdm.diffusion.elbo import coefficients_of_variation
+from vdm.system.logs import console
+from vdm.system.writers import MetricWriter
+
+
+class Meter:
+  """Averages of the steps' metrics, written every `every` steps, and the progress line.
+
+  A step's metrics are fetched when the next one has been dispatched, so no device waits for them.
+  `data_wait` is the share of this host's time in which it was blocked in next(batches): devices
+  compute meanwhile, and stand still for want of data only where it nears 1.
+  """
+
+  def __init__(self, writer: MetricWriter, every: int, batch_size: int, start: int, total: int):
+    self._writer, self._every, self._batch_size = writer, every, batch_size
+    self._start, self._total = start, total
+    self._pending, self._window, self._bins = None, [], []
+    self._begin = self._clock = None  # set after the first step, which compiles
+    self._waited = 0.0  # seconds since self._clock
+    columns = (
+      TextColumn('{task.description}'),
+      BarColumn(),
+      TaskProgressColumn(),
+      TextColumn('{task.fields[status]}'),
+    )
+    self._line = Progress(*columns, console=console, disable=not _shown(), transient=True)
+    self._task = self._line.add_task('compiling', total=total, completed=start, status='')
+    self._line.start()
+
+  def waits_for(self, batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; the time that each next() takes counts as waiting for data."""
+    start = time.monotonic()
+    for batch in batches:
+      self._waited += time.monotonic() - start
+      yield batch
+      start = time.monotonic()
+
+  def push(self, step: int, metrics: Any, fetch: Callable[[Any], dict]):
+    """Takes the metrics of `step`, still being computed, and reads those of the step before."""
+    self.drain()
+    self._pending = (step, metrics, fetch)
+
+  def drain(self):
+    """Reads the metrics of the last step pushed; FloatingPointError where one is not finite."""
+    if self._pending is None:
+      return
+    step, metrics, fetch = self._pending
+    self._pending = None
+    metrics = fetch(metrics)
+    for name in ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm'):
+      if not np.isfinite(metrics[name]):
+        raise FloatingPointError(f'step {step}: {name} is {metrics[name]}')
+    now = time.monotonic()
+    if self._begin is None:
+      self._begin, self._clock, self._waited = now, now, 0.0
+      self._start = self._clock_step = step
+    self._bins.append(metrics.pop('bins'))
+    self._window.append(metrics)
+    left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
+    bits = metrics['bits_per_dim']
+    status = f'{bits:.3f} bits/dim, {self._rate(step, now):.0f} images/s, {_duration(left)} left'
+    self._line.update(self._task, description=f'step {step}', completed=step, status=status)
+    if step % self._every == 0:
+      self._write(step, now, left)
+
+  @contextlib.contextmanager
+  def pause(self):
+    """Reads what is pending; what happens inside does not count as time of the steps."""
+    self.drain()
+    start = time.monotonic()
+    self._line.update(self._task, status='evaluating or saving')
+    yield
+    self._clock += time.monotonic() - start
+
+  def close(self):
+    """Takes the progress line away."""
+    self._line.stop()
+
+  def _rate(self, step: int, now: float) -> float:
+    """Images per second since the last write."""
+    return (step - self._clock_step) * self._batch_size / max(now - self._clock, 1e-9)
+
+  def _write(self, step: int, now: float, left: float):
+    means = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *self._window)
+    _, square, square_linear = moments = means.pop('moments')
+    cv = coefficients_of_variation(moments)
+    means |= dict(zip(('diffusion_cv', 'diffusion_cv_linear'), cv, strict=True))
+    means['square_reduction'] = square / square_linear
+    scalars = {f'train/{k}': float(v) for k, v in means.items()}
+    if step > self._start:  # the first was not timed: it was compiled
+      scalars |= {
+        'train/images_per_second': self._rate(step, now),
+        'train/data_wait': self._waited / max(now - self._clock, 1e-9),
+        'train/minutes_left': left / 60,
+      }
+    self._writer.write_scalars(step, scalars)
+    speed = ''
+    if step > self._start:
+      rate, wait = scalars['train/images_per_second'], scalars['train/data_wait']
+      speed = f', {rate:.4g} images/s ({wait:.0%} of the time without data), {_duration(left)} left'
+    logging.info(
+      'step %d: %.4f bits/dim, loss %.4g%s',
+      step,
+      scalars['train/bits_per_dim'],
+      scalars['train/loss'],
+      speed,
+    )
+    self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
+
+  def take_bins(self) -> np.ndarray:
+    """Bits/dim per unit of log-SNR in each bin since the last call; nan where no example fell."""
+    sums, counts = (sum(bins[k] for bins in self._bins) for k in ('sum', 'count'))
+    self._bins = []
+    with np.errstate(invalid='ignore'):
+      return np.divide(sums, counts)
+
+
+def _shown() -> bool:
+  return console.is_terminal and jax.process_index() == 0
+
+
+def _duration(seconds: float) -> str:
+  minutes, seconds = divmod(round(seconds), 60)
+  hours, minutes = divmod(minutes, 60)
+  return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'

@@ -1,0 +1,13 @@
+"""What a run keeps in its folder, and how it is read."""
+
+ORDER = (
+  'released',
+  'config_file',
+  'layouts',
+  'checkpoint',
+  'load',
+  'release',
+  'posthoc_ema',
+  'import_public',
+  '__init__',
+)

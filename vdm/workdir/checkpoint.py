@@ -1,0 +1,287 @@
+"""What a run keeps in its workdir: `config.json`, and `checkpoints/<step>` written by Orbax.
+
+A checkpoint is two items: `state`, the arrays, and `manifest`, the metrics with the shape, dtype
+and checksum of every leaf. Orbax itself notices a file that is missing or cut short, but neither it
+nor TensorStore checks the array bytes, so a flipped bit would restore as a wrong weight.
+
+Parameters are saved as they are, unrolled or stacked (`vdm.nn.blocks`): the manifest says which,
+and a restore that wants the other layout converts, once the checksums of what was saved are right.
+So a save moves nothing, and only a restore that changes the layout pays for it: it holds the state
+twice for a moment.
+"""
+
+import itertools
+import json
+import math
+import types
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from vdm.system import files
+from vdm.workdir.layouts import as_written, named
+
+
+def manager(
+  workdir: str, keep: int | None = None, folder: str = 'checkpoints'
+) -> ocp.CheckpointManager:
+  """Opens `workdir/checkpoints`. Close it at the end: `close()` waits for the last save.
+
+  Args:
+    workdir: the run's directory.
+    keep: how many of the newest checkpoints stay, besides the one with the lowest bits_per_dim.
+      None opens the directory for reading only, which is safe beside a run that writes there.
+    folder: of the workdir.
+  """
+  if keep is not None and keep < 1:
+    raise ValueError(f'config.checkpoint.keep={keep} must be at least 1.')
+  directory = files.absolute(workdir) / folder
+
+  def should_preserve(checkpoints, *, context):
+    del context
+    bpds = {c.step: _bits_per_dim(directory, c.step, c.metrics) for c in checkpoints}
+    kept = {*sorted(bpds)[-(keep or 0) :], _best(bpds)}
+    return [c.step in kept for c in checkpoints]
+
+  options = ocp.CheckpointManagerOptions(
+    create=keep is not None,
+    cleanup_tmp_directories=keep is not None,  # what a killed save left behind
+    preservation_policy=types.SimpleNamespace(should_preserve=should_preserve),
+  )
+  return ocp.CheckpointManager(directory, options=options)
+
+
+def save(
+  manager: ocp.CheckpointManager, step: int, state: Any, metrics: Mapping[str, float] | None = None
+) -> bool:
+  """Starts to save `state`; False where `step` is there already.
+
+  Returns as soon as the arrays are copied; the checkpoint appears, whole, when all is written. An
+  error while writing is raised by the next call, or by `manager.close()`.
+
+  Args:
+    manager: opened for writing.
+    step: the training steps done.
+    state: a pytree of arrays, the same on every process.
+    metrics: of this very state; 'bits_per_dim' decides which checkpoint is the best.
+  """
+  if step in manager.all_steps():
+    return False
+  metrics = {name: float(value) for name, value in (metrics or {}).items()}
+  metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # for JSON
+  leaves = {
+    name: [*_signature(leaf), checksum]
+    for (name, leaf), checksum in zip(named(state).items(), _checksums(state), strict=True)
+  }
+  body = {'metrics': metrics, 'leaves': leaves}
+  return manager.save(
+    step,
+    args=ocp.args.Composite(
+      state=ocp.args.StandardSave(state),
+      manifest=ocp.args.JsonSave(body | {'crc32': _crc32(body)}),
+    ),
+    metrics=metrics,
+    force=True,  # at any step: the caller's loop knows when
+  )
+
+
+def latest_step(manager: ocp.CheckpointManager) -> int | None:
+  """The newest step, or None."""
+  return manager.latest_step()
+
+
+def best_step(manager: ocp.CheckpointManager) -> int | None:
+  """The step with the lowest bits_per_dim, or None where no checkpoint has one."""
+  manager.wait_until_finished()
+  return _best({step: _bits_per_dim(manager.directory, step) for step in manager.all_steps()})
+
+
+def restore(
+  manager: ocp.CheckpointManager, abstract_state: Any, step: int | None = None
+) -> tuple[Any, int] | None:
+  """Reads the newest checkpoint that is whole, to resume from it, or exactly that of `step`.
+
+  On the way to the newest whole one, broken ones are logged and then renamed `<step>.corrupt`: out
+  of the way of the saves to come, and there to be looked at.
+
+  Args:
+    manager: opened for writing, where `step` is None.
+    abstract_state: a pytree of `jax.ShapeDtypeStruct` with the shardings wanted now.
+    step: reads this one or fails, and renames nothing; None takes the newest.
+
+  Returns:
+    The state and its step, or None where there is no checkpoint yet.
+
+  Raises:
+    ValueError: `step` is not there or is broken, or there are checkpoints and all are broken, or
+      the checkpoint is of another model.
+  """
+  manager.wait_until_finished()
+  steps = sorted(manager.all_steps(), reverse=True)
+  if step is not None and step not in steps:
+    raise ValueError(f'{manager.directory} holds the steps {steps[::-1]}, not {step}.')
+  broken = []
+  for candidate in steps if step is None else [step]:
+    path = manager.directory / str(candidate)
+    state, cause = _read(path, abstract_state)
+    if not cause:
+      _set_aside(manager, broken)
+      return state, candidate
+    logging.warning('%s is broken and is passed over (%s).', path, cause)
+    broken.append(path)
+  if not broken:
+    return None
+  raise ValueError(
+    f'{manager.directory} holds no checkpoint that can be restored, of {len(broken)} tried '
+    f'({path.name}: {cause}); put back a whole copy, or choose another --workdir.'
+  )
+
+
+def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
+  """The state at `path` and '', or None and what is wrong with it, the same on every process."""
+  manifest, cause = _attempt(lambda: (_check_files(path), _manifest(path))[1])
+  if cause:
+    return None, cause
+  written, convert = as_written(manifest['leaves'], abstract_state)
+  _check_same_model(path, manifest['leaves'], named(written))
+  # The handler itself, not the manager: on its way there is no barrier at which a process whose
+  # part of the checkpoint is whole would wait for one that has failed.
+  handler = ocp.StandardCheckpointHandler()
+  state, cause = _attempt(
+    lambda: handler.restore(path / 'state', args=ocp.args.StandardRestore(written))
+  )
+  if cause:
+    return None, cause
+  for name, checksum in zip(named(state), _checksums(state), strict=True):
+    if manifest['leaves'][name][-1] != checksum:
+      return None, f'{name} differs from its checksum'
+  return convert(state), ''
+
+
+def _attempt(read) -> tuple[Any, str]:
+  """The value of `read()` and '', or None and why it failed, here or on another process."""
+  value, cause = None, ''
+  try:
+    value = read()
+  except (MemoryError, jax.errors.JaxRuntimeError):
+    raise  # the machine's failure, not the checkpoint's
+  except Exception as error:  # Orbax raises ValueError, KeyError, JSONDecodeError, bare Exception
+    cause = ' '.join(f'{type(error).__name__}: {error}'.split())[:200]
+  if multihost_utils.process_allgather(np.bool_(cause)).any():
+    return None, cause or 'another process could not read its part'
+  return value, ''
+
+
+def _check_files(path: epath.Path) -> None:
+  """Parses the JSON files and reads the last byte of every chunk of the arrays at `path`.
+
+  Orbax finds a file that is cut or missing as well, but reads all arrays at once and, when one
+  fails, leaves the others hanging: each then prints a traceback of its own. An object store never
+  holds half a file, so only local paths are checked.
+  """
+  if jax.process_index() or '://' in str(path):
+    return
+  for file in (path / 'state' / '_METADATA', *(path / 'state' / 'array_metadatas').glob('*')):
+    json.loads(file.read_text())
+  base = {'driver': 'file', 'path': f'{path}/state/'}
+  store = ts.KvStore.open({'driver': 'ocdbt', 'base': base}).result()
+  reads = [store.read(key, byte_range=slice(-1, None)) for key in store.list().result()]
+  if not reads or not all(read.result().value for read in reads):  # a missing file reads as empty
+    raise FileNotFoundError('array files are missing')
+
+
+def _set_aside(manager: ocp.CheckpointManager, paths: list[epath.Path]) -> None:
+  """Renames each `<step>` to `<step>.corrupt`, which Orbax does not take for a checkpoint."""
+  if not paths:
+    return
+  if jax.process_index() == 0:
+    for path in paths:
+      names = (
+        f'{path.name}.corrupt{suffix}' for suffix in itertools.chain([''], itertools.count(2))
+      )
+      path.rename(next(p for p in map(path.with_name, names) if not p.exists()))
+  multihost_utils.sync_global_devices('vdm.workdir.checkpoint: set aside')
+  manager.reload()
+
+
+def _check_same_model(path: epath.Path, saved: dict[str, list], wanted: dict[str, Any]) -> None:
+  """Raises ValueError naming the first leaf that differs in name, shape or dtype."""
+  says = f'{path} is a checkpoint of another model: it holds'
+  remedy = 'restore the config it was trained with, or choose another --workdir.'
+  for name, leaf in wanted.items():
+    shape, dtype = _signature(leaf)
+    if name not in saved:
+      raise ValueError(f'{says} no {name} {dtype}{shape}; {remedy}')
+    if saved[name][:2] != [shape, dtype]:
+      raise ValueError(
+        f'{says} {name} {saved[name][1]}{saved[name][0]}, not {dtype}{shape}; {remedy}'
+      )
+  for name in sorted(saved.keys() - wanted.keys()):
+    raise ValueError(f'{says} {name}, which this model lacks; {remedy}')
+
+
+def _signature(leaf: Any) -> list:
+  """[shape, dtype] as JSON has them."""
+  return [list(leaf.shape), jnp.dtype(leaf.dtype).name]
+
+
+def _checksums(tree: Any) -> list[int]:
+  """One checksum per leaf, the same on every process and for any sharding.
+
+  The sum mod 2**64 of each element's bits times its row number: integers, so that shards add up in
+  any order, and exactly. On the host, because a kernel per shape would take seconds to compile.
+  """
+  leaves = jax.tree.leaves(tree)
+  sums = np.zeros(len(leaves), np.uint64)
+  for i, leaf in enumerate(leaves):
+    for shard in leaf.addressable_shards:
+      if shard.replica_id == 0:
+        bits = np.asarray(shard.data).view(f'u{leaf.dtype.itemsize}')
+        rows = np.atleast_1d(bits.sum(axis=tuple(range(1, bits.ndim)), dtype=np.uint64))
+        first = (shard.index[0].start or 0) if leaf.ndim else 0
+        sums[i] += rows @ np.arange(first + 1, first + 1 + len(rows), dtype=np.uint64)
+  # As uint32: JAX would cut uint64 down to that.
+  every = multihost_utils.process_allgather(sums.view(np.uint32)).view(np.uint64)
+  return every.reshape(-1, len(leaves)).sum(axis=0, dtype=np.uint64).tolist()
+
+
+def fingerprint(tree: Any) -> str:
+  """Eight hexadecimal digits of arrays, the same on every process and for any sharding."""
+  return f'{zlib.crc32(json.dumps(_checksums(tree)).encode()):08x}'
+
+
+def _manifest(path: epath.Path) -> dict[str, Any]:
+  """Reads the manifest of the checkpoint at `path`."""
+  body = json.loads((path / 'manifest' / 'metadata').read_text())
+  if body.pop('crc32') != _crc32(body):
+    raise ValueError('the manifest differs from its checksum')
+  return body
+
+
+def _crc32(body: dict[str, Any]) -> int:
+  return zlib.crc32(json.dumps(body, sort_keys=True).encode())
+
+
+def _bits_per_dim(directory: epath.Path, step: int, metrics: Mapping | None = None) -> float:
+  """bits_per_dim of a checkpoint; inf where it was saved without, or its manifest is broken."""
+  if not metrics:  # Orbax hands over those of saves by this process only
+    try:
+      metrics = _manifest(directory / str(step))['metrics']
+    except (OSError, ValueError, KeyError):
+      metrics = {}
+  return metrics.get('bits_per_dim', math.inf)
+
+
+def _best(bpds: dict[int, float]) -> int | None:
+  """The step of the lowest finite value, the newest of equals."""
+  finite = {step: bpd for step, bpd in bpds.items() if math.isfinite(bpd)}
+  return min(finite, key=lambda step: (finite[step], -step)) if finite else None

@@ -1,0 +1,196 @@
+"""`config.json` of a workdir: which run it is, and which leaves may differ between two starts."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from vdm.configs import default
+from vdm.system import files, hosts
+from vdm.workdir import released
+
+# Leaves that may differ between two starts of one run: they do not change what is trained.
+_FREE_BLOCKS = (
+  'eval.',
+  'sample.',
+  'fid.',
+  'checkpoint.',
+  'parallel.',
+  'log.',
+  'profile.',
+  'data.eval_',
+)
+_FREE_LEAVES = (
+  'name',
+  'data.dir',
+  'train.log_every_steps',
+  'train.eval_every_steps',
+  'model.scan_blocks',
+  'model.remat',
+  'ema.reconstruct_std',
+)
+
+
+CONFIG = 'config.json'
+# What a command that only reads a run takes from the config it is given: the rest is the run's own.
+READING_BLOCKS = ('eval', 'sample', 'fid', 'parallel')
+READING_LEAVES = (
+  ('data', 'dir'),
+  ('data', 'eval_split'),
+  ('data', 'eval_images'),
+  ('model', 'scan_blocks'),
+  ('ema', 'reconstruct_std'),
+)
+
+
+def open_workdir(workdir: str, config: ConfigDict) -> None:
+  """Creates the workdir, or finds the same run in it, and writes `config` to its `config.json`.
+
+  Call it on every process, before anything is compiled.
+
+  Args:
+    workdir: the directory, local or `gs://`, as the user typed it.
+    config: the whole config of this start.
+
+  Raises:
+    ValueError: the workdir cannot be written, or holds a run with another config: another value of
+      any leaf that changes what is trained.
+  """
+  check_writable(workdir, '--workdir', 'choose another --workdir')
+  path = epath.Path(workdir)
+  if released.exists(path):
+    raise ValueError(
+      f'--workdir={workdir} holds a released model, which has no optimizer to train on with; '
+      'choose another --workdir.'
+    )
+  hosts.keep_compiled(path / 'xla_cache')
+  file = path / CONFIG
+  text = files.json_text(config.to_dict())
+  if file.exists():
+    found = differences(flat(saved_config(workdir)), flat(json.loads(text)))
+    if found:
+      raise ValueError(
+        f'--workdir={workdir} holds a run with {", and ".join(found)}; '
+        'choose another --workdir, or restore these values.'
+      )
+  if jax.process_index() == 0:
+    files.write(file, text)
+
+
+def check_writable(folder: str, flag: str, remedy: str):
+  """Makes the folder that `flag` names.
+
+  Raises:
+    ValueError: nothing can be written there; `remedy` says what to do.
+  """
+  path = epath.Path(folder)
+  probe = path / f'.probe_{jax.process_index()}'
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    probe.write_text('')
+    probe.unlink()
+  except OSError as error:
+    cause = error.strerror or error
+    raise ValueError(f'{flag}={folder} cannot be written ({cause}); {remedy}.') from error
+
+
+def out_folder(workdir: epath.Path, out: epath.Path | None) -> epath.Path:
+  """Returns where a command that reads a run writes what it makes, --out or else the workdir.
+
+  Raises:
+    ValueError: nothing can be written there.
+  """
+  if out:
+    check_writable(out, '--out', 'choose another --out')
+    return out
+  check_writable(workdir, '--workdir', 'name a folder for what is made, --out=DIR')
+  return workdir
+
+
+def saved_config(workdir: str) -> dict[str, Any]:
+  """The config.json of a workdir, with lists where the config has tuples."""
+  try:
+    saved = json.loads((epath.Path(workdir) / CONFIG).read_text())
+    flat(saved)
+  except (OSError, ValueError, AttributeError) as error:
+    cause = (isinstance(error, OSError) and error.strerror) or error
+    raise ValueError(
+      f'--workdir={workdir} holds a {CONFIG} that cannot be read ({cause}); '
+      'choose another --workdir, or restore that file.'
+    ) from error
+  return saved
+
+
+def own_config(workdir: str, given: ConfigDict) -> ConfigDict:
+  """Returns the config of the run in a workdir, with what reading it may choose from `given`.
+
+  That is how to evaluate, sample, score and split over devices (READING_BLOCKS), and where the data
+  is. What the run is older than has its default, as in `configs/default.py`.
+  """
+  config, defaults = ConfigDict(_with_tuples(saved_config(workdir))), default.get_config()
+  for name, block in defaults.items():
+    if name not in config:
+      config[name] = block
+    elif isinstance(block, ConfigDict):
+      # a network, say, does not take the leaves of every other one
+      mine = [leaf for leaf in block if 'name' not in block or leaf in given[name]]
+      for leaf in mine:
+        if leaf not in config[name]:
+          config[name][leaf] = block[leaf]
+  for name in READING_BLOCKS:
+    config[name] = given[name].copy_and_resolve_references()
+  for block, leaf in READING_LEAVES:
+    if leaf in given[block] and leaf in config[block]:
+      config[block][leaf] = given[block][leaf]
+  return config.lock()
+
+
+def flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
+  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  leaves = {}
+  for name, value in tree.items():
+    leaves |= flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
+  return leaves
+
+
+def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
+  """Says how `saved` differs from `new`, in leaves that belong to the run."""
+  free = _FREE_LEAVES
+  if new.get('optimizer.decay') == 'constant':
+    free += ('train.num_steps',)  # a cosine is stretched to num_steps: there it belongs to the run
+  defaults = flat(plain(default.get_config()))
+  lines = []
+  for leaf in sorted(saved.keys() | new.keys()):
+    if leaf in free or leaf.startswith(_FREE_BLOCKS):
+      continue
+    if leaf not in new:
+      lines.append(f'config.{leaf}={_typed(saved[leaf])}, which this config lacks')
+    elif leaf not in saved and leaf in defaults and defaults[leaf] == new[leaf]:
+      continue  # the run is older than the leaf, whose default is what was done before
+    elif leaf not in saved:
+      lines.append(f'no config.{leaf}, not {_typed(new[leaf])}')
+    elif saved[leaf] != new[leaf]:
+      lines.append(f'config.{leaf}={_typed(saved[leaf])}, not {_typed(new[leaf])}')
+  return lines
+
+
+def _typed(value: Any) -> str:
+  """A value as it is typed behind `--config.leaf=`."""
+  if isinstance(value, list):  # JSON has no tuples; configs have no lists
+    value = tuple(value)
+  return value if isinstance(value, str) and value else repr(value)
+
+
+def plain(config: ConfigDict) -> dict[str, Any]:
+  """As JSON has it, with lists for tuples."""
+  return json.loads(json.dumps(config.to_dict()))
+
+
+def _with_tuples(value: Any) -> Any:
+  """JSON has no tuples; configs have no lists."""
+  if isinstance(value, dict):
+    return {k: _with_tuples(v) for k, v in value.items()}
+  return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

@@ -1,0 +1,112 @@
+"""Reads a run by its own config, and writes nothing."""
+
+import os
+from typing import Any, NamedTuple
+
+import jax
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build
+from vdm.errors import require
+from vdm.system import files, hosts, parallel
+from vdm.workdir import released
+from vdm.workdir.checkpoint import best_step, manager, restore
+from vdm.workdir.config_file import CONFIG, differences, flat, own_config, plain, saved_config
+
+
+class Run(NamedTuple):
+  """A run as it was read."""
+
+  config: ConfigDict  # its own, but for what reading may choose
+  model: build.Model
+  mesh: Mesh
+  state: Any
+
+
+def read_run(config: ConfigDict, workdir: str, step: str = 'newest') -> Run:
+  """Reads a run, to evaluate it or to sample from it, by its own config (`own_config`).
+
+  Nothing is written, so that the workdir may be read-only, or be trained in meanwhile.
+
+  Args:
+    config: as the user gave it.
+    workdir: of the run.
+    step: 'newest', 'best' (the lowest bits/dim among the checkpoints), or a number.
+
+  Raises:
+    ValueError: there is no such checkpoint, it cannot be restored, or config.json cannot.
+  """
+  if not _holds_run(workdir):
+    raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
+  own = own_config(workdir, config)
+  found = differences(flat(saved_config(workdir)), flat(plain(config)))
+  if found:
+    logging.info('%s is read by its own config: it has %s', workdir, ', and '.join(found))
+  hosts.keep_compiled(files.cache_folder() / 'xla')
+  model = build.model(own)
+  build.check_devices(own, jax.device_count())
+  mesh = parallel.make_mesh(own.parallel.fsdp)
+  return Run(own, model, mesh, _state(workdir, own, model, mesh, step))
+
+
+def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[build.Model, Any]:
+  """The model and newest state of the run config.sample.guidance.checkpoint, by its own config.
+
+  Raises:
+    ValueError: there is no such run, it cannot be restored, or its network is of another kind or
+      makes other images than the model of `config`.
+  """
+  workdir = config.sample.guidance.checkpoint
+  folder = epath.Path(workdir)
+  if not ((folder / CONFIG).exists() and _holds_run(folder)):
+    raise ValueError(
+      f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
+      f'with {CONFIG} and checkpoints; train it first, or name another.'
+    )
+  guide_config = own_config(workdir, config)
+  own, other = config.model.name, guide_config.model.name
+  field, remedy = 'config.sample.guidance.checkpoint', 'name another run'
+  # A guide is to make the model's own mistakes, only more of them (arXiv 2406.02507, section 3).
+  require(own == other, field, workdir, f'a run of model.name={own!r}, not {other!r}', remedy)
+  guide = build.model(guide_config)
+  values, others = config.data.num_values, guide_config.data.num_values
+  require(
+    (guide.image_shape, others) == (model.image_shape, values),
+    field,
+    workdir,
+    f'a model of {values} values and images {model.image_shape}, '
+    f'not {others} and {guide.image_shape}',
+    remedy,
+  )
+  return guide, _state(workdir, guide_config, guide, mesh, 'newest')
+
+
+def _holds_run(workdir: os.PathLike | str) -> bool:
+  """Whether there are checkpoints to read, or a released model."""
+  return (epath.Path(workdir) / 'checkpoints').exists() or released.exists(workdir)
+
+
+def _state(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh, step: str) -> Any:
+  """The state at `step`, which is 'newest', 'best' or a number; a released model has but one."""
+  if released.exists(workdir):
+    state = released.read(workdir, config, model, mesh)
+    if step not in ('newest', 'best', str(int(state.step))):
+      raise ValueError(f'--step={step} is not there: {workdir} was released at {int(state.step)}.')
+    return state
+  with manager(workdir) as reader:
+    steps, lowest = sorted(reader.all_steps()), best_step(reader)
+    if not steps:
+      raise ValueError(f'--workdir={workdir} holds no finished checkpoint yet; wait for the first.')
+    named = {'newest': steps[-1], 'best': lowest} | {str(number): number for number in steps}
+    there = f'--workdir={workdir} holds the steps {", ".join(map(str, steps))}'
+    if step not in named:
+      raise ValueError(f'--step={step} is not there: {there}; choose one, or newest, or best.')
+    if named[step] is None:
+      raise ValueError(f'--step=best is not known: {there}, none of them evaluated; choose one.')
+    best = 'none was evaluated' if lowest is None else f'the best by bits/dim is {lowest}'
+    logging.info('%s: step %d of %s; %s', workdir, named[step], ', '.join(map(str, steps)), best)
+    abstract = parallel.abstract_state(mesh, build.init_state(config, model))
+    return restore(reader, abstract, named[step])[0]

@@ -1,0 +1,87 @@
+"""The files of a model that is given away: parameters alone, rounded to float16, and its config.
+
+A folder with PARAMS and config.json is read like a workdir by --mode=eval and --mode=sample; it has
+no optimizer, and all its averages are the one that was released.
+"""
+
+import io
+import os
+import zipfile
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import traverse_util
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build
+from vdm.build.state import TrainState
+from vdm.nn import blocks
+from vdm.system import files, parallel
+
+PARAMS = 'params.npz'
+STEP = 'step'
+GREATEST = float(np.finfo(np.float16).max)
+
+
+def write(folder: os.PathLike, params: Any, step: int):
+  """Writes parameters as arrays called by their paths, as of the network without loops.
+
+  Those of the network are rounded to float16, of the schedule they keep their float32: end points
+  decide bits.
+
+  Raises:
+    ValueError: a parameter is not finite in float16.
+  """
+  arrays = {STEP: np.int64(step)}
+  for name, leaf in _flat(blocks.unstack(jax.device_get(params))).items():
+    if not np.abs(leaf).max(initial=0) <= GREATEST:
+      raise ValueError(f'{name} has values beyond float16 or not finite; release another step.')
+    arrays[name] = leaf.astype(np.float32 if name.startswith('schedule/') else np.float16)
+  content = files.content(lambda file: np.savez_compressed(file, **arrays))
+  files.write(epath.Path(folder) / PARAMS, content)
+
+
+def _flat(params):
+  return traverse_util.flatten_dict(params, sep='/')
+
+
+def exists(folder: os.PathLike) -> bool:
+  """Whether the folder is of a released model."""
+  return (epath.Path(folder) / PARAMS).exists()
+
+
+def read(folder: os.PathLike, config: ConfigDict, model: build.Model, mesh: Mesh) -> TrainState:
+  """Returns a state with the released parameters, also as each of its averages.
+
+  Raises:
+    ValueError: the file is damaged, or is of another model than `config` describes.
+  """
+  path, init = epath.Path(folder) / PARAMS, build.init_state(config, model)
+  abstract = parallel.abstract_state(mesh, init)
+  try:
+    with np.load(io.BytesIO(path.read_bytes())) as file:
+      arrays = {name: file[name] for name in file.files}
+      step = int(arrays.pop(STEP))
+  except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
+    raise ValueError(f'{path} cannot be read ({error}); copy it again.') from error
+  stacked = blocks.stacked_names(abstract.params['network'])
+  take = lambda leaf, i: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
+  wanted = _flat(blocks.unstack(abstract.params, take))
+  for name in sorted(wanted.keys() | arrays.keys()):
+    found, want = (tuple(a[name].shape) if name in a else 'nothing' for a in (arrays, wanted))
+    if found != want:
+      raise ValueError(f'{path} has {found} for {name}, and the model of its config {want}.')
+    if not np.isfinite(arrays[name]).all():
+      raise ValueError(f'{path} has values of {name} that are not finite; copy it again.')
+  arrays = {name: jnp.asarray(a, wanted[name].dtype) for name, a in arrays.items()}
+  params = {'schedule': {}} | traverse_util.unflatten_dict(arrays, sep='/')
+
+  def state():
+    given = blocks.stack(params, stacked)
+    return build.create_state(config, model, given).replace(step=jnp.int32(step))
+
+  return parallel.initial_state(mesh, state)
