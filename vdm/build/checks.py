@@ -1,14 +1,13 @@
 """Refuses what no run could use, before anything is compiled or written; needs no device."""
 
 from ml_collections import ConfigDict
-from vdm.errors import require
-from vdm.diffusion.gaussian import Schedule
-from vdm.diffusion.decoders import discrete
-from vdm.diffusion.ode import PROBES
+
+from vdm.build.factories import other_schedule, sampler, threshold
 from vdm.build.optimizer import ema_decays
-from vdm.build.factories import other_schedule
-from vdm.build.factories import sampler
-from vdm.build.factories import threshold
+from vdm.diffusion.decoders import discrete
+from vdm.diffusion.gaussian import Schedule
+from vdm.diffusion.ode import PROBES
+from vdm.errors import require
 
 
 def check_sampling(config: ConfigDict, own: Schedule):

@@ -1,23 +1,17 @@
 """Blocks of a config as objects: schedule, weighting, sampler, threshold, grid."""
 
-from collections.abc import Callable
-from ml_collections import ConfigDict
-from vdm.diffusion.adaptive import Adaptive
-from vdm.diffusion.adaptive import adaptive
-from vdm.errors import require
-from vdm.errors import within
-from vdm.diffusion.gaussian import Denoiser
-from vdm.diffusion.gaussian import Schedule, end_points
-from vdm.diffusion.guidance import THRESHOLDS
-from vdm.diffusion.samplers import SAMPLERS
-from vdm.diffusion.samplers import Sampler
-from vdm.diffusion.schedules import Learned
-from vdm.diffusion.schedules import SCHEDULES
-from vdm.diffusion.weightings import WEIGHTINGS
-from vdm.diffusion.weightings import Weighting
-from vdm.diffusion.weightings import shifted
 import inspect
-import jax.numpy as jnp
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from vdm.diffusion.adaptive import Adaptive, adaptive
+from vdm.diffusion.gaussian import Denoiser, Schedule, end_points
+from vdm.diffusion.guidance import THRESHOLDS
+from vdm.diffusion.samplers import SAMPLERS, Sampler
+from vdm.diffusion.schedules import SCHEDULES, Learned
+from vdm.diffusion.weightings import WEIGHTINGS, Weighting, shifted
+from vdm.errors import require, within
 
 
 def factory(table: dict, field: str, block: dict, **extra):

@@ -1,33 +1,23 @@
 """The model of a config: pure functions of parameters."""
 
-from collections.abc import Callable
-from ml_collections import ConfigDict
-from typing import Any
-from typing import NamedTuple
-from vdm.diffusion.adaptive import Adaptive
-from vdm.diffusion.adaptive import adaptive
-from vdm.errors import require
-from vdm.diffusion.gaussian import Denoiser
-from vdm.diffusion.heads import HEADS
-from vdm.diffusion.gaussian import Schedule
-from vdm.diffusion.heads import network_input
-from vdm.diffusion.heads import to_prediction
-from vdm.diffusion.decoders import Decoder, discrete
-from vdm.diffusion.gaussian import end_points, mean_over_dims
-from vdm.nn import NETWORKS
-from vdm.nn import blocks
-from vdm.diffusion.weightings import Weighting
 import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
-from vdm.build.checks import check_sampling
-from vdm.build.factories import factory
-from vdm.build.checks import is_flagged
-from vdm.build.factories import chosen_weighting
-from vdm.build.checks import check_config
-from vdm.build.platform import dtype
-from vdm.build.platform import scan_blocks
-from vdm.build.factories import schedule
+from ml_collections import ConfigDict
+
+from vdm.build.checks import check_config, check_sampling, is_flagged
+from vdm.build.factories import chosen_weighting, factory, schedule
+from vdm.build.platform import dtype, scan_blocks
+from vdm.diffusion.adaptive import Adaptive
+from vdm.diffusion.decoders import Decoder, discrete
+from vdm.diffusion.gaussian import Denoiser, Schedule, end_points, mean_over_dims
+from vdm.diffusion.heads import HEADS, network_input, to_prediction
+from vdm.diffusion.weightings import Weighting
+from vdm.errors import require
+from vdm.nn import NETWORKS, blocks
 
 
 class Model(NamedTuple):

@@ -1,11 +1,13 @@
 """The optimizer, and the decays of the averages."""
 
-from ml_collections import ConfigDict
-from vdm.diffusion import averages
-from vdm.errors import require
+from typing import Any
+
 import jax
 import optax
-from typing import Any
+from ml_collections import ConfigDict
+
+from vdm.diffusion import averages
+from vdm.errors import require
 
 
 def optimizer(config: ConfigDict) -> optax.GradientTransformation:

@@ -1,9 +1,10 @@
 """What 'auto' means on a platform."""
 
-from ml_collections import ConfigDict
-from vdm.errors import require
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from vdm.errors import require
 
 
 def for_platform(config: ConfigDict, platform: str) -> ConfigDict:

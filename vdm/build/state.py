@@ -1,16 +1,16 @@
 """What training carries from step to step: parameters, their averages, the optimizer's state."""
 
 from collections.abc import Callable
-from ml_collections import ConfigDict
 from typing import Any
+
 import jax
-from vdm.build.model import Model
-from vdm.build.optimizer import ema_decays
-from vdm.build.model import model
-from vdm.build.optimizer import optimizer
-from flax import struct
 import jax.numpy as jnp
 import optax
+from flax import struct
+from ml_collections import ConfigDict
+
+from vdm.build.model import Model
+from vdm.build.optimizer import ema_decays, optimizer
 
 
 @struct.dataclass
