@@ -3,6 +3,8 @@
 import ast
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -82,3 +84,20 @@ def test_the_map_in_the_readme_is_the_listing():
     folder = re.match(r'\| `vdm/(\w+)/`', line)[1]
     files = set(re.findall(r'`(\w+)`', line)) - {folder}
     assert files >= {path.stem for path in (ROOT / folder).glob('[a-z]*.py')}, folder
+
+
+@pytest.mark.parametrize(
+  ('module', 'absent'),
+  [
+    ('vdm', 'jax numpy matplotlib tensorflow'),
+    ('vdm.main', 'jax matplotlib.pyplot tensorflow'),
+    ('vdm.diffusion.elbo', 'flax optax orbax diffrax matplotlib tensorflow'),
+    ('vdm.fid.metrics', 'flax optax orbax diffrax matplotlib tensorflow'),
+    ('vdm.training.loop', 'tensorflow sklearn tensorflow_datasets matplotlib.pyplot'),
+  ],
+)
+def test_imports_are_quiet(module, absent):
+  """What is heavy is imported where it is used."""
+  code = f'import sys, {module}; print([m for m in {absent.split()} if m in sys.modules])'
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
+  assert run.stdout.strip() == '[]'

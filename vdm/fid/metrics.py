@@ -9,17 +9,19 @@ value +- their standard deviation times Student's quantile for as many halves.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
 from scipy import special
 
 from vdm.fid import statistics
-from vdm.fid.extractor import Extractor
-from vdm.fid.network import Features
-from vdm.fid.references import Reference
-from vdm.fid.streaming import Collected
+
+if TYPE_CHECKING:  # the distances alone need no network
+  from vdm.fid.extractor import Extractor
+  from vdm.fid.network import Features
+  from vdm.fid.references import Reference
+  from vdm.fid.streaming import Collected
 
 SPLITS = 10  # of the Inception score
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
@@ -115,7 +117,7 @@ def spread(metric: Metric, num_images: int, halves: int, seed: int = 0) -> Float
 
 
 def measure(
-  samples: Collected, reference: Reference, label: str, halves: int
+  samples: 'Collected', reference: 'Reference', label: str, halves: int
 ) -> dict[str, dict[str, Any]]:
   """{name: {value, stderr, low, high, num_images, ...}}; intervals, of 95 %, where halves >= 2.
 
@@ -136,7 +138,7 @@ def measure(
 
 
 def card_fields(
-  name: str, estimate: dict[str, Any], extractor: Extractor, reference: Reference
+  name: str, estimate: dict[str, Any], extractor: 'Extractor', reference: 'Reference'
 ) -> dict[str, Any]:
   """What a number card says of one of the metrics of `measure`, so that two can be compared."""
   facts = dict(estimate)
@@ -171,7 +173,7 @@ def _estimate(
   return {'value': value, **interval, 'num_images': num_images, **facts}
 
 
-def _frechet(samples: Collected, reference: Reference, kind: str, halves: int):
+def _frechet(samples: 'Collected', reference: 'Reference', kind: str, halves: int):
   theirs, own = reference.gaussians[kind], samples.statistics[kind]
   root, rows = statistics.square_root(theirs.covariance), samples.rows
   error = None
@@ -192,7 +194,7 @@ def _score(logits: np.ndarray, halves: int):
   return _estimate(value, error, len(logits), halves, std_over_splits=deviation, splits=SPLITS)
 
 
-def _kid(rows: Features, reference: Features, halves: int):
+def _kid(rows: 'Features', reference: 'Features', halves: int):
   x, y = rows['features'], reference['features']
   value, deviation = kid(x, y)
   error = None
@@ -206,7 +208,7 @@ def _kid(rows: Features, reference: Features, halves: int):
   return _estimate(value, error, len(x), halves, reference_images=len(y), **facts)
 
 
-def _precision_recall(rows: Features, reference: Features, halves: int, names: dict[str, str]):
+def _precision_recall(rows: 'Features', reference: 'Features', halves: int, names: dict[str, str]):
   x, y = rows['features'][:PAIRS], reference['features'][:PAIRS]
   generated, real, across = distances(x, x), distances(y, y), distances(x, y)
   values = precision_recall(generated, real, across)
