@@ -26,7 +26,7 @@ from vdm.diffusion.gaussian import end_points, fold_in
 from vdm.diffusion.samplers import dpmpp_2m, sample, time_grid
 from vdm.nn.attention import softmax_attention
 from vdm.system import parallel, runners
-from vdm.training.step import make_loss, make_train_step
+from vdm.training.step import loss, make_train_step, recipe
 from vdm.workdir import checkpoint
 
 CASES = {  # name: config file, leaves
@@ -76,23 +76,23 @@ def evaluated(name: str, leaves: dict, precision: str, device: jax.Device) -> di
     nudged = lambda a: a + 0.02 * jax.random.normal(next(noise), a.shape, a.dtype)
     network = jax.tree.map(nudged, state.params['network'])
   params = state.params | {'network': network}
-  loss_fn = make_loss(config, model)
+  settings = recipe(config, model)
 
   def run(params, adaptive, batch):
     def loss_of(params):
       zeros = jnp.zeros(len(batch['index']))
       key, key_dropout = jax.random.key(2), jax.random.key(3)
-      loss, _ = loss_fn(params, (zeros, zeros), adaptive, batch, key, key_dropout)
-      return loss
+      probe = (zeros, zeros)
+      return loss(settings, params, probe, adaptive, batch, key, key_dropout)[0]
 
-    loss, gradient = jax.value_and_grad(loss_of)(params)
+    value, gradient = jax.value_and_grad(loss_of)(params)
     z = jax.vmap(lambda k: jax.random.normal(k, model.image_shape))(
       fold_in(jax.random.key(4), batch['index'])
     )
     ends = end_points(model.schedule(params))
     levels = jnp.linspace(ends[1], ends[0], len(z))
     eps_hat = model.denoiser(params, batch['label'])(z, levels).eps
-    return {'loss': loss[None], 'eps_hat': eps_hat, 'gradient': gradient}
+    return {'loss': value[None], 'eps_hat': eps_hat, 'gradient': gradient}
 
   context = jax.default_matmul_precision(products) if products else jax.default_device(device)
   with context, jax.default_device(device):
@@ -117,10 +117,10 @@ def relative_errors(name: str, leaves: dict, device: jax.Device) -> dict[str, di
 def _steps(mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray]:
   """The parameters and averages after `count` steps; halfway saved, and read back, if so asked."""
   config = config_of('cifar10', {})
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   mesh, init = parallel.make_mesh(), build.init_state(config, model)
   abstract = parallel.abstract_state(mesh, init)
-  step = make_train_step(config, model, optimizer)
+  step = make_train_step(config, model)
   runner = runners.runner(mode, step, mesh, abstract)
   state = runner.put_state(parallel.initial_state(mesh, init))
   for number in range(count):
@@ -133,7 +133,7 @@ def _steps(mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray
         manager.close()
     state, _ = runner.step(state, runner.put_batch(train_step.random_batch(config)))
   state = jax.device_get(runner.get_state(state))
-  return {'params': state.params, 'ema': state.ema_params}
+  return {'params': state.params, 'ema': state.averages['ema']}
 
 
 def _compare(a, b) -> dict[str, float | bool]:

@@ -66,7 +66,7 @@ def config_of(steps: int) -> ConfigDict:
 def trained(config: ConfigDict, model: build.Model) -> Any:
   """Returns parameters after config.train.num_steps steps, without a workdir."""
   mesh = parallel.make_mesh()
-  step = make_train_step(config, model, build.optimizer(config))
+  step = make_train_step(config, model)
   init = build.init_state(config, model)
   runner = runners.runner('jit', step, mesh, parallel.abstract_state(mesh, init))
   state = runner.put_state(parallel.initial_state(mesh, init))
@@ -77,7 +77,7 @@ def trained(config: ConfigDict, model: build.Model) -> Any:
   for _ in range(config.train.num_steps):
     batch = next(batches) | {'index': np.arange(size, dtype=np.int32)}
     state, _ = runner.step(state, runner.put_batch(batch))
-  return jax.device_get(state.ema_params)
+  return jax.device_get(state.averages['ema'])
 
 
 class Bench:

@@ -150,9 +150,9 @@ def our_step(width, num_blocks, batch_size, dtype):
   with config.unlocked():
     config.model.update(width=width, num_blocks=num_blocks, dtype=dtype)
     config.train.batch_size = batch_size
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   mesh, init_state = parallel.make_mesh(), build.init_state(config, model)
-  step = make_train_step(config, model, optimizer)
+  step = make_train_step(config, model)
   runner = runners.runner('jit', step, mesh, parallel.abstract_state(mesh, init_state))
   batch = runner.put_batch(train_step.random_batch(config))
   state = [parallel.initial_state(mesh, init_state)]
@@ -160,7 +160,7 @@ def our_step(width, num_blocks, batch_size, dtype):
 
   def run():
     state[0], metrics = compiled(state[0], batch)
-    return metrics['loss']
+    return metrics.scalars['loss']
 
   return run, seconds, sum(leaf.size for leaf in jax.tree.leaves(state[0].params))
 

@@ -138,18 +138,18 @@ def own_sampler(config: ConfigDict) -> Sampler:
   """The config's; the very object of `default_samplers` where its arguments are the defaults."""
   block, default = config.sample.sampler, config_of('default').sample.sampler
   same = {**block, 'name': ''} == {**default, 'name': ''}
-  return default_samplers()[block.name] if same else build.sampler(config)
+  return default_samplers()[block.name] if same else build.sampler(config.sample.sampler)
 
 
 def grid_of(config: ConfigDict, name: str = '') -> jax.Array:
   """log_snr of the steps: of config.sample.grid, or of the schedule `name` between its ends."""
-  learned, _ = build.schedule(config)
+  learned, _ = build.schedule(config.schedule)
   own = learned.as_schedule(learned.init())
   if name:
     config = config.copy_and_resolve_references().unlock()
     config.sample.grid = ConfigDict(dict(name=name))
   settings = config.sample
-  grid = build.other_schedule(config, 'sample.grid', own)
+  grid = build.other_schedule(config.sample.grid, 'sample.grid', own)
   return time_grid(grid, settings.num_steps - settings.denoise_last)
 
 

@@ -61,7 +61,7 @@ def samplers(config: ConfigDict, names: list[str], num_steps: int, repeats: int)
     params = jax.jit(model.init)(jax.random.key(0))
     run = make_sampler(config, model, mesh)
     speed = rate(lambda run=run, params=params: list(run(params, count)), count, repeats)
-    evaluations = num_evaluations(build.sampler(config), num_steps, False)
+    evaluations = num_evaluations(build.sampler(config.sample.sampler), num_steps, False)
     print(f'| {name} | {num_steps} | {evaluations} | {speed} |', flush=True)
 
 

@@ -54,7 +54,7 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
     The 3x3 convolutions as (features, input in their dtype), the dropouts as (rate, input).
   """
   convs, dropouts = [], []
-  if build.scan_blocks(config):  # a loop would call one block for all
+  if build.scan_blocks(config.model):  # a loop would call one block for all
     config = config.copy_and_resolve_references()
     config.model.scan_blocks = 'off'
     model = build.model(config)
@@ -142,7 +142,7 @@ def make_parts(config: ConfigDict, model: build.Model, mesh: Mesh) -> dict[str, 
       out.append(_one_element(dkernel))
     return jnp.stack([link, *out])
 
-  learned, _ = build.schedule(config)
+  learned, _ = build.schedule(config.schedule)
   log_snr_max = end_points(learned.as_schedule(learned.init()))[0]
   rng, kernels, images = np.random.default_rng(config.seed), [np.float32(0)], []
   for features, x in convs:
@@ -211,11 +211,11 @@ def measure(
       network's activations once more.
     trace_steps: steps traced on a GPU, for its time by class of kernel; 0: none.
   """
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   build.check_devices(config, jax.device_count())
   mesh = parallel.make_mesh(config.parallel.fsdp)
   init = build.init_state(config, model)
-  step_fn = make_train_step(config, model, optimizer)
+  step_fn = make_train_step(config, model)
   abstract = parallel.abstract_state(mesh, init)
   runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
   rows = random_batch(config)
@@ -244,9 +244,9 @@ def measure(
 
   size, microbatches = config.train.batch_size, config.train.microbatches
   low, median, high = np.percentile(times['step'], (25, 50, 75))
-  dtype, device_kind = build.dtype(config), jax.devices()[0].device_kind
+  dtype, device_kind = build.dtype(config.model.dtype), jax.devices()[0].device_kind
   cost, memory = compiled.cost_analysis(), compiled.memory_analysis()  # of one device's program
-  counted = microbatches == 1 and not build.scan_blocks(config)
+  counted = microbatches == 1 and not build.scan_blocks(config.model)
   chip = chips.of_kind(device_kind)
   peak = chip.flops(dtype.name) if chip else None
   new_bytes = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes

@@ -168,7 +168,7 @@ def test_initial_parameters_do_not_depend_on_the_layout(key, quick_compilation):
 def test_a_loop_is_for_accelerators(monkeypatch):
   for backend, expected in (('cpu', False), ('tpu', True), ('gpu', True)):
     monkeypatch.setattr(jax, 'default_backend', lambda backend=backend: backend)
-    assert build.scan_blocks(config_of('auto')) is expected
+    assert build.scan_blocks(config_of('auto').model) is expected
   with pytest.raises(ValueError, match=r"config\.model\.scan_blocks='yes' must be 'auto', 'on' or"):
     build.model(config_of('yes'))
 
@@ -197,14 +197,14 @@ def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation):
     assert shardings(back) == shardings(state)
     assert_same_bits(back, state)
 
-  model, optimizer = build.model(other_config), build.optimizer(other_config)
-  step = make_train_step(other_config, model, optimizer)
+  model = build.model(other_config)
+  step = make_train_step(other_config, model)
   image = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1)).astype(np.uint8)
   index = np.arange(8, dtype=np.int32)
   batch = {'image': image, 'label': 0 * index, 'index': index}
   restored = jax.device_put(other_state, jax.devices()[0])  # half the compilation
   after, metrics = jax.jit(step)(restored, batch)
-  assert after.step == restored.step + 1 and np.isfinite(metrics['grad_norm'])
+  assert after.step == restored.step + 1 and np.isfinite(metrics.scalars['grad_norm'])
   kernels = (s.params['network']['down_*']['conv_0']['kernel'] for s in (after, restored))
   assert (np.abs(np.subtract(*kernels)).max(axis=(1, 2, 3, 4)) > 0).all()
 

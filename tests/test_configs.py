@@ -42,10 +42,10 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   assert config.is_locked and config.name == name
   if 'scan_blocks' in config.model:
     config.model.scan_blocks = 'on'  # traces one block, not up to 131
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   build.check_devices(config, 8)
   state = jax.eval_shape(build.init_state(config, model))
-  step = make_train_step(config, model, optimizer)
+  step = make_train_step(config, model)
   size = config.train.batch_size
   batch = jax.eval_shape(  # its images would take up to 1.6 GB
     lambda: {
@@ -58,7 +58,7 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   assert jax.tree.structure(after) == jax.tree.structure(state)
   same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
   assert all(jax.tree.leaves(same))
-  assert metrics['bits_per_dim'].shape == ()
+  assert metrics.scalars['bits_per_dim'].shape == ()
 
 
 # imagenet256 and 512 shrink to what imagenet128 does, but for their images
@@ -67,26 +67,26 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   config = load(name, 'debug')
   assert config.name == f'{name}_debug'
   config.sample.num_steps = 2
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   mesh = parallel.make_mesh()
   init = build.init_state(config, model)
   state = parallel.initial_state(mesh, init)
   runner = runners.runner(
     'jit',
-    make_train_step(config, model, optimizer),
+    make_train_step(config, model),
     mesh,
     parallel.abstract_state(mesh, init),
   )
   batch = batch_of(config, config.train.batch_size)
   state, metrics = runner.step(state, runner.put_batch(batch))
-  assert np.isfinite(metrics['bits_per_dim']) and np.isfinite(metrics['grad_norm'])
+  assert np.isfinite(metrics.scalars['bits_per_dim']) and np.isfinite(metrics.scalars['grad_norm'])
   result = make_evaluator(config, model, mesh)(
-    state.ema_params,
+    state.averages['ema'],
     [batch | {'mask': np.ones(len(batch['label']), np.float32)}],
     len(batch['label']),
   )
   assert np.isfinite(result.value)
-  images = next(make_sampler(config, model, mesh)(state.ema_params))
+  images = next(make_sampler(config, model, mesh)(state.averages['ema']))
   assert images.shape == (config.sample.num_images, *config.data.image_shape)
   assert images.min() >= 0 and images.max() < config.data.num_values
 

@@ -9,13 +9,14 @@ from vdm.configs import default
 
 from vdm import build
 from vdm.diffusion import guidance
+from vdm.diffusion.decoders import discrete
 from vdm.diffusion.gaussian import Prediction, alpha, expand_to, fold_in, q_sample, sigma
 from vdm.diffusion.samplers import heun, time_grid
 from vdm.diffusion.samplers import sample as draw
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.sampling.draw import make_guidance, make_sampler
 from vdm.system import parallel
-from vdm.training.step import make_loss
+from vdm.training.step import loss, recipe
 from vdm.workdir import checkpoint, config_file
 from vdm.workdir.load import read_guide
 
@@ -148,11 +149,11 @@ def test_training_withholds_labels(rate, key):
     raise Seen(label)
 
   linear = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=5.0)
-  model = build.Model(None, lambda params: linear, denoiser, None, (1, 2, 1), 17)
+  model = build.Model(None, lambda params: linear, denoiser, None, (1, 2, 1), discrete(17))
   index = jnp.arange(128)
   batch = {'image': jnp.zeros((128, 1, 2, 1), jnp.uint8), 'label': index % 10, 'index': index}
   with pytest.raises(Seen) as seen:
-    make_loss(config, model)({'schedule': {}}, None, {}, batch, key, None)
+    loss(recipe(config, model), {'schedule': {}}, None, {}, batch, key, None)
   label = np.asarray(seen.value.args[0])
   lost = label == -1
   assert abs(lost.mean() - rate) < 0.25 and lost.any() == (rate > 0)
@@ -214,7 +215,7 @@ def test_a_percentile_out_of_range_is_refused():
   config = config_of()
   config.sample.threshold.update(name='dynamic', percentile=0.0)
   with pytest.raises(ValueError, match=r'sample.threshold.percentile=0.0 must be in \(0, 1\]'):
-    build.threshold(config)
+    build.threshold(config.sample.threshold)
 
 
 @pytest.fixture(scope='module')
@@ -232,7 +233,7 @@ def run_and_state(tmp_path_factory):
 
 def images(config, state):
   sampler = make_sampler(config, build.model(config), parallel.make_mesh())
-  return np.concatenate(list(sampler(state.ema_params)))
+  return np.concatenate(list(sampler(state.averages['ema'])))
 
 
 def test_a_model_guided_by_itself_is_itself(run_and_state, rank_promotion_allowed):
@@ -240,7 +241,7 @@ def test_a_model_guided_by_itself_is_itself(run_and_state, rank_promotion_allowe
   alone = images(config_of(), state)
   itself = config_of(kind='auto', weight=5.0, checkpoint=str(workdir))
   np.testing.assert_array_equal(images(itself, state), alone)
-  other = state.replace(ema_params=jax.tree.map(lambda a: a + 0.05, state.ema_params))
+  other = state.replace(averages=jax.tree.map(lambda a: a + 0.05, state.averages))
   assert (images(itself, other) != images(config_of(), other)).any()
 
 
@@ -279,7 +280,7 @@ def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):
     return denoise
 
   own = SCHEDULES['linear'](-5.0, 8.0)
-  model = build.Model(None, lambda params: own, denoiser, None, (1, 2, 1), 256)
+  model = build.Model(None, lambda params: own, denoiser, None, (1, 2, 1), discrete(256))
   drawn = np.concatenate(list(make_sampler(config, model, parallel.make_mesh())({})))
   expected = np.round(((0.05 * np.arange(8) + 1) * 256 - 1) / 2)
   np.testing.assert_allclose(drawn[:, 0, 0, 0], expected, atol=1)

@@ -59,14 +59,14 @@ def run(num_devices=8, **settings):
 
 def final_state(num_devices, **settings):
   config = config_of(**settings)
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   devices = np.asarray(jax.devices()[:num_devices]).reshape(-1, config.parallel.fsdp)
   mesh = jax.sharding.Mesh(devices, parallel.BATCH_AXES)
   init = build.init_state(config, model)
   abstract = parallel.abstract_state(mesh, init)
   state = parallel.initial_state(mesh, init)
   before = flat(state.params)
-  step = make_train_step(config, model, optimizer)
+  step = make_train_step(config, model)
   runner = runners.runner(config.parallel.mode, step, mesh, abstract)
   state = runner.put_state(state)
   for batch in batches(STEPS, config.train.batch_size):
@@ -124,13 +124,15 @@ def test_eight_devices_move_the_parameters_as_one_does(settings, one_device):
   assert moved > 0.01
   assert np.linalg.norm(after_8 - after) < 1e-3 * moved
   for name in ('loss', 'bits_per_dim', 'recon_bpd', 'grad_norm'):
-    np.testing.assert_allclose(metrics_8[name], metrics[name], rtol=1e-3, err_msg=name)
+    np.testing.assert_allclose(
+      metrics_8.scalars[name], metrics.scalars[name], rtol=1e-3, err_msg=name
+    )
 
 
 def test_dropout_differs_between_microbatches_and_devices():
   """What a carried key forgets: all parts would drop the same elements."""
   config = config_of(train__microbatches=4, model__dropout=0.5, optimizer__warmup_steps=0)
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   state = build.init_state(config, model)()
   batch = next(batches(1, 32))
   same = {k: np.repeat(v[:4], 8, axis=0) for k, v in batch.items()}
@@ -141,7 +143,7 @@ def test_dropout_differs_between_microbatches_and_devices():
     jax.debug.callback(lambda k: keys.append(tuple(np.ravel(k))), jax.random.key_data(key_dropout))
     return original(params, label, flag, train=train, key_dropout=key_dropout)
 
-  step = make_train_step(config, model._replace(denoiser=spy), optimizer)
+  step = make_train_step(config, model._replace(denoiser=spy))
   jax.block_until_ready(jax.jit(step)(state, same))
   jax.effects_barrier()
   assert len(set(keys)) == 4
@@ -222,11 +224,11 @@ def test_what_fails_while_putting_a_batch_is_raised_for_that_batch():
 
 def test_step_is_traced_once():
   config = config_of()
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   mesh = parallel.make_mesh()
   init = build.init_state(config, model)
   traces = []
-  step = make_train_step(config, model, optimizer)
+  step = make_train_step(config, model)
 
   def counted(*args):
     traces.append(1)
@@ -267,7 +269,7 @@ def test_the_adaptive_schedule_pools_devices_and_microbatches():
   assert one.adaptive.weight.max() > 0
   for a, b in zip(many.adaptive, one.adaptive, strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3)
-  assert 0 < metrics['square_reduction_predicted'] < 1
+  assert 0 < metrics.scalars['square_reduction_predicted'] < 1
 
 
 def drawn(images, flip, rotate):

@@ -13,6 +13,7 @@ from vdm.evaluation import plots
 from vdm.system import logs
 from vdm.training import meter as meter_lib
 from vdm.training.meter import Meter, _duration
+from vdm.training.step import StepMetrics
 
 
 class Writer:
@@ -32,7 +33,7 @@ def moments(value):
 def metrics(value, **changes):
   names = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm', 'bits_per_dim')
   bins = {'sum': np.array([value, 0.0]), 'count': np.array([1.0, 0.0])}
-  return dict.fromkeys(names, value) | {'bins': bins, 'moments': moments(value)} | changes
+  return StepMetrics(dict.fromkeys(names, value) | changes, moments(value), bins)
 
 
 def test_meter_writes_means_over_its_interval():
@@ -96,7 +97,7 @@ def test_meter_reads_a_step_only_after_the_next_one_was_dispatched():
   fetched = []
   meter = Meter(Writer(), every=100, batch_size=8, start=0, total=4)
   for step in (1, 2, 3):
-    meter.push(step, metrics(float(step)), fetch=lambda m: fetched.append(m['loss']) or m)
+    meter.push(step, metrics(float(step)), fetch=lambda m: fetched.append(m.scalars['loss']) or m)
     assert fetched == [float(s) for s in range(1, step)]
   meter.close()
 

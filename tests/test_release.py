@@ -46,13 +46,13 @@ def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan
   config = config_of(**{'model.scan_blocks': scan})
   run, given = read_run(config, workdir), read_run(config, folder)
   assert int(given.state.step) == int(run.state.step) == 4
-  network, want = given.state.params['network'], run.state.ema_params['network']
+  network, want = given.state.params['network'], run.state.averages['ema']['network']
   jax.tree.map(
     lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float16)), network, want
   )
-  schedule = given.state.params['schedule'], run.state.ema_params['schedule']
+  schedule = given.state.params['schedule'], run.state.averages['ema']['schedule']
   jax.tree.map(np.testing.assert_array_equal, *schedule)  # end points keep their float32
-  jax.tree.map(np.testing.assert_array_equal, given.state.params, given.state.ema_params)
+  jax.tree.map(np.testing.assert_array_equal, given.state.params, given.state.averages['ema'])
 
 
 def test_it_is_evaluated_and_sampled_from_like_a_run(folders, tmp_path):

@@ -24,7 +24,6 @@ from vdm.sampling.labels import drawn_classes, labels_of
 from vdm.sampling.picture import image_grid, save_png
 from vdm.sampling.run import folder_name, manifest_of
 from vdm.system import parallel
-from vdm.workdir import load
 from vdm.workdir.load import Run
 
 SHAPE, VALUES = (3, 2, 1), 17
@@ -46,15 +45,15 @@ def stub_model():
     return lambda z, log_snr: Prediction(0.8 * z + params * expand_to(label / 30.0, z), z)
 
   own = SCHEDULES['linear'](-5.0, 8.0)
-  return build.Model(None, lambda params: own, denoiser, None, SHAPE, VALUES)
+  return build.Model(None, lambda params: own, denoiser, None, SHAPE, discrete(VALUES))
 
 
 @pytest.fixture
 def read_run(monkeypatch):
-  """A run on disk; the parameter of its newest state is `state.ema_params`."""
-  state = types.SimpleNamespace(step=3, params=None, ema_params=jnp.ones(()), averages={})
+  """A run on disk; the parameter of its newest state is `state.averages['ema']`."""
+  state = types.SimpleNamespace(step=3, params=None, averages={'ema': jnp.ones(())})
   monkeypatch.setattr(
-    load,
+    run_lib,
     'read_run',
     lambda config, *_: Run(config, stub_model(), parallel.make_mesh(), state),
   )
@@ -138,14 +137,14 @@ def test_shards_hold_every_image_once_in_order_with_its_label(read_run, tmp_path
   config = config_of()
   run_lib.run(config, tmp_path)
   run = make_sampler(config, stub_model(), parallel.make_mesh())
-  images = np.concatenate(list(run(read_run.ema_params)))
+  images = np.concatenate(list(run(read_run.averages['ema'])))
   assert images.shape == (28, *SHAPE) and len(np.unique(images, axis=0)) == 28
   (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   np.testing.assert_array_equal(np.concatenate(list(read_shards(folder))), images)
   assert [len(batch) for batch in read_shards(folder)] == [8, 8, 8, 4]
   labels = np.concatenate([np.load(path)['labels'] for path in sorted(folder.glob('*.npz'))])
   np.testing.assert_array_equal(labels, np.arange(28) % 10)
-  np.testing.assert_array_equal(next(run(read_run.ema_params, starts=[16])), images[16:24])
+  np.testing.assert_array_equal(next(run(read_run.averages['ema'], starts=[16])), images[16:24])
 
 
 def test_png_files_are_scaled_and_say_their_class(read_run, tmp_path):
@@ -193,7 +192,7 @@ def test_another_setting_is_another_folder_and_another_state_is_refused(read_run
     changed.sample.sampler[leaf] = value
     assert folder_name(changed, 3) != folder_name(config_of(), 3)
   before = files(tmp_path)
-  read_run.ema_params = jnp.full((), 1.5)  # trained anew, to the same step
+  read_run.averages['ema'] = jnp.full((), 1.5)  # trained anew, to the same step
   with pytest.raises(ValueError, match=r"holds images of fingerprint='\w{8}', not '\w{8}'; remove"):
     run_lib.run(config_of(), tmp_path)
   assert files(tmp_path) == before

@@ -420,17 +420,19 @@ def config_of(**sample_settings):
 @pytest.mark.parametrize('name', SAMPLERS)
 def test_every_sampler_is_chosen_by_its_name_alone(name):
   config = config_of(sampler__name=name)
-  assert build.sampler(config).evaluations == 1 + (name == 'heun')
+  assert build.sampler(config.sample.sampler).evaluations == 1 + (name == 'heun')
   build.model(config)
 
 
 def test_arguments_reach_the_sampler_and_its_grid(key):
   config = config_of(sampler__name='heun', sampler__s_churn=12.0)
-  gamma, _ = build.sampler(config).init(jnp.zeros((1, 2)), jnp.zeros(60))
+  gamma, _ = build.sampler(config.sample.sampler).init(jnp.zeros((1, 2)), jnp.zeros(60))
   assert float(gamma) == pytest.approx(0.2)
   own = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=8.0)
   ends = lambda **settings: np.asarray(
-    build.other_schedule(config_of(**settings), 'sample.grid', own)(jnp.array([1.0, 0.5, 0.0]))
+    build.other_schedule(config_of(**settings).sample.grid, 'sample.grid', own)(
+      jnp.array([1.0, 0.5, 0.0])
+    )
   )
   np.testing.assert_allclose(ends(), [-5, 1.5, 8])
   np.testing.assert_allclose(ends(grid__name='cosine')[np.array([0, 2])], [-5, 8], rtol=1e-5)

@@ -4,7 +4,7 @@ import numpy as np
 import optax
 import pytest
 
-from vdm.build.optimizer import make_optimizer
+from vdm.build.optimizer import optimizer as make_optimizer
 from vdm.build.state import apply_gradients, create, named_params
 from vdm.diffusion import averages
 
@@ -86,11 +86,11 @@ def test_average_halves_the_past_after_one_half_life():
   """Weight of the initial value after n steps is 0.5 ** (n batch / halflife)."""
   optimizer = optax.set_to_zero()
   current = create({'network': jnp.float32(0.0)}, optimizer)
-  current = current.replace(ema_params={'network': jnp.float32(1.0)})
+  current = current.replace(averages={'ema': {'network': jnp.float32(1.0)}})
   for _ in range(50):
     decay = averages.exponential_decay(current.step, 32, halflife_images=800, rampup_ratio=0.0)
     current = apply_gradients(current, current.params, optimizer, {'ema': decay})
-  np.testing.assert_allclose(current.ema_params['network'], 0.25, rtol=1e-4)
+  np.testing.assert_allclose(current.averages['ema']['network'], 0.25, rtol=1e-4)
   assert current.step == 50
 
 
@@ -108,5 +108,7 @@ def test_averages_are_kept_side_by_side():
 def test_parameters_and_average_do_not_share_buffers():
   """The state is donated: one buffer must not be given away twice."""
   created = create(PARAMS, make_optimizer(**SETTINGS))
-  pairs = zip(jax.tree.leaves(created.params), jax.tree.leaves(created.ema_params), strict=True)
+  pairs = zip(
+    jax.tree.leaves(created.params), jax.tree.leaves(created.averages['ema']), strict=True
+  )
   assert all(p.unsafe_buffer_pointer() != e.unsafe_buffer_pointer() for p, e in pairs)

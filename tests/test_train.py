@@ -21,7 +21,7 @@ from vdm.nn.conditioning import Conditioning
 from vdm.sampling import run as run_lib
 from vdm.system import hosts, parallel, runners
 from vdm.training import loop
-from vdm.training.step import make_loss, make_train_step
+from vdm.training.step import loss, make_train_step, recipe
 from vdm.workdir import posthoc_ema
 from vdm.workdir.load import read_run
 
@@ -261,10 +261,10 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   image = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1)).astype(np.uint8)
   index = jnp.arange(8)
   batch = {'image': jnp.asarray(image), 'label': 0 * index, 'index': index}
-  learned, _ = build.schedule(config)
+  learned, _ = build.schedule(config.schedule)
   fake = model._replace(denoiser=denoiser)
   given = ({'schedule': learned.init()}, None, {}, batch, jax.random.key(1), None)
-  make_loss(config, fake)(*given)
+  loss(recipe(config, fake), *given)
   keys = [fold_in(key, index) for key in jax.random.split(jax.random.key(1), 6)[3:5]]
   _, flag = augment(*keys, batch['image'], True, True)
   np.testing.assert_array_equal(seen, [flag])
@@ -314,7 +314,7 @@ def test_dropout_is_on_in_training_alone_at_the_rate_of_the_network(name, rate):
   batch = {'image': image, 'label': 0 * index, 'index': index}
   mesh = parallel.make_mesh()
   state = parallel.abstract_state(mesh, build.init_state(config, model))
-  step = make_train_step(config, model, build.optimizer(config))
+  step = make_train_step(config, model)
   evaluated = lambda params: model.denoiser(params)(jnp.float32(image), index / 8)
   wanted = default_rate if rate is None else rate
   assert seen(step, state, batch) == ({(wanted, True)} if wanted else set())
@@ -345,12 +345,12 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
   """A minute of the real thing, in miniature: well below a uniform guess, log2(17) = 4.09 bits."""
   config = config_of(train__batch_size=32, train__num_steps=250, model__dropout=0.0)
   config.optimizer.update(learning_rate=3e-3, warmup_steps=10)
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   mesh = parallel.make_mesh()
   init = build.init_state(config, model)
   runner = runners.runner(
     'jit',
-    make_train_step(config, model, optimizer),
+    make_train_step(config, model),
     mesh,
     parallel.abstract_state(mesh, init),
   )
@@ -359,7 +359,7 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
   losses = []
   for batch, _ in zip(loop._batches(config, source, 0), range(250), strict=False):
     state, metrics = runner.step(state, runner.put_batch(batch))
-    losses.append(float(metrics['bits_per_dim']))
+    losses.append(float(metrics.scalars['bits_per_dim']))
   assert np.mean(losses[-20:]) < 3.9 and np.mean(losses[:5]) > 4.5
 
 
@@ -370,7 +370,7 @@ def test_a_stored_length_is_reconstructed_as_it_was_tracked(straight, std):
   out = straight.with_name(f'{straight.name}_std{std:g}')
   made, tracked = final_state(config, out), final_state(config, straight)
   pairs = zip(
-    jax.tree.leaves(made.ema_params),
+    jax.tree.leaves(made.averages['ema']),
     jax.tree.leaves(tracked.averages[f'std_{std:g}']),
     strict=True,
   )

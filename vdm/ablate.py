@@ -111,7 +111,9 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
   for count in steps:
     config.sample.num_steps = count
     images = np.concatenate(list(make_sampler(config, model, mesh)(params)))
-    evaluations = num_evaluations(build.sampler(config), count, config.sample.denoise_last)
+    evaluations = num_evaluations(
+      build.sampler(config.sample.sampler), count, config.sample.denoise_last
+    )
     distances[evaluations] = fid.frechet_distance(_fit(images, model), fitted)
   schedule = model.training_schedule(state.params, state.adaptive)
   log_snr = schedule(jnp.linspace(0.0, 1.0, 101))

@@ -15,7 +15,7 @@ from vdm.errors import require, within
 
 
 def factory(table: dict, field: str, block: dict, **extra):
-  """table[block['name']](**rest of block, **extra), with errors in the user's words."""
+  """Returns table[block['name']](**rest of block, **extra), with errors in the user's words."""
   kwargs = {**block, **extra}
   name = kwargs.pop('name')
   require(
@@ -40,81 +40,81 @@ def factory(table: dict, field: str, block: dict, **extra):
     return table[name](**kwargs)
 
 
-def schedule(config: ConfigDict) -> tuple[Learned, Adaptive | None]:
-  """config.schedule as a Learned pair, and as an adaptive schedule where it is one.
+def schedule(block: ConfigDict) -> tuple[Learned, Adaptive | None]:
+  """Returns config.schedule as a Learned pair, and as an adaptive schedule if it is one.
 
   A fixed schedule has no parameters. An adaptive one is for training; all else sees the linear
   schedule between its end points.
   """
   table = SCHEDULES | {'adaptive': adaptive}
-  built = factory(table, 'schedule', config.schedule.to_dict())
+  built = factory(table, 'schedule', block.to_dict())
   if isinstance(built, Learned):
     return built, None
   if isinstance(built, Adaptive):
-    fixed = SCHEDULES['linear'](config.schedule.log_snr_min, config.schedule.log_snr_max)
+    fixed = SCHEDULES['linear'](block.log_snr_min, block.log_snr_max)
     return Learned(dict, lambda params: fixed), built
   return Learned(dict, lambda params: built), None
 
 
-def chosen_weighting(config: ConfigDict) -> Weighting:
-  """config.weighting as a function; beside any name, the leaf image_size applies `shifted`."""
-  block = config.weighting.to_dict()
-  if 'image_size' not in block:
-    return factory(WEIGHTINGS, 'weighting', block)
-  image_size = block.pop('image_size')
-  weighting = factory(WEIGHTINGS, 'weighting', block)
+def weighting(block: ConfigDict) -> Weighting:
+  """Returns config.weighting; beside any name, the leaf image_size applies `shifted`."""
+  kwargs = block.to_dict()
+  image_size = kwargs.pop('image_size', None)
+  built = factory(WEIGHTINGS, 'weighting', kwargs)
+  if image_size is None:
+    return built
   with within('config.weighting'):
-    return shifted(weighting, image_size)
+    return shifted(built, image_size)
 
 
 def _of_chosen(table: dict, block: ConfigDict) -> dict:
-  """A block that lists the arguments of every factory, without those that are another's default.
+  """Returns a block without the arguments that it leaves at another factory's default.
 
   So `--config.sample.sampler.name=ddim` is enough, and what has no effect is still refused.
   """
-  block = block.to_dict()
-  if block['name'] not in table:
-    return block
-  taken = inspect.signature(table[block['name']]).parameters
+  if block.name not in table:
+    return block.to_dict()
+  taken = inspect.signature(table[block.name]).parameters
   defaults = [
     (k, p.default)
     for factory in table.values()
     for k, p in inspect.signature(factory).parameters.items()
   ]
-  return {k: v for k, v in block.items() if k == 'name' or k in taken or (k, v) not in defaults}
+  kept = lambda k, v: k == 'name' or k in taken or (k, v) not in defaults
+  return {k: v for k, v in block.to_dict().items() if kept(k, v)}
 
 
-def sampler(config: ConfigDict) -> Sampler:
-  """config.sample.sampler."""
-  block = _of_chosen(SAMPLERS, config.sample.sampler)
-  return factory(SAMPLERS, 'sample.sampler', block)
+def sampler(block: ConfigDict) -> Sampler:
+  """Returns config.sample.sampler."""
+  return factory(SAMPLERS, 'sample.sampler', _of_chosen(SAMPLERS, block))
 
 
-def threshold(config: ConfigDict) -> Callable[[Denoiser], Denoiser]:
-  """config.sample.threshold."""
-  block = _of_chosen(THRESHOLDS, config.sample.threshold)
-  return factory(THRESHOLDS, 'sample.threshold', block)
+def threshold(block: ConfigDict) -> Callable[[Denoiser], Denoiser]:
+  """Returns config.sample.threshold."""
+  return factory(THRESHOLDS, 'sample.threshold', _of_chosen(THRESHOLDS, block))
 
 
-def other_schedule(config: ConfigDict, field: str, own: Schedule) -> Schedule:
-  """config.sample.grid or config.eval.schedule: the model's own, or a fixed one between its ends.
+def other_schedule(block: ConfigDict, field: str, own: Schedule) -> Schedule:
+  """Returns the schedule of a block: the model's own, or a fixed one between its end points.
 
-  `own` has to be concrete: the factories of schedules take floats.
+  Args:
+    block: config.sample.grid or config.eval.schedule.
+    field: 'sample.grid' or 'eval.schedule', for errors.
+    own: the model's, concrete: the factories of schedules take floats.
   """
-  part, leaf = field.split('.')
-  block = config[part][leaf].to_dict()
-  if block['name'] == 'schedule':
-    return factory({'schedule': lambda: own}, field, block)
+  kwargs = block.to_dict()
+  if block.name == 'schedule':
+    return factory({'schedule': lambda: own}, field, kwargs)
   most, least = map(float, end_points(own))
-  if 'sigma_min' not in block:
-    block = {'log_snr_max': most} | block
-  if 'sigma_max' not in block:
-    block = {'log_snr_min': least} | block
-  built = factory(SCHEDULES, field, block)
+  if 'sigma_min' not in kwargs:
+    kwargs = {'log_snr_max': most} | kwargs
+  if 'sigma_max' not in kwargs:
+    kwargs = {'log_snr_min': least} | kwargs
+  built = factory(SCHEDULES, field, kwargs)
   require(
     not isinstance(built, Learned),
     f'config.{field}.name',
-    block['name'],
+    block.name,
     'a schedule without parameters',
     "'schedule' is the model's own",
   )
@@ -122,7 +122,7 @@ def other_schedule(config: ConfigDict, field: str, own: Schedule) -> Schedule:
   require(
     least - 0.01 <= low < high <= most + 0.01,
     f'config.{field}',
-    config[part][leaf].to_dict(),
+    block.to_dict(),
     f"within the model's log_snr, {least:.2f} to {most:.2f}, not {low:.2f} to {high:.2f}",
     'leave its limits out, or train with a wider config.schedule',
   )

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from vdm.build import factories
 from vdm.build.checks import check_config, check_sampling, is_flagged
-from vdm.build.factories import chosen_weighting, factory, schedule
 from vdm.build.platform import dtype, scan_blocks
 from vdm.diffusion.adaptive import Adaptive
 from vdm.diffusion.decoders import Decoder, discrete
@@ -54,21 +54,21 @@ def model(config: ConfigDict) -> Model:
   )
   num_classes = config.data.num_classes if class_conditional else 0
   embedding_size = config.data.embedding_size
-  flagged, scan = is_flagged(config), scan_blocks(config)
-  unrolled = factory(
+  flagged, scan = is_flagged(config.model), scan_blocks(config.model)
+  unrolled = factories.factory(
     NETWORKS,
     'model',
     block | ({'scan_blocks': False} if 'scan_blocks' in block else {}),
     num_classes=num_classes,
-    dtype=dtype(config),
+    dtype=dtype(config.model.dtype),
     # z is nearly eps where noise dominates; x, v and F are nothing like it, the score is -z there,
     # and o = eps - x has the wrong sign of x
     residual=output == 'eps',
     **(dict(embedding_size=embedding_size) if embedding_size else {}),
   )
   network = unrolled.clone(scan_blocks=True) if scan else unrolled
-  learned, adapts = schedule(config)
-  weighting = chosen_weighting(config)
+  learned, adapts = factories.schedule(config.schedule)
+  weighting = factories.weighting(config.weighting)
   require(
     not (jax.tree.leaves(learned.init()) and config.weighting.name != 'elbo'),
     'config.weighting.name',
@@ -76,7 +76,9 @@ def model(config: ConfigDict) -> Model:
     "'elbo' where the schedule is learned",
     'the end points are trained by the bound: choose a fixed config.schedule.name, such as linear',
   )
-  check_sampling(config, learned.as_schedule(learned.init()))
+  own = learned.as_schedule(learned.init())
+  check_sampling(config.sample, own, config.train.label_dropout)
+  factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
   image_shape = tuple(config.data.image_shape)
 
   def init(key):

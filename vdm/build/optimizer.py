@@ -7,25 +7,12 @@ import optax
 from ml_collections import ConfigDict
 
 from vdm.diffusion import averages
-from vdm.errors import require
 
 
-def optimizer(config: ConfigDict) -> optax.GradientTransformation:
-  """config.optimizer as an optax transformation."""
-  decay = config.optimizer.decay
-  require(
-    decay in ('constant', 'cosine'),
-    'config.optimizer.decay',
-    decay,
-    "'constant' or 'cosine'",
-    'choose one',
-  )
-  return make_optimizer(config.train.num_steps, **config.optimizer)
-
-
-def ema_decays(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array]:
-  """The decay at `step` of each average config.ema asks for, by name; 'ema' is the first."""
-  settings, batch_size = config.ema, config.train.batch_size
+def ema_decays(
+  settings: ConfigDict, batch_size: int, step: jax.Array | int
+) -> dict[str, jax.Array]:
+  """Returns the decay at `step` of each average that config.ema asks for, by name, 'ema' first."""
   halflives = {'ema': settings.halflife_images}
   halflives |= {f'halflife_{images:g}': images for images in settings.extra_halflives_images}
   decays = {
@@ -47,7 +34,7 @@ def decay_mask(params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(decays, params)
 
 
-def make_optimizer(
+def optimizer(
   num_steps: int,
   learning_rate: float,
   warmup_steps: int,

@@ -8,20 +8,19 @@ from vdm.errors import require
 
 
 def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-  """A copy in which what is 'auto' says what that means on `platform`: 'cpu', 'gpu' or 'tpu'.
+  """Returns a copy in which 'auto' is replaced by what it means on 'cpu', 'gpu' or 'tpu'.
 
   Without it 'auto' is for the platform at hand. Layers choose as they are lowered.
   """
   config = config.copy_and_resolve_references()
-  config.model.dtype = dtype(config, platform).name
+  config.model.dtype = dtype(config.model.dtype, platform).name
   if 'scan_blocks' in config.model:
-    config.model.scan_blocks = 'on' if scan_blocks(config, platform) else 'off'
+    config.model.scan_blocks = 'on' if scan_blocks(config.model, platform) else 'off'
   return config
 
 
-def dtype(config: ConfigDict, platform: str = '') -> jnp.dtype:
-  """Of activations inside the network, on `platform` or on what is at hand."""
-  name = config.model.dtype
+def dtype(name: str, platform: str = '') -> jnp.dtype:
+  """Returns the dtype of activations, config.model.dtype, on `platform` or on what is at hand."""
   require(
     name in ('auto', 'float32', 'bfloat16'),
     'config.model.dtype',
@@ -34,14 +33,16 @@ def dtype(config: ConfigDict, platform: str = '') -> jnp.dtype:
   return jnp.dtype(name)
 
 
-def scan_blocks(config: ConfigDict, platform: str = '') -> bool:
-  """Whether the network runs its equal blocks in a loop; False for one that has no such choice.
+def scan_blocks(model: ConfigDict, platform: str = '') -> bool:
+  """Returns whether the network of config.model runs its equal blocks in a loop.
+
+  False for one that has no such choice.
 
   Not on CPU by default, where convolutions in a loop have been slow (`vdm.nn.convolution.conv3x3`).
   """
-  if 'scan_blocks' not in config.model:
+  if 'scan_blocks' not in model:
     return False
-  choice = config.model.scan_blocks
+  choice = model.scan_blocks
   require(
     choice in ('auto', 'on', 'off'),
     'config.model.scan_blocks',

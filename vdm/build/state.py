@@ -19,8 +19,7 @@ class TrainState:
 
   step: jax.Array  # int32 scalar, updates done
   params: Any  # {'network': ..., 'schedule': ...}
-  ema_params: Any
-  averages: dict[str, Any]  # further ones, by name
+  averages: dict[str, Any]  # of the parameters, by name; 'ema' is the main one
   opt_state: Any
   adaptive: Any  # of the adaptive schedule (vdm.diffusion.adaptive); {} for any other
 
@@ -29,13 +28,13 @@ def create(
   params: Any,
   optimizer: optax.GradientTransformation,
   adaptive: Any = None,
-  averages: tuple[str, ...] = (),
+  averages: tuple[str, ...] = ('ema',),
 ) -> TrainState:
-  """The state before the first step; the averages, of these names, start at the parameters."""
+  """Returns the state before the first step; the averages, of these names, start at `params`."""
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
-    ema_params=jax.tree.map(jnp.copy, params),  # a buffer of its own: the state is donated
+    # buffers of their own: the state is donated
     averages={name: jax.tree.map(jnp.copy, params) for name in averages},
     opt_state=optimizer.init(params),
     adaptive={} if adaptive is None else adaptive,
@@ -45,8 +44,7 @@ def create(
 def apply_gradients(
   state: TrainState, grads: Any, optimizer: optax.GradientTransformation, decays: dict[str, Any]
 ) -> TrainState:
-  """One optimizer update and one of each average: `decays` has theirs by name, the main one's
-  under 'ema'."""
+  """Returns the state after an update of the optimizer and one of each average, by its decay."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
 
@@ -56,24 +54,23 @@ def apply_gradients(
   return state.replace(
     step=state.step + 1,
     params=params,
-    ema_params=average(state.ema_params, decays['ema']),
     averages={name: average(old, decays[name]) for name, old in state.averages.items()},
     opt_state=opt_state,
   )
 
 
 def named_params(state: TrainState, name: str) -> Any:
-  """The parameters called 'raw', 'ema' or by the name of a further average."""
-  return {'raw': state.params, 'ema': state.ema_params, **state.averages}[name]
+  """Returns the parameters called 'raw', or the average of that name."""
+  return state.params if name == 'raw' else state.averages[name]
 
 
 def create_state(config: ConfigDict, model: Model, params: Any) -> TrainState:
-  """The state before the first step from these parameters."""
+  """Returns the state before the first step from these parameters."""
   adapts = model.adaptive.init() if model.adaptive else None
-  averages = tuple(ema_decays(config, 0))[1:]
-  return create(params, optimizer(config), adapts, averages)
+  averages = tuple(ema_decays(config.ema, config.train.batch_size, 0))
+  return create(params, optimizer(config.train.num_steps, **config.optimizer), adapts, averages)
 
 
 def init_state(config: ConfigDict, model: Model) -> Callable[[], TrainState]:
-  """A function without arguments, to be traced: the state before the first step."""
+  """Returns a function without arguments, to be traced, of the state before the first step."""
   return lambda: create_state(config, model, model.init(jax.random.key(config.seed)))

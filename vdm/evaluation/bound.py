@@ -175,7 +175,7 @@ def make_evaluator(
   def evaluate(params, batches, num_images):
     parts, compiled = [], own
     if config.eval.schedule.name != 'schedule':
-      fixed = build.other_schedule(config, 'eval.schedule', model.schedule(params))
+      fixed = build.other_schedule(config.eval.schedule, 'eval.schedule', model.schedule(params))
       compiled = compile_for(model._replace(schedule=lambda params: fixed))
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
     launched = (compiled(params, batch, num_images, config.eval.seed) for batch in on_devices)
@@ -212,7 +212,7 @@ def write_card(
       'images_seen': step * config.train.batch_size,
       'log_snr_max': ends[0],
       'log_snr_min': ends[1],
-      'dtype': str(build.dtype(config)),
+      'dtype': str(build.dtype(config.model.dtype)),
       'config': config.to_dict(),
     },
   )
@@ -260,7 +260,7 @@ def card_path(
   made_of = {k: v for k, v in settings.to_dict().items() if k in same} | {
     'num_images': num_images,
     'data': source.identity,
-    'dtype': str(build.dtype(config)),
+    'dtype': str(build.dtype(config.model.dtype)),
   }
   return cards.path_of(workdir, ('bits_per_dim', name, time, *own, *times), made_of, step)
 

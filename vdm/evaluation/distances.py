@@ -26,8 +26,10 @@ def make_scorer(
   drawn = {
     'params': how.params,
     'sampler': how.sampler.name,
-    'network_evaluations': num_evaluations(build.sampler(config), how.num_steps, how.denoise_last),
-    'dtype': str(build.dtype(config)),
+    'network_evaluations': num_evaluations(
+      build.sampler(config.sample.sampler), how.num_steps, how.denoise_last
+    ),
+    'dtype': str(build.dtype(config.model.dtype)),
     'config': config.to_dict(),
   }
   extractor = fid.make(config, mesh)

@@ -201,7 +201,7 @@ def evaluate_ode_and_write(
     'seed': config.eval.seed,
     'num_images': result.num_images,
     'data': source.identity,
-    'dtype': str(build.dtype(config)),
+    'dtype': str(build.dtype(config.model.dtype)),
   }
   path = cards.path_of(workdir, parts, made_of, step)
   fields = card_fields(config, result)

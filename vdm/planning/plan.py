@@ -30,7 +30,7 @@ from vdm.planning.costs import Cost, Step, Target, bytes_per_device, cost, roofl
 from vdm.sampling.draw import make_guidance
 from vdm.system import parallel
 from vdm.system.runners import jit_runner
-from vdm.training.step import make_loss, make_train_step
+from vdm.training.step import loss, make_train_step, recipe
 
 TIMED_STEPS = 5
 
@@ -51,7 +51,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
 
   settings = config.sample
   guided, _ = make_guidance(_without_guide(config), model, mesh)
-  threshold = build.threshold(config)
+  threshold = build.threshold(config.sample.threshold)
 
   def evaluate_network(params, z, log_snr, label):
     return threshold(guided(params, None, label))(z, log_snr).x
@@ -62,7 +62,9 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
     jax.ShapeDtypeStruct((settings.batch_size, *shape), jnp.float32, sharding=sharding)
     for shape in (model.image_shape, ())
   )
-  evaluations = num_evaluations(build.sampler(config), settings.num_steps, settings.denoise_last)
+  evaluations = num_evaluations(
+    build.sampler(config.sample.sampler), settings.num_steps, settings.denoise_last
+  )
   yield Step(
     'sample',
     parallel.jit(evaluate_network, mesh, out_shardings=sharding),
@@ -74,7 +76,9 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
 
 
 def _train_step(config, model, mesh, state) -> Step:
-  function = make_train_step(config, model, build.optimizer(config))
+  function = make_train_step(
+    config, model, build.optimizer(config.train.num_steps, **config.optimizer)
+  )
   size, num_steps = config.train.batch_size, config.train.num_steps
   args = (state, _batch(config, mesh, size))
   jitted = jit_runner(function, mesh, state).step
@@ -103,7 +107,7 @@ def _batch(config: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool 
 
 def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any) -> int:
   """What JAX keeps of a device's part of a microbatch for the gradient, before fusion."""
-  loss = make_loss(config, model)
+  settings = recipe(config, model)
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype),
     _batch(config, mesh, config.train.batch_size // config.train.microbatches),
@@ -111,7 +115,7 @@ def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any
   key = jax.random.key(0)
 
   def pullback(params, probe, adaptive, batch):
-    of = lambda params, probe: loss(params, probe, adaptive, batch, key, key)
+    of = lambda params, probe: loss(settings, params, probe, adaptive, batch, key, key)
     _, gradient, _ = jax.vjp(of, params, probe, has_aux=True)
     return [leaf for leaf in jax.tree.leaves(gradient) if isinstance(leaf, jax.Array)]
 

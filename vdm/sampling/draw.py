@@ -33,7 +33,11 @@ def make_sampler(
   config.sample.guidance where it was made already.
   """
   settings = config.sample
-  labels, sampler, threshold = labels_of(config), build.sampler(config), build.threshold(config)
+  labels, sampler, threshold = (
+    labels_of(config),
+    build.sampler(config.sample.sampler),
+    build.threshold(config.sample.threshold),
+  )
   guided, guide_params = guidance or make_guidance(config, model, mesh)
 
   def draw(params, guide_params, log_snrs, index, label):
@@ -52,7 +56,7 @@ def make_sampler(
 
   def run(params, num_images=0, starts=None):
     num_images = num_images or settings.num_images
-    grid = build.other_schedule(config, 'sample.grid', model.schedule(params))
+    grid = build.other_schedule(config.sample.grid, 'sample.grid', model.schedule(params))
     log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
 
     def launch(start):
@@ -87,7 +91,7 @@ def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidanc
 
     return classifier_free, None
   other, guide_state = read_guide(config, model, mesh)
-  high, low = map(float, end_points(other.schedule(guide_state.ema_params)))
+  high, low = map(float, end_points(other.schedule(guide_state.averages['ema'])))
   low, high = max(low, limits[0]), min(high, limits[1])  # only where the guide, too, was trained
   own = config.schedule.log_snr_min, config.schedule.log_snr_max
   require(
@@ -103,4 +107,4 @@ def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidanc
     own, weak = model.denoiser(params, label), other.denoiser(guide_params, label)
     return guide(own, pair(own, weak), settings.weight, low, high)
 
-  return auto, guide_state.ema_params
+  return auto, guide_state.averages['ema']

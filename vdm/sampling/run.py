@@ -98,7 +98,7 @@ def manifest_of(config: ConfigDict, step: int, fingerprint: str) -> dict[str, An
   if config.data.embedding_size:
     rows = embeddings_of(config)(np.arange(min(settings.num_images, 100)))
     labels = f'embeddings, the first {len(rows)} {hashlib.sha256(rows.tobytes()).hexdigest()[:16]}'
-  sampler = build.sampler(config)
+  sampler = build.sampler(config.sample.sampler)
   return _what_is_drawn(settings) | {
     'step': step,
     'fingerprint': fingerprint,  # of the parameters, and of the guide's
@@ -107,7 +107,7 @@ def manifest_of(config: ConfigDict, step: int, fingerprint: str) -> dict[str, An
     'num_values': config.data.num_values,
     'image_shape': list(config.data.image_shape),
     'network_evaluations': num_evaluations(sampler, settings.num_steps, settings.denoise_last),
-    'dtype': str(build.dtype(config)),
+    'dtype': str(build.dtype(config.model.dtype)),
   }
 
 

@@ -23,7 +23,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   Returns:
     The process's exit status: 0 when done, EXIT_PREEMPTED when stopped and saved before.
   """
-  model, optimizer = build.model(config), build.optimizer(config)
+  model = build.model(config)
   build.check_devices(config, jax.device_count())
   traced = profile.steps(config)
   train_source = data.load(config.data, 'train')
@@ -49,7 +49,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     f'{sum(leaf.size for leaf in jax.tree.leaves(abstract.params)):,}',
     jax.device_count(),
   )
-  step_fn = make_train_step(config, model, optimizer)
+  step_fn = make_train_step(config, model)
   runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
   run_step = profile.traced(runner.step, traced, start, workdir)
   train_state = runner.put_state(train_state or parallel.initial_state(mesh, init))

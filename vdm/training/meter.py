@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from vdm.diffusion.elbo import coefficients_of_variation
 from vdm.system.logs import console
 from vdm.system.writers import MetricWriter
+from vdm.training.step import StepMetrics
 
 
 class Meter:
@@ -47,7 +48,7 @@ class Meter:
       yield batch
       start = time.monotonic()
 
-  def push(self, step: int, metrics: Any, fetch: Callable[[Any], dict]):
+  def push(self, step: int, metrics: StepMetrics, fetch: Callable[[StepMetrics], StepMetrics]):
     """Takes the metrics of `step`, still being computed, and reads those of the step before."""
     self.drain()
     self._pending = (step, metrics, fetch)
@@ -60,16 +61,16 @@ class Meter:
     self._pending = None
     metrics = fetch(metrics)
     for name in ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm'):
-      if not np.isfinite(metrics[name]):
-        raise FloatingPointError(f'step {step}: {name} is {metrics[name]}')
+      if not np.isfinite(metrics.scalars[name]):
+        raise FloatingPointError(f'step {step}: {name} is {metrics.scalars[name]}')
     now = time.monotonic()
     if self._begin is None:
       self._begin, self._clock, self._waited = now, now, 0.0
       self._start = self._clock_step = step
-    self._bins.append(metrics.pop('bins'))
+    self._bins.append(metrics.bins)
     self._window.append(metrics)
     left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
-    bits = metrics['bits_per_dim']
+    bits = metrics.scalars['bits_per_dim']
     status = f'{bits:.3f} bits/dim, {self._rate(step, now):.0f} images/s, {_duration(left)} left'
     self._line.update(self._task, description=f'step {step}', completed=step, status=status)
     if step % self._every == 0:
@@ -94,11 +95,11 @@ class Meter:
 
   def _write(self, step: int, now: float, left: float):
     means = jax.tree.map(lambda *leaves: np.mean(np.stack(leaves), axis=0), *self._window)
-    _, square, square_linear = moments = means.pop('moments')
-    cv = coefficients_of_variation(moments)
-    means |= dict(zip(('diffusion_cv', 'diffusion_cv_linear'), cv, strict=True))
-    means['square_reduction'] = square / square_linear
-    scalars = {f'train/{k}': float(v) for k, v in means.items()}
+    _, square, square_linear = means.moments
+    cv, cv_linear = coefficients_of_variation(means.moments)
+    values = means.scalars | {'diffusion_cv': cv, 'diffusion_cv_linear': cv_linear}
+    values['square_reduction'] = square / square_linear
+    scalars = {f'train/{k}': float(v) for k, v in values.items()}
     if step > self._start:  # the first was not timed: it was compiled
       scalars |= {
         'train/images_per_second': self._rate(step, now),

@@ -1,15 +1,19 @@
-"""The train step, written for the global batch."""
+"""The train step, written for the global batch: read from the bottom up, `train_step` first."""
 
+import functools
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vdm import build
 from vdm.build.state import TrainState, apply_gradients
+from vdm.data import Batch
 from vdm.data.augment import augment
 from vdm.diffusion.adaptive import predicted_reduction
 from vdm.diffusion.decoders import bits_per_dim
@@ -20,134 +24,204 @@ from vdm.diffusion.times import stratified
 from vdm.evaluation.bound import log_snr_bins
 
 
-def make_loss(config: ConfigDict, model: build.Model) -> Callable:
-  """loss(params, probe, adaptive, batch, key, key_dropout) -> (mean, (metrics, (t, diffusion))).
+class Recipe(NamedTuple):
+  """What a train step needs to know, constants all."""
 
-  Losses are in nats per dimension, t and the diffusion loss [B]. The interior of a learned schedule
-  gets no gradient in continuous time, where `probe` collects what `interior_gradient` needs. The
-  metrics are means over examples, so that they average over parts of a batch.
+  model: build.Model
+  optimizer: optax.GradientTransformation
+  decays: Callable[[Array], dict[str, Array]]  # step -> the decay of each average
+  seed: int
+  batch_size: int  # of the global batch
+  microbatches: int
+  num_timesteps: int  # T, 0 for continuous time
+  label_dropout: float
+  flip: bool
+  rotate: bool
+
+  def learns_interior(self, params: dict) -> bool:
+    """Whether the variance of the loss trains the schedule's interior, and the bound does not.
+
+    In discrete time the bound itself depends on the interior, and trains it.
+    """
+    return 'interior' in params['schedule'] and not self.num_timesteps
+
+
+class StepMetrics(NamedTuple):
+  """What a step measured: means over its examples, so that they average over parts of a batch."""
+
+  scalars: dict[str, Array]  # by the name in the log
+  moments: Array  # [3], of the diffusion loss (`elbo.moments`)
+  bins: dict[str, Array]  # bits/dim by log-SNR (`evaluation.bound.log_snr_bins`)
+  hits: Any = ()  # of the adaptive schedule, per example
+
+
+def recipe(config: ConfigDict, model: build.Model) -> Recipe:
+  """Returns the recipe of a config."""
+  train = config.train
+  return Recipe(
+    model=model,
+    optimizer=build.optimizer(train.num_steps, **config.optimizer),
+    decays=functools.partial(build.ema_decays, config.ema, train.batch_size),
+    seed=config.seed,
+    batch_size=train.batch_size,
+    microbatches=train.microbatches,
+    num_timesteps=train.num_timesteps,
+    label_dropout=train.label_dropout,
+    flip=config.data.flip,
+    rotate=config.data.rotate,
+  )
+
+
+def loss(
+  recipe: Recipe,
+  params: dict,
+  probe: tuple[Array, Array],
+  adaptive: Any,
+  batch: Batch,
+  key: Array,
+  key_dropout: Array,
+) -> tuple[Array, tuple[StepMetrics, tuple[Array, Array]]]:
+  """Returns the mean loss in nats/dim, and the metrics with t [B] and the diffusion loss [B].
+
+  Args:
+    recipe: of the step.
+    params: {'network', 'schedule'}.
+    probe: zeros [B] and [B], whose gradients `interior_gradient` needs: the interior of a learned
+      schedule gets no gradient from the loss itself in continuous time.
+    adaptive: the state of the adaptive schedule, if any.
+    batch: a batch, or a part of one.
+    key: of the step; every random number but dropout's is a function of it and the example's index.
+    key_dropout: of this call.
   """
-  num_dims = int(np.prod(model.image_shape))
+  model, num_dims = recipe.model, math.prod(recipe.model.image_shape)
+  if recipe.learns_interior(params):
+    interior = jax.lax.stop_gradient(params['schedule']['interior'])
+    params = params | {'schedule': params['schedule'] | {'interior': interior}}
+  schedule = model.training_schedule(params, adaptive)
+  key_t, key_eps, key_recon, key_flip, key_rotate, key_label = jax.random.split(key, 6)
+  index, label = batch['index'], batch['label']
+  u, flag = augment(
+    fold_in(key_flip, index),
+    fold_in(key_rotate, index),
+    batch['image'],
+    recipe.flip,
+    recipe.rotate,
+  )
+  if recipe.label_dropout:
+    label = drop_labels(fold_in(key_label, index), label, recipe.label_dropout)
+  t = stratified(key_t, index, recipe.batch_size)
+  bound = variational_bound(
+    model.denoiser(params, label, flag, train=True, key_dropout=key_dropout),
+    schedule,
+    model.decoder,
+    model.weighting,
+    u,
+    t,
+    standard_normal(fold_in(key_recon, index), model.image_shape),
+    standard_normal(fold_in(key_eps, index), model.image_shape),
+    recipe.num_timesteps,
+    probe,
+  )
+  diffusion = bound.diffusion._replace(loss=bound.diffusion.loss / num_dims)
+  value = ((bound.recon + bound.prior) / num_dims + diffusion.loss).mean()
+  terms = {
+    'recon_bpd': bound.recon,
+    'prior_bpd': bound.prior,
+    'diffusion_bpd': bound.diffusion.elbo,
+  }
+  scalars = {k: bits_per_dim(v.mean(), num_dims) for k, v in terms.items()}
+  scalars['bits_per_dim'] = sum(scalars.values())
+  scalars['loss'] = value
+  scalars['log_snr_max'], scalars['log_snr_min'] = ends = end_points(schedule)
+  hits = ()
+  if model.adaptive:
+    error = 2 * bound.diffusion.loss / -bound.diffusion.slope  # w |eps_hat - eps|^2
+    hits = jax.tree.map(lambda a: a / len(u), model.adaptive.hits(bound.diffusion.log_snr, error))
+  metrics = StepMetrics(
+    scalars,
+    moments(diffusion, ends[0] - ends[1]).mean(axis=0),
+    log_snr_bins(diffusion, ends, num_dims, jnp.ones(len(u))),
+    hits,
+  )
+  return value, (metrics, (t, diffusion.loss))
 
-  def loss_fn(params, probe, adaptive, batch, key, key_dropout):
-    if learns_interior(config, params):
-      interior = jax.lax.stop_gradient(params['schedule']['interior'])
-      params = params | {'schedule': params['schedule'] | {'interior': interior}}
-    schedule = model.training_schedule(params, adaptive)
-    key_t, key_eps, key_recon, key_flip, key_rotate, key_label = jax.random.split(key, 6)
-    index, label = batch['index'], batch['label']
-    u, flag = augment(
-      fold_in(key_flip, index),
-      fold_in(key_rotate, index),
-      batch['image'],
-      config.data.flip,
-      config.data.rotate,
+
+def gradients(
+  recipe: Recipe, state: TrainState, batch: Batch, key: Array, key_dropout: Array
+) -> tuple[Any, StepMetrics]:
+  """Returns the gradients of the mean loss of a batch, or of a part of one, and the metrics."""
+  zeros = jnp.zeros(len(batch['index']))
+  grad = jax.grad(functools.partial(loss, recipe), argnums=(0, 1), has_aux=True)
+  (grads, probe_grads), (metrics, (t, diffusion_loss)) = grad(
+    state.params, (zeros, zeros), state.adaptive, batch, key, key_dropout
+  )
+  if recipe.learns_interior(state.params):
+    as_schedule = lambda schedule: recipe.model.schedule({'schedule': schedule})
+    grads['schedule']['interior'] = interior_gradient(
+      as_schedule, state.params['schedule'], t, diffusion_loss, probe_grads
     )
-    if config.train.label_dropout:
-      label = drop_labels(fold_in(key_label, index), label, config.train.label_dropout)
-    t = stratified(key_t, index, config.train.batch_size)
-    bound = variational_bound(
-      model.denoiser(params, label, flag, train=True, key_dropout=key_dropout),
-      schedule,
-      model.decoder,
-      model.weighting,
-      u,
-      t,
-      standard_normal(fold_in(key_recon, index), model.image_shape),
-      standard_normal(fold_in(key_eps, index), model.image_shape),
-      config.train.num_timesteps,
-      probe,
-    )
-    diffusion = bound.diffusion._replace(loss=bound.diffusion.loss / num_dims)
-    loss = ((bound.recon + bound.prior) / num_dims + diffusion.loss).mean()
-    terms = {
-      'recon_bpd': bound.recon,
-      'prior_bpd': bound.prior,
-      'diffusion_bpd': bound.diffusion.elbo,
-    }
-    metrics = {k: bits_per_dim(v.mean(), num_dims) for k, v in terms.items()}
-    metrics['bits_per_dim'] = sum(metrics.values())
-    metrics['loss'] = loss
-    metrics['log_snr_max'], metrics['log_snr_min'] = ends = end_points(schedule)
-    metrics['moments'] = moments(diffusion, ends[0] - ends[1]).mean(axis=0)
-    metrics['bins'] = log_snr_bins(diffusion, ends, num_dims, jnp.ones(len(u)))
-    if model.adaptive:
-      error = 2 * bound.diffusion.loss / -bound.diffusion.slope  # w |eps_hat - eps|^2
-      hits = model.adaptive.hits(bound.diffusion.log_snr, error)
-      metrics['hits'] = jax.tree.map(lambda a: a / len(u), hits)
-    return loss, (metrics, (t, diffusion.loss))
-
-  return loss_fn
+  return grads, metrics
 
 
-def learns_interior(config: ConfigDict, params: dict) -> bool:
-  """Whether the schedule has an interior that the variance of the loss trains, not the bound.
+def mean_over_parts(of_part: Callable[[Array, Batch], Any], batch: Batch, parts: int) -> Any:
+  """Returns the mean of of_part(number, part) over `parts` equal parts, computed one by one.
 
-  In discrete time the bound itself depends on the interior, and trains it.
+  A part is every `parts`-th row, so that each is spread over all devices.
   """
-  return 'interior' in params['schedule'] and not config.train.num_timesteps
+  split = jax.tree.map(lambda a: a.reshape(-1, parts, *a.shape[1:]).swapaxes(0, 1), batch)
+  numbered = (jnp.arange(parts), split)
+  shapes = jax.eval_shape(of_part, *jax.tree.map(lambda a: a[0], numbered))
+  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+  def body(total, numbered):
+    return jax.tree.map(jnp.add, total, of_part(*numbered)), None
+
+  total, _ = jax.lax.scan(body, zero, numbered)
+  return jax.tree.map(lambda a: a / parts, total)
+
+
+def train_step(
+  recipe: Recipe, state: TrainState, batch: Batch, axis_name: str | None = None
+) -> tuple[TrainState, StepMetrics]:
+  """Returns the state after one step, and what it measured.
+
+  Every random number is a function of (seed, step, purpose, index in the global batch), so that any
+  split over devices and microbatches draws the same ones; dropout alone is drawn per call.
+
+  Args:
+    recipe: of the run.
+    state: before the step.
+    batch: 'image' uint8 [B H W C], 'label' [B] and 'index' [B], the position in the global batch;
+      with an axis name it is one device's part.
+    axis_name: of the devices' axis under pmap.
+  """
+  key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
+  key, key_dropout = jax.random.split(key)
+  if axis_name:
+    key_dropout = jax.random.fold_in(key_dropout, jax.lax.axis_index(axis_name))
+
+  def of_part(number, part):
+    return gradients(recipe, state, part, key, jax.random.fold_in(key_dropout, number))
+
+  if recipe.microbatches == 1:
+    grads, metrics = of_part(0, batch)
+  else:
+    grads, metrics = mean_over_parts(of_part, batch, recipe.microbatches)
+  if axis_name:
+    grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
+
+  scalars = metrics.scalars | {'grad_norm': optax.tree.norm(grads)}
+  adaptive = recipe.model.adaptive
+  if adaptive:
+    scalars['square_reduction_predicted'] = predicted_reduction(adaptive.density(state.adaptive))
+    hits = jax.tree.map(lambda a: a * recipe.batch_size, metrics.hits)
+    state = state.replace(adaptive=adaptive.update(state.adaptive, hits))
+  state = apply_gradients(state, grads, recipe.optimizer, recipe.decays(state.step))
+  return state, metrics._replace(scalars=scalars, hits=())
 
 
 def make_train_step(
-  config: ConfigDict, model: build.Model, optimizer: optax.GradientTransformation
-) -> Callable[..., tuple[TrainState, dict]]:
-  """step(train_state, batch, axis_name=None) -> (train_state, metrics).
-
-  `batch` holds 'image' uint8 [B H W C], 'label' [B] and 'index' [B], the position in the global
-  batch; with an axis name it is one device's part. Every random number is a function of
-  (config.seed, step, purpose, index), so that any split over devices and microbatches draws the
-  same ones; dropout alone is drawn per call.
-  """
-  grad_fn = jax.grad(make_loss(config, model), argnums=(0, 1), has_aux=True)
-  microbatches = config.train.microbatches
-
-  def step(train_state, batch, axis_name=None):
-    key = jax.random.fold_in(jax.random.key(config.seed), train_state.step)
-    key, key_dropout = jax.random.split(key)
-    if axis_name:
-      key_dropout = jax.random.fold_in(key_dropout, jax.lax.axis_index(axis_name))
-
-    def part_grads(number, part):
-      params, zeros = train_state.params, jnp.zeros(len(part['index']))
-      probe = (zeros, zeros)
-      (grads, probe_grads), (metrics, (t, loss)) = grad_fn(
-        params, probe, train_state.adaptive, part, key, jax.random.fold_in(key_dropout, number)
-      )
-      if learns_interior(config, params):
-        as_schedule = lambda schedule: model.schedule({'schedule': schedule})
-        grads['schedule']['interior'] = interior_gradient(
-          as_schedule, params['schedule'], t, loss, probe_grads
-        )
-      return grads, metrics
-
-    if microbatches == 1:
-      grads, metrics = part_grads(0, batch)
-    else:
-      # Every k-th row, so that each part is spread over all devices.
-      parts = jax.tree.map(
-        lambda a: a.reshape(-1, microbatches, *a.shape[1:]).swapaxes(0, 1), batch
-      )
-
-      def body(total, numbered):
-        return jax.tree.map(jnp.add, total, part_grads(*numbered)), None
-
-      numbered = (jnp.arange(microbatches), parts)
-      zero = jax.tree.map(
-        lambda a: jnp.zeros(a.shape, a.dtype),
-        jax.eval_shape(part_grads, *jax.tree.map(lambda a: a[0], numbered)),
-      )
-      total, _ = jax.lax.scan(body, zero, numbered)
-      grads, metrics = jax.tree.map(lambda a: a / microbatches, total)
-    if axis_name:
-      grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
-    metrics['grad_norm'] = optax.tree.norm(grads)
-    if model.adaptive:
-      hits = jax.tree.map(lambda a: a * config.train.batch_size, metrics.pop('hits'))
-      metrics['square_reduction_predicted'] = predicted_reduction(
-        model.adaptive.density(train_state.adaptive)
-      )
-      train_state = train_state.replace(adaptive=model.adaptive.update(train_state.adaptive, hits))
-    decays = build.ema_decays(config, train_state.step)
-    return apply_gradients(train_state, grads, optimizer, decays), metrics
-
-  return step
+  config: ConfigDict, model: build.Model
+) -> Callable[..., tuple[TrainState, StepMetrics]]:
+  """Returns `train_step` of a config: (state, batch, axis_name=None) -> (state, metrics)."""
+  return functools.partial(train_step, recipe(config, model))

@@ -236,7 +236,7 @@ def run(config: ConfigDict, workdir: epath.Path, checkpoint_path: str) -> int:
   def fill(params, ema_params):
     state = build.create_state(config, model, params)
     averages = dict.fromkeys(state.averages, ema_params)
-    return state.replace(step=jnp.int32(public['step']), ema_params=ema_params, averages=averages)
+    return state.replace(step=jnp.int32(public['step']), averages=averages)
 
   state = jax.jit(fill, out_shardings=shardings)(params, ema_params)
   with checkpoint.manager(workdir, config.checkpoint.keep) as writer:

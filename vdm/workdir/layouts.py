@@ -1,16 +1,44 @@
 """The layouts in which parameters are saved, and how to bring one to another."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from vdm.build.state import TrainState
 from vdm.nn import blocks
+
+_OLD_EMA = 'ema_params.'  # until version 0.1 the main average was not among the others
 
 
 def as_written(saved: dict[str, list], wanted: Any) -> tuple[Any, Callable[[Any], Any]]:
-  """The abstract state `wanted` in the layout of `saved`, and what brings a state from there."""
+  """Returns the abstract state `wanted` in the layout of `saved`, and what brings it back.
+
+  Args:
+    saved: the leaves of a checkpoint, by name.
+    wanted: a pytree of abstract arrays, with the shardings of today.
+
+  Returns:
+    What to restore, and a function from that to a state like `wanted`.
+  """
+  blocks_as_written, from_blocks = _blocks_as_written(saved, wanted)
+  if not (isinstance(wanted, TrainState) and any(name.startswith(_OLD_EMA) for name in saved)):
+    return blocks_as_written, from_blocks
+  leaves = {field.name: getattr(blocks_as_written, field.name) for field in fields(TrainState)}
+  others = dict(leaves['averages'])
+  older = leaves | {'ema_params': others.pop('ema'), 'averages': others}
+
+  def from_older(state):
+    averages = {'ema': state.pop('ema_params'), **state.pop('averages')}
+    return from_blocks(TrainState(**state, averages=averages))
+
+  return older, from_older
+
+
+def _blocks_as_written(saved, wanted):
+  """The same for blocks alone: unrolled, or stacked for a loop."""
   parts = [{part for name in names for part in name.split('.')} for names in (saved, named(wanted))]
   stacked, stacked_wanted = map(blocks.stacked_names, parts)
   if bool(stacked) == bool(stacked_wanted):
@@ -42,6 +70,6 @@ def _abstract_take(leaf: jax.ShapeDtypeStruct, i: int) -> jax.ShapeDtypeStruct:
 
 
 def named(tree: Any) -> dict[str, Any]:
-  """{'params.dense.kernel': leaf}, in the order of `jax.tree.leaves`."""
+  """Returns {'params.dense.kernel': leaf}, in the order of `jax.tree.leaves`."""
   leaves = jax.tree_util.tree_leaves_with_path(tree)
   return {jax.tree_util.keystr(path, simple=True, separator='.'): leaf for path, leaf in leaves}

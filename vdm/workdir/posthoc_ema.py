@@ -52,7 +52,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     weights = averages.combination(times, lengths, int(state.step), std).reshape(
       len(steps), len(stds)
     )
-    total = jax.tree.map(jnp.zeros_like, state.ema_params)
+    total = jax.tree.map(jnp.zeros_like, state.averages['ema'])
     add = jax.jit(lambda a, w, b: jax.tree.map(lambda x, y: x + w * y, a, b), donate_argnums=0)
     for step, row in zip(steps, weights, strict=True):
       stored, _ = checkpoint.restore(reader, abstract, step)
@@ -61,7 +61,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
   out = epath.Path(f'{workdir}_std{std:g}')
   config_file.open_workdir(out, config)
   with checkpoint.manager(out, config.checkpoint.keep) as writer:
-    checkpoint.save(writer, int(state.step), state.replace(ema_params=total))
+    checkpoint.save(
+      writer, int(state.step), state.replace(averages=state.averages | {'ema': total})
+    )
   logging.info(
     '%s: step %d, the average of length %g from %d snapshots; evaluate it with --workdir=%s',
     out,
