@@ -97,7 +97,7 @@ class Bench:
     config = self.config
     config.eval.update(batch_size=batch, max_images=images, draws=draws, seed=seed)
     if draws not in self.evaluators:  # which reads the seed at each call
-      self.evaluators[draws] = make_evaluator(config, self.model, self.mesh)
+      self.evaluators[draws] = make_evaluator(self.model, self.mesh, config.eval)
     batches = data.eval_batches(
       self.source,
       batch_size=batch,

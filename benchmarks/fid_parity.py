@@ -109,7 +109,7 @@ def extractor(path: pathlib.Path, shape: tuple[int, int]) -> fid.Extractor:
   config = default.get_config()
   config.data.num_values = 256
   config.fid.update(features='inception', weights=str(converted), allow_few=True)
-  return fid.make(config, parallel.make_mesh(), (*shape, 3))
+  return fid.make(config.fid, config.data, parallel.make_mesh(), (*shape, 3))
 
 
 def collect(images: np.ndarray, ours: fid.Extractor, batch_size: int) -> fid.Collected:

@@ -80,7 +80,7 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   batch = batch_of(config, config.train.batch_size)
   state, metrics = runner.step(state, runner.put_batch(batch))
   assert np.isfinite(metrics.scalars['bits_per_dim']) and np.isfinite(metrics.scalars['grad_norm'])
-  result = make_evaluator(config, model, mesh)(
+  result = make_evaluator(model, mesh, config.eval)(
     state.averages['ema'],
     [batch | {'mask': np.ones(len(batch['label']), np.float32)}],
     len(batch['label']),

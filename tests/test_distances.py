@@ -10,6 +10,7 @@ from vdm.configs import default, digits
 from vdm import build, cards, data
 from vdm.evaluation import evaluate
 from vdm.evaluation.distances import make_scorer
+from vdm.evaluation.study import study
 from vdm.sampling.draw import make_sampler
 from vdm.system import parallel, writers
 from vdm.training import loop
@@ -26,7 +27,8 @@ def test_the_data_itself_is_at_distance_zero(tmp_path):
   config = config_of(batch_size=100, halves=0)
   model, mesh = build.model(config), parallel.make_mesh()
   images = data.load(config.data, 'train').fetch(np.arange(1437))['image'].astype(np.int32)
-  scorer = make_scorer(config, model, mesh, tmp_path, 1437)
+  of = study(config, model, mesh, data.load(config.data, 'eval'), tmp_path)
+  scorer = make_scorer(of, config.fid, config.sample, config.data, 1437)
   batches = [images[:1000], np.concatenate([images[1000:], images[:63]])]
   found = scorer(7, iter(batches))
   assert abs(found['fd_classifier']['value']) < 1e-6 * found['score_classifier']['value']
@@ -72,8 +74,9 @@ def test_bad_settings_are_refused(settings, message):
 def test_too_few_samples_are_refused_before_any_is_drawn(tmp_path):
   config = config_of(allow_few=False)
   model, mesh = build.model(config), parallel.make_mesh()
+  of = study(config, model, mesh, data.load(config.data, 'eval'), tmp_path)
   with pytest.raises(ValueError, match=r'fid.num_images=8 must be 65 or more'):
-    make_scorer(config, model, mesh, tmp_path, 8)
+    make_scorer(of, config.fid, config.sample, config.data, 8)
 
 
 def test_a_sampler_draws_as_many_as_it_is_asked_for():

@@ -89,7 +89,7 @@ def config_of(**settings):
 
 
 def score(model, config, images, evaluator=None):
-  evaluator = evaluator or make_evaluator(config, model, parallel.make_mesh())
+  evaluator = evaluator or make_evaluator(model, parallel.make_mesh(), config.eval)
   batches = data.eval_batches(
     source_of(images),
     batch_size=config.eval.batch_size,
@@ -147,7 +147,7 @@ def test_standard_error_is_that_of_repeated_evaluations():
   images, _ = quantised(mean, covariance, 600)
   model = exact_model(mean, covariance)
   config = config_of(draws=4, batch_size=128)
-  evaluator = make_evaluator(config, model, parallel.make_mesh())
+  evaluator = make_evaluator(model, parallel.make_mesh(), config.eval)
   for count in (16, 100, 600):
     config.eval.max_images, runs = count, []
     for config.eval.seed in range(100):
@@ -167,7 +167,7 @@ def test_an_evaluation_does_not_depend_on_its_batches_and_devices(count):
   for size, devices in ((8, 8), (64, 8), (1000, 8), (1000, 1), (25, 1)):
     config = config_of(batch_size=size, max_images=count)
     mesh = parallel.make_mesh(devices=jax.devices()[:devices])
-    results.append(score(model, config, images, make_evaluator(config, model, mesh)))
+    results.append(score(model, config, images, make_evaluator(model, mesh, config.eval)))
   for other in results[1:]:
     for a, b in zip(jax.tree.leaves(results[0]), jax.tree.leaves(other), strict=True):
       np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
@@ -210,7 +210,7 @@ def test_a_single_draw_has_no_standard_error():
   config = config_of(draws=1, batch_size=8)
   result = score(exact_model(mean, covariance), config, images)
   assert result.stderr is None and result.loss[1] is None and np.isfinite(result.stderr_images)
-  fields = elbo_fields(config, result)
+  fields = elbo_fields(config.eval, result)
   assert fields['stderr'] is None and fields['interval_95'] is None and fields['stderr_dof'] == 0
   json.dumps(fields, allow_nan=False)
 
@@ -301,7 +301,7 @@ def test_a_uniform_predictor_costs_log2_of_the_number_of_values(
   params = parallel.initial_state(parallel.make_mesh(), build.init_state(config, model)).params
   images = np.random.default_rng(0).integers(0, num_values, (11, *shape)).astype(np.uint8)
   batches = data.eval_batches(source_of(images), batch_size=8, process_index=0, process_count=1)
-  result = make_evaluator(config, model, parallel.make_mesh())(params, batches, 11)
+  result = make_evaluator(model, parallel.make_mesh(), config.eval)(params, batches, 11)
   assert result.num_images == 11
   # XLA:CPU computes log(32) to 2e-6 of itself
   np.testing.assert_allclose(result.value, np.log2(num_values), rtol=3e-6)

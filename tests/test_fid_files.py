@@ -47,7 +47,7 @@ def extractor():
   config = default.get_config()
   config.data.num_values = 256
   config.fid.features = f'{__name__}.statistics_network'
-  return fid.make(config, parallel.make_mesh(), (8, 8, 3))
+  return fid.make(config.fid, config.data, parallel.make_mesh(), (8, 8, 3))
 
 
 def test_a_folder_an_npz_and_shards_are_the_same_images(tmp_path):
@@ -143,11 +143,11 @@ def test_the_training_split_is_the_reference_and_is_kept(tmp_path, monkeypatch):
   monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
   config = default.get_config()
   config.fid.features = f'{__name__}.statistics_network'
-  extractor = fid.make(config, parallel.make_mesh())
-  first = fid.of_config(config, extractor)
+  extractor = fid.make(config.fid, config.data, parallel.make_mesh())
+  first = fid.of_config(config.fid, config.data, extractor)
   assert first.facts['num_images'] == 1437 and first.facts['data']['split'] == 'train'
   monkeypatch.setattr(data, 'eval_batches', None)  # not again
-  again = fid.of_config(config, extractor)
+  again = fid.of_config(config.fid, config.data, extractor)
   np.testing.assert_array_equal(again.gaussians['features'].mean, first.gaussians['features'].mean)
 
 
@@ -227,9 +227,9 @@ def test_a_reference_of_too_few_images_is_refused_as_samples_are(tmp_path, extra
       cli.score(config, samples, str(path))
     config.fid.reference = str(path)
     with pytest.raises(ValueError, match=message):
-      fid.of_config(config, extractor)
+      fid.of_config(config.fid, config.data, extractor)
   config.fid.allow_few = True
-  assert fid.of_config(config, extractor).facts['num_images'] == 12
+  assert fid.of_config(config.fid, config.data, extractor).facts['num_images'] == 12
 
 
 def as_png(image):

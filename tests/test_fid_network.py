@@ -71,6 +71,10 @@ def test_a_frozen_graph_converts(gamma_counts, params, tmp_path):
   np.testing.assert_array_equal(got['softmax'], params['softmax'])
 
 
+def make(config, *more):
+  return fid.make(config.fid, config.data, *more)
+
+
 def settings(**leaves):
   config = default.get_config()
   config.data.num_values = 256
@@ -82,22 +86,22 @@ def test_wrong_weights_are_refused_in_one_line(params, tmp_path):
   mesh, shape = parallel.make_mesh(), (32, 32, 3)
   path = tmp_path / 'inception.npz'
   with pytest.raises(ValueError, match=r'needs its weights in .*; fetch .* vdm.fid convert FILE'):
-    fid.make(settings(weights=str(path)), mesh, shape)
+    make(settings(weights=str(path)), mesh, shape)
   weights.write(path, params, {'name': 'inception-test'})
   with pytest.raises(ValueError, match=r'given RGB images, not 1 channel.*replicate_grey=True'):
-    fid.make(settings(weights=str(path)), mesh, (28, 28, 1))
+    make(settings(weights=str(path)), mesh, (28, 28, 1))
   whole = path.read_bytes()
   path.write_bytes(whole[: len(whole) // 2])
   with pytest.raises(ValueError, match='cannot be read, or is not ours; fetch'):
-    fid.make(settings(weights=str(path)), mesh, shape)
+    make(settings(weights=str(path)), mesh, shape)
   wrong = params | {'mixed/conv/kernel': params['mixed/conv/kernel'][..., 1:]}
   weights.write(path, wrong, {'name': 'inception-test'})
   with pytest.raises(ValueError, match='has no mixed/conv/kernel of Inception'):
-    fid.make(settings(weights=str(path)), mesh, shape)
+    make(settings(weights=str(path)), mesh, shape)
   config = settings()
   config.fid.features = 'nowhere.network'
   with pytest.raises(ValueError, match=r"'nowhere.network' must be 'inception', 'classifier' or"):
-    fid.make(config, mesh)
+    fid.make(config.fid, config.data, mesh)
   with pytest.raises(ValueError, match=r'missing.pth is no file; fetch'):
     weights.convert(str(tmp_path / 'missing.pth'), '')
   (tmp_path / 'cut.pb').write_bytes(b'nonsense')
@@ -112,7 +116,7 @@ def test_the_classifier_is_trained_once_and_told_apart(
   config = default.get_config()
   config.fid.weights = str(tmp_path / 'classifier.npz')
   mesh = parallel.make_mesh()
-  first = fid.make(config, mesh)
+  first = fid.make(config.fid, config.data, mesh)
   params, facts = weights.read(tmp_path / 'classifier.npz', '')
   assert facts['train_accuracy'] > 0.9
   assert first.name == f'classifier-{first.sha256[:16]}' and first.sha256 == facts['sha256']
@@ -121,14 +125,14 @@ def test_the_classifier_is_trained_once_and_told_apart(
     fid.classifier.NUM_FEATURES,
   )
   monkeypatch.setattr(fid.classifier, '_train', None)  # not again
-  assert fid.make(config, mesh).name == first.name
+  assert fid.make(config.fid, config.data, mesh).name == first.name
   config.data.num_classes = 0
   with pytest.raises(
     ValueError, match=r"config.fid.features='classifier' must be trained on labels"
   ):
-    fid.make(config, mesh)
+    fid.make(config.fid, config.data, mesh)
   config.data.num_classes = 10
   monkeypatch.setitem(fid.classifier.RECIPE, 'num_steps', 151)
   with pytest.raises(ValueError, match='is a classifier of other data or recipe; remove it'):
-    fid.make(config, mesh)
+    fid.make(config.fid, config.data, mesh)
   weights.write(tmp_path / 'classifier.npz', params, facts)

@@ -272,7 +272,7 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
     'index': np.arange(16, dtype=np.int32),
     'mask': np.ones(16, np.float32),
   }
-  result = make_evaluator(config, model, mesh)(state.averages['ema'], [batch], 16)
+  result = make_evaluator(model, mesh, config.eval)(state.averages['ema'], [batch], 16)
   error = np.hypot(result.stderr, PUBLIC['bpd/stderr'])
   assert error < 0.01 * result.value
   assert abs(result.value - PUBLIC['bpd/mean']) < 4 * error

@@ -234,7 +234,10 @@ def score(exact, batch_size=16, **settings):
   with config.unlocked():
     config.eval.batch_size = batch_size
     config.eval.ode.update(trace='exact', dequantization='uniform', **settings)
-  result = evaluation_ode.evaluate(config, model, parallel.make_mesh(), source, {})
+  settings = evaluation_ode.OdeSettings(**config.eval.ode)
+  evaluator = evaluation_ode.make_evaluator(model, parallel.make_mesh(), settings, seed=0)
+  hosts = dict(process_index=0, process_count=1)
+  result = evaluator({}, data.eval_batches(source, batch_size=batch_size, **hosts), len(source))
   return result, -log_mass / (4 * math.log(2))
 
 

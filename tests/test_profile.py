@@ -8,6 +8,10 @@ from vdm.configs import digits
 from vdm.system import profile
 
 
+def profile_steps(config):
+  return profile.steps(config.profile, config.train.num_steps)
+
+
 def config_of(first_step, num_steps):
   config = digits.get_config('debug')  # of 4 steps
   config.profile.update(first_step=first_step, num_steps=num_steps)
@@ -24,12 +28,12 @@ def config_of(first_step, num_steps):
 )
 def test_steps_that_the_run_does_not_have_are_refused(first, number, message):
   with pytest.raises(ValueError, match=message):
-    profile.steps(config_of(first, number))
+    profile_steps(config_of(first, number))
 
 
 def test_no_steps_is_the_default_whatever_the_first():
-  assert not profile.steps(digits.get_config('debug'))
-  assert list(profile.steps(config_of(2, 3))) == [2, 3, 4]
+  assert not profile_steps(digits.get_config('debug'))
+  assert list(profile_steps(config_of(2, 3))) == [2, 3, 4]
 
 
 def run(chosen, start, stop, workdir):

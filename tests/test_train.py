@@ -357,7 +357,7 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
   state = parallel.initial_state(mesh, init)
   source = data.load(config.data, 'train')
   losses = []
-  for batch, _ in zip(loop._batches(config, source, 0), range(250), strict=False):
+  for batch, _ in zip(loop.train_batches(source, 32, config.seed), range(250), strict=False):
     state, metrics = runner.step(state, runner.put_batch(batch))
     losses.append(float(metrics.scalars['bits_per_dim']))
   assert np.mean(losses[-20:]) < 3.9 and np.mean(losses[:5]) > 4.5

@@ -30,7 +30,8 @@ def _at_least(least: float, remedy: str) -> Rule:
 
 
 def _one_of(*names: str, remedy: str = 'choose one') -> Rule:
-  return Rule(lambda value: value in names, ' or '.join(map(repr, names)), remedy)
+  *first, last = map(repr, names)
+  return Rule(lambda value: value in names, f'{", ".join(first)} or {last}', remedy)
 
 
 # Leaves that share a rule, their names without `config.`.

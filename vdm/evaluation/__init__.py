@@ -1,3 +1,3 @@
 """What is measured and shown of a model."""
 
-ORDER = ('bound', 'ode', 'distances', 'pictures', 'plots', 'evaluate', '__init__')
+ORDER = ('study', 'bound', 'ode', 'distances', 'plots', 'pictures', 'evaluate', '__init__')

@@ -14,11 +14,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, cards, data
-from vdm.build.state import named_params
 from vdm.diffusion.decoders import bits_per_dim
 from vdm.diffusion.elbo import DiffusionTerm, coefficients_of_variation, moments, variational_bound
 from vdm.diffusion.gaussian import end_points, fold_in, standard_normal
 from vdm.diffusion.times import BLOCK, stratified_in_blocks
+from vdm.evaluation.study import Study, write_card
 from vdm.system import parallel
 
 NUM_BINS = 20
@@ -39,8 +39,8 @@ def log_snr_bins(
   return {'sum': zeros.at[number].add(value * mask), 'count': zeros.at[number].add(mask)}
 
 
-def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
-  """step(params, batch, num_images, seed) -> what each image of the batch has, and sums over it.
+def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
+  """Returns step(params, batch, num_images, seed) -> what each image has, and sums over the batch.
 
   Of each image: 'terms' [draws, B, 3] in bits/dim and 'loss' [draws, B], the training loss in
   nats/dim, beside the batch's 'index' and 'mask'. Summed over those that count: 'bins' and
@@ -48,7 +48,6 @@ def make_eval_step(config: ConfigDict, model: build.Model) -> Callable:
   the seed and `num_images`, of the whole evaluation: none knows of batches, devices or hosts.
   """
   num_dims = math.prod(model.image_shape)
-  settings = config.eval
 
   def step(params, batch, num_images, seed):
     u, index, mask = batch['image'], batch['index'], batch['mask']
@@ -158,69 +157,82 @@ def summarize(parts: list[dict]) -> BitsPerDim:
 
 
 def make_evaluator(
-  config: ConfigDict, model: build.Model, mesh: Mesh
+  model: build.Model, mesh: Mesh, settings: ConfigDict
 ) -> Callable[[Any, Iterable[dict], int], BitsPerDim]:
-  """(params, batches, number of images) -> BitsPerDim; compiled once, for any parameters.
+  """Returns (params, batches, number of images) -> BitsPerDim; compiled once, for any parameters.
 
-  With a config.eval.schedule, which lies between the end points of the parameters, once for each.
+  `settings` is config.eval. With a schedule of its own there, which lies between the end points of
+  the parameters, once for each.
   """
 
   def compile_for(model):
-    return parallel.jit(
-      make_eval_step(config, model), mesh, out_shardings=parallel.replicated(mesh)
+    by_image, sums = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+    by_draw = parallel.batch_sharding(mesh, axis=1)
+    shardings = dict(
+      terms=by_draw, loss=by_draw, index=by_image, mask=by_image, bins=sums, moments=sums
     )
+    return parallel.jit(make_eval_step(model, settings), mesh, out_shardings=shardings)
 
   own = compile_for(model)
 
   def evaluate(params, batches, num_images):
     parts, compiled = [], own
-    if config.eval.schedule.name != 'schedule':
-      fixed = build.other_schedule(config.eval.schedule, 'eval.schedule', model.schedule(params))
+    if settings.schedule.name != 'schedule':
+      fixed = build.other_schedule(settings.schedule, 'eval.schedule', model.schedule(params))
       compiled = compile_for(model._replace(schedule=lambda params: fixed))
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
-    launched = (compiled(params, batch, num_images, config.eval.seed) for batch in on_devices)
+    launched = (compiled(params, batch, num_images, settings.seed) for batch in on_devices)
     # the next batch is under way while the last one is fetched
     for part, _ in itertools.pairwise(itertools.chain(launched, [None])):
-      parts.append(jax.device_get(part))
+      parts.append(parallel.on_host(part))
     return summarize(parts)
 
   return evaluate
 
 
-def write_card(
-  path: pathlib.Path,
-  config: ConfigDict,
-  identity: dict,
-  params: str,
-  step: int,
-  ends: tuple[float, float],
-  fields: dict[str, Any],
-):
-  """The number card of one evaluation: `fields`, which hold what is particular to its kind, and
-  what every evaluation has."""
-  cards.write(
-    path,
-    {
-      'metric': 'bits_per_dim',
-      **fields,
-      'whole_split': fields['num_images'] == identity['num_images'],
-      'eval_batch_size': config.eval.batch_size,
-      'eval_seed': config.eval.seed,
-      'data': identity,
-      'params': params,
-      'step': step,
-      'images_seen': step * config.train.batch_size,
-      'log_snr_max': ends[0],
-      'log_snr_min': ends[1],
-      'dtype': str(build.dtype(config.model.dtype)),
-      'config': config.to_dict(),
-    },
-  )
+def _or_none(number: float) -> float | None:
+  """What a card has for a number that could not be estimated: JSON has no NaN."""
+  return None if math.isnan(number) else float(number)
 
 
-def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
-  """What a number card says of a variational bound."""
-  steps, schedule = config.eval.num_timesteps, config.eval.schedule.name
+def make_scorer(of: Study, settings: ConfigDict) -> Callable[[Any, str, int], BitsPerDim]:
+  """Returns (params, their name, step) -> BitsPerDim of the split, which writes a card and a line.
+
+  Args:
+    of: the study.
+    settings: config.eval.
+  """
+  evaluator = make_evaluator(of.model, of.mesh, settings)
+
+  def score(params, name, step):
+    batches = data.eval_batches(
+      of.source,
+      batch_size=settings.batch_size,
+      max_images=settings.max_images,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    result = evaluator(params, batches, data.num_eval_images(of.source, settings.max_images))
+    path = card_path(of, settings, name, step)
+    write_card(of, path, params, name, step, elbo_fields(settings, result))
+    terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
+    value = cards.plus_minus(result.value, result.stderr)
+    logging.info(
+      '%s parameters, step %d, %d images: %s bits/dim (%s)',
+      name,
+      step,
+      result.num_images,
+      value,
+      terms,
+    )
+    return result
+
+  return score
+
+
+def elbo_fields(settings: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
+  """Returns what a number card says of a variational bound; `settings` is config.eval."""
+  steps, schedule = settings.num_timesteps, settings.schedule.name
   bound = f'discrete-time ELBO, T = {steps}' if steps else 'continuous-time ELBO'
   return {
     'value': result.value,
@@ -229,7 +241,7 @@ def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
     'terms': result.terms,
     'bound': bound if schedule == 'schedule' else f'{bound}, {schedule} schedule',
     'num_images': result.num_images,
-    'draws_per_image': config.eval.draws,
+    'draws_per_image': settings.draws,
     'training_loss': {'value': result.loss[0], 'stderr': result.loss[1]},
     'diffusion_cv': _or_none(result.cv[0]),
     'diffusion_cv_linear': _or_none(result.cv[1]),
@@ -237,70 +249,17 @@ def elbo_fields(config: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
   }
 
 
-def _or_none(number: float) -> float | None:
-  """What a card has for a number that could not be estimated: JSON has no NaN."""
-  return None if math.isnan(number) else float(number)
-
-
-def ends_of(model: build.Model, params: Any) -> tuple[float, float]:
-  """log_snr_max and log_snr_min."""
-  return tuple(map(float, jax.device_get(end_points(model.schedule(params)))))
-
-
-def card_path(
-  config: ConfigDict, source: data.Source, name: str, step: int, workdir: pathlib.Path
-) -> pathlib.Path:
+def card_path(of: Study, settings: ConfigDict, name: str, step: int) -> pathlib.Path:
   """Returns where the card of a bound goes (`cards.path_of`): cards/bits_per_dim_<name of the
   parameters>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json."""
-  settings, num_images = config.eval, data.num_eval_images(source, config.eval.max_images)
+  num_images = data.num_eval_images(of.source, settings.max_images)
   time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
   own = [] if settings.schedule.name == 'schedule' else [settings.schedule.name]
   times = f'{num_images}x{settings.draws}', f'seed{settings.seed}'
   same = ('num_timesteps', 'schedule', 'draws', 'seed')
   made_of = {k: v for k, v in settings.to_dict().items() if k in same} | {
     'num_images': num_images,
-    'data': source.identity,
-    'dtype': str(build.dtype(config.model.dtype)),
+    'data': of.source.identity,
+    'dtype': of.dtype,
   }
-  return cards.path_of(workdir, ('bits_per_dim', name, time, *own, *times), made_of, step)
-
-
-def evaluate_and_write(
-  config: ConfigDict,
-  model: build.Model,
-  evaluator: Callable,
-  source: data.Source,
-  train_state: Any,
-  workdir: pathlib.Path,
-) -> dict[str, BitsPerDim]:
-  """Scores config.eval.params on the split and writes a card for each (`card_path`)."""
-  step, results = int(train_state.step), {}
-  num_images = data.num_eval_images(source, config.eval.max_images)
-  for name in config.eval.params.split(','):
-    params = named_params(train_state, name)
-    batches = data.eval_batches(
-      source,
-      batch_size=config.eval.batch_size,
-      max_images=config.eval.max_images,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    results[name] = evaluator(params, batches, num_images)
-    path = card_path(config, source, name, step, workdir)
-    fields = elbo_fields(config, results[name])
-    write_card(path, config, source.identity, name, step, ends_of(model, params), fields)
-  return results
-
-
-def log_bounds(results: dict[str, BitsPerDim], step: int):
-  """Logs evaluations of the bound, a line each."""
-  for name, result in results.items():
-    terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
-    logging.info(
-      '%s parameters, step %d, %d images: %s bits/dim (%s)',
-      name,
-      step,
-      result.num_images,
-      cards.plus_minus(result.value, result.stderr),
-      terms,
-    )
+  return cards.path_of(of.folder, ('bits_per_dim', name, time, *own, *times), made_of, step)

@@ -1,46 +1,51 @@
 """Fréchet distance and its relatives for samples of a model, each in a number card."""
 
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 from absl import logging
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, cards, fid
 from vdm.diffusion.samplers import num_evaluations
+from vdm.evaluation.study import Study
 
 
 def make_scorer(
-  config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path, num_images: int
+  of: Study, settings: ConfigDict, how: ConfigDict, data: ConfigDict, num_images: int
 ) -> Callable[[int, Iterable[np.ndarray]], dict[str, dict[str, Any]]]:
-  """score(step, batches) of samples [B H W C], as integers -> {metric: {'value', 'low', ...}}.
+  """Returns score(step, batches) of samples [B H W C] -> {metric: {'value', 'low', ...}}.
 
-  It takes the first `num_images` of them, and writes a card for each metric (`cards.path_of`):
-  cards/<metric>_<params>_<sampler><steps>_<number>_<hash>_step<step>.json. What it lacks, weights
-  or a reference, it says at once.
+  It takes the first `num_images` of them, and writes a card and a line for each metric
+  (`cards.path_of`): cards/<metric>_<params>_<sampler><steps>_<number>_<hash>_step<step>.json. What
+  it lacks, weights or a reference, it says at once.
+
+  Args:
+    of: the study.
+    settings: config.fid.
+    how: config.sample, of the images.
+    data: config.data, of the reference.
+    num_images: to be scored.
   """
-  settings, how = config.fid, config.sample
   drawn = {
     'params': how.params,
     'sampler': how.sampler.name,
     'network_evaluations': num_evaluations(
-      build.sampler(config.sample.sampler), how.num_steps, how.denoise_last
+      build.sampler(how.sampler), how.num_steps, how.denoise_last
     ),
-    'dtype': str(build.dtype(config.model.dtype)),
-    'config': config.to_dict(),
+    'dtype': of.dtype,
+    'config': of.config,
   }
-  extractor = fid.make(config, mesh)
+  extractor = fid.make(settings, data, of.mesh)
   fid.check_count(settings, num_images, extractor)
-  reference = fid.of_config(config, extractor)
+  reference = fid.of_config(settings, data, extractor)
   of_no_image = ('num_images', 'preview_images', 'batch_size', 'format')
   made_of = {k: v for k, v in how.to_dict().items() if k not in of_no_image} | {
     'num_samples': num_images,
     'extractor': [extractor.name, extractor.sha256],
     'reference': reference.facts,
-    'dtype': drawn['dtype'],
+    'dtype': of.dtype,
   }
 
   def score(step, batches):
@@ -50,13 +55,14 @@ def make_scorer(
     for name, estimate in found.items():
       parts = name, how.params, f'{how.sampler.name}{how.num_steps}', num_images
       facts = fid.card_fields(name, estimate, extractor, reference) | drawn | {'step': step}
-      cards.write(cards.path_of(workdir, parts, made_of, step), facts)
+      cards.write(cards.path_of(of.folder, parts, made_of, step), facts)
+    _log(found, how.params, step)
     return found
 
   return score
 
 
-def log_distances(found: dict[str, dict[str, Any]], params: str, step: int):
+def _log(found: dict[str, dict[str, Any]], params: str, step: int):
   """Logs the metrics, a line each."""
   for name, part in found.items():
     interval = f' (95 %: {part["low"]:.4f} to {part["high"]:.4f})' if 'low' in part else ''

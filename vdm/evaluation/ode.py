@@ -1,25 +1,22 @@
 """Bits per dimension of a split by the probability-flow ODE: slow, so it says how far it is."""
 
 import math
-import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, cards, data
-from vdm.build.state import named_params
 from vdm.diffusion import ode
 from vdm.diffusion.decoders import bits_per_dim
 from vdm.diffusion.gaussian import end_points, fold_in
 from vdm.errors import require
-from vdm.evaluation.bound import ends_of, write_card
+from vdm.evaluation.study import Study, write_card
 from vdm.system import parallel
 
 LOG_EVERY_SECONDS = 10.0
@@ -39,11 +36,23 @@ class OdeBitsPerDim(NamedTuple):
   max_evaluations: int  # of the image that took most
 
 
-def make_step(config: ConfigDict, model: build.Model) -> Callable:
-  """step(params, batch, seed) -> sums over the batch's real images; see `make_evaluator`."""
-  settings = config.eval.ode
+class OdeSettings(NamedTuple):
+  """config.eval.ode: how the likelihood by the ODE is computed."""
+
+  params: str
+  trace: str  # 'hutchinson' or 'exact'
+  probe: str  # a name in `ode.PROBES`
+  num_probes: int
+  dequantization: str  # a name in `Decoder.dequantizations`
+  importance_samples: int
+  rtol: float
+  atol: float
+  max_steps: int
+
+
+def make_step(model: build.Model, settings: OdeSettings) -> Callable:
+  """Returns step(params, batch, seed) -> what each image of the batch has, each [B]."""
   num_dims = math.prod(model.image_shape)
-  solver = {k: settings[k] for k in ('importance_samples', 'rtol', 'atol')}
 
   def step(params, batch, seed):
     u, index, mask = batch['image'], batch['index'], batch['mask']
@@ -61,43 +70,44 @@ def make_step(config: ConfigDict, model: build.Model) -> Callable:
       *ends,
       model.decoder.dequantizations[settings.dequantization],
       probes=probes,
+      importance_samples=settings.importance_samples,
+      rtol=settings.rtol,
+      atol=settings.atol,
       max_steps=settings.max_steps,
-      **solver,
     )
-    bits = bits_per_dim(-solution.log_prob, num_dims)
     return {
-      'images': mask.sum(),
-      'bits': mask @ bits,
-      'bits_squared': mask @ bits**2,
-      'evaluations': mask @ solution.evaluations.astype(jnp.float32),
-      'max_evaluations': solution.evaluations.max(),
-      'unfinished': mask @ (1.0 - solution.finished),
+      'bits': bits_per_dim(-solution.log_prob, num_dims),
+      'evaluations': solution.evaluations,
+      'finished': solution.finished,
+      'mask': mask,
     }
 
   return step
 
 
 def make_evaluator(
-  config: ConfigDict, model: build.Model, mesh: Mesh
-) -> Callable[[Any, Iterator[dict], int], OdeBitsPerDim]:
-  """(params, batches, number of images) -> OdeBitsPerDim, data-parallel over the mesh.
+  model: build.Model, mesh: Mesh, settings: OdeSettings, seed: int
+) -> Callable[[Any, Iterable[data.Batch], int], OdeBitsPerDim]:
+  """Returns (params, batches, number of images) -> OdeBitsPerDim, data-parallel over the mesh.
 
   Raises:
     ValueError: a solve did not reach the end in config.eval.ode.max_steps steps.
     FloatingPointError: a likelihood is not finite.
   """
-  compiled = parallel.jit(make_step(config, model), mesh, out_shardings=parallel.replicated(mesh))
+  by_image = parallel.batch_sharding(mesh)
+  compiled = parallel.jit(make_step(model, settings), mesh, out_shardings=by_image)
 
   def evaluate(params, batches, num_images):
-    sums, done, clock, logged = [], 0, time.monotonic(), 0.0
+    parts, done, clock, logged = [], 0, time.monotonic(), 0.0
     for batch in parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch)):
-      part = jax.device_get(compiled(params, batch, config.eval.seed))
-      _check(config, part)  # now: not after hours
-      sums.append(jax.tree.map(np.float64, part))
-      done += int(part['images'])
+      part = parallel.on_host(compiled(params, batch, seed))
+      part = {k: v[part['mask'] > 0] for k, v in part.items()}
+      _check(settings, part)  # now: not after hours
+      parts.append(part)
+      done += len(part['bits'])
       now = time.monotonic()
       if now - logged > LOG_EVERY_SECONDS or done == num_images:
-        logged, result = now, summarize(sums)
+        logged, result = now, summarize(parts)
         logging.info(
           'ode: %d of %d images, %.4f bits/dim, %.0f evaluations an image, %.0f s left',
           done,
@@ -106,57 +116,94 @@ def make_evaluator(
           result.evaluations,
           (now - clock) / done * (num_images - done),
         )
-    return summarize(sums)
+    return summarize(parts)
 
   return evaluate
 
 
-def _check(config: ConfigDict, part: dict):
-  settings = config.eval.ode
+def _check(settings: OdeSettings, part: dict):
+  unfinished = np.sum(~part['finished'])
   require(
-    part['unfinished'] == 0,
+    unfinished == 0,
     'config.eval.ode.max_steps',
     settings.max_steps,
-    f'larger: {part["unfinished"]:.0f} images of a batch needed more steps',
+    f'larger: {unfinished} images of a batch needed more steps',
     f'raise it, or raise config.eval.ode.rtol={settings.rtol} and atol={settings.atol}',
   )
-  if not np.isfinite(part['bits']):
-    raise FloatingPointError(f'the ODE gives {part["bits"]} bits/dim for a batch; stopped.')
+  bad = part['bits'][~np.isfinite(part['bits'])]
+  if bad.size:
+    raise FloatingPointError(f'the ODE gives {bad[0]} bits/dim for an image; stopped.')
 
 
-def summarize(sums: list[dict]) -> OdeBitsPerDim:
-  """From the sums of every batch, in float64."""
-  total = {k: sum(part[k] for part in sums) for k in sums[0]}
-  n = total['images']
-  mean = total['bits'] / n
-  variance = max(0.0, total['bits_squared'] / n - mean**2)
+def summarize(parts: list[dict[str, np.ndarray]]) -> OdeBitsPerDim:
+  """Returns the evaluation from what each image of every batch has, in float64."""
+  joined = (np.concatenate([part[k] for part in parts]) for k in ('bits', 'evaluations'))
+  bits, evaluations = (values.astype(np.float64) for values in joined)
   return OdeBitsPerDim(
-    value=float(mean),
-    stderr=math.sqrt(variance / (n - 1)) if n > 1 else None,
-    num_images=int(n),
-    evaluations=float(total['evaluations'] / n),
-    max_evaluations=int(max(part['max_evaluations'] for part in sums)),
+    value=float(bits.mean()),
+    stderr=cards.stderr_of(bits),
+    num_images=len(bits),
+    evaluations=float(evaluations.mean()),
+    max_evaluations=int(evaluations.max()),
   )
 
 
-def evaluate(
-  config: ConfigDict, model: build.Model, mesh: Mesh, source: data.Source, params: Any
-) -> OdeBitsPerDim:
-  """Scores the parameters on the split, or on its first config.eval.max_images."""
-  batches = data.eval_batches(
-    source,
-    batch_size=config.eval.batch_size,
-    max_images=config.eval.max_images,
-    process_index=jax.process_index(),
-    process_count=jax.process_count(),
-  )
-  num_images = data.num_eval_images(source, config.eval.max_images)
-  return make_evaluator(config, model, mesh)(params, batches, num_images)
+def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], OdeBitsPerDim]:
+  """Returns (params, step) -> OdeBitsPerDim of the split, which writes a card and a line.
+
+  The card is (`cards.path_of`) cards/ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_<images>
+  _seed<seed>_<hash>_step<step>.json.
+
+  Args:
+    of: the study.
+    eval_settings: config.eval.
+  """
+  settings, seed = OdeSettings(**eval_settings.ode), eval_settings.seed
+  evaluator = make_evaluator(of.model, of.mesh, settings, seed)
+
+  def score(params, step):
+    batches = data.eval_batches(
+      of.source,
+      batch_size=eval_settings.batch_size,
+      max_images=eval_settings.max_images,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+    num_images = data.num_eval_images(of.source, eval_settings.max_images)
+    result = evaluator(params, batches, num_images)
+    parts = (
+      'ode_bits_per_dim',
+      settings.params,
+      f'{settings.dequantization}{settings.importance_samples}',
+      settings.trace,
+      result.num_images,
+      f'seed{seed}',
+    )
+    made_of = settings._asdict() | {
+      'seed': seed,
+      'num_images': result.num_images,
+      'data': of.source.identity,
+      'dtype': of.dtype,
+    }
+    path = cards.path_of(of.folder, parts, made_of, step)
+    write_card(of, path, params, settings.params, step, card_fields(settings, result))
+    logging.info(
+      '%s parameters, step %d, %d images: %s bits/dim by the ODE (over images; '
+      '%.0f evaluations an image, at most %d)',
+      settings.params,
+      step,
+      result.num_images,
+      cards.plus_minus(result.value, result.stderr),
+      result.evaluations,
+      result.max_evaluations,
+    )
+    return result
+
+  return score
 
 
-def card_fields(config: ConfigDict, result: OdeBitsPerDim) -> dict[str, Any]:
-  """What a number card says of such a value and of no other."""
-  settings = config.eval.ode
+def card_fields(settings: OdeSettings, result: OdeBitsPerDim) -> dict[str, Any]:
+  """Returns what a number card says of such a value and of no other."""
   trace = (
     'exact trace'
     if settings.trace == 'exact'
@@ -173,37 +220,3 @@ def card_fields(config: ConfigDict, result: OdeBitsPerDim) -> dict[str, Any]:
     'mean_evaluations': result.evaluations,
     'max_evaluations': result.max_evaluations,
   }
-
-
-def evaluate_ode_and_write(
-  config: ConfigDict,
-  model: build.Model,
-  mesh: Mesh,
-  source: data.Source,
-  train_state: Any,
-  workdir: pathlib.Path,
-) -> OdeBitsPerDim:
-  """Scores config.eval.ode.params by the ODE and writes its card (`cards.path_of`): cards/
-  ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_<images>_seed<seed>_<hash>_step<step>.json.
-  """
-  settings, step = config.eval.ode, int(train_state.step)
-  params = named_params(train_state, settings.params)
-  result = evaluate(config, model, mesh, source, params)
-  parts = (
-    'ode_bits_per_dim',
-    settings.params,
-    f'{settings.dequantization}{settings.importance_samples}',
-    settings.trace,
-    result.num_images,
-    f'seed{config.eval.seed}',
-  )
-  made_of = settings.to_dict() | {
-    'seed': config.eval.seed,
-    'num_images': result.num_images,
-    'data': source.identity,
-    'dtype': str(build.dtype(config.model.dtype)),
-  }
-  path = cards.path_of(workdir, parts, made_of, step)
-  fields = card_fields(config, result)
-  write_card(path, config, source.identity, settings.params, step, ends_of(model, params), fields)
-  return result

@@ -1,18 +1,30 @@
-"""The progressive picture: what a model sees at each log-SNR, and what of the data is visible."""
+"""Pictures of an evaluation: what a model sees at each log-SNR, its loss, schedule and history."""
 
+import math
+import pathlib
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
-from vdm import build
+from vdm import build, cards
+from vdm.build.state import TrainState, named_params
 from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.gaussian import end_points, fold_in, q_sample, standard_normal
-from vdm.system import parallel
+from vdm.diffusion.noisy_elbo import augmented
+from vdm.diffusion.weightings import Weighting, is_monotone
+from vdm.evaluation import plots
+from vdm.evaluation.bound import NUM_BINS, BitsPerDim
+from vdm.evaluation.study import Study
+from vdm.sampling.picture import image_grid
+from vdm.system import files, parallel
 
 NUM_LEVELS = 9
+NUM_PROGRESSIVE = 4  # images of the progressive picture
+SPECTRUM_VALUES = 2**25  # of the images of the power spectrum: a thousand at 100 x 100
 
 
 def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
@@ -61,3 +73,97 @@ def radial_power(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   kept = np.flatnonzero(count)[1:]
   mean_power = np.bincount(ring, power.ravel())[kept] / count[kept]
   return np.bincount(ring, frequency.ravel())[kept] / count[kept], mean_power
+
+
+def make_pictures(
+  of: Study, params: str, *with_cards_of: pathlib.Path
+) -> Callable[[TrainState, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+  """Returns pictures(state, curves) -> name -> uint8 [H W C], written to the study's folder.
+
+  `curves` are bits/dim per unit of log-SNR by bin, for each set of parameters. To be called on
+  every host; the first one writes.
+
+  Args:
+    of: the study.
+    params: name of the parameters that are shown.
+    *with_cards_of: other folders whose cards are in the history.
+  """
+  model = of.model
+  denoise = make_denoise(model, of.mesh)
+  most = SPECTRUM_VALUES // math.prod(model.image_shape)
+  count = min(max(NUM_PROGRESSIVE, most), of.source.identity['num_images'])
+  batch = of.source.fetch(np.arange(count))
+  spectrum = radial_power(np.asarray(model.decoder.to_model(jnp.asarray(batch['image']))))
+  few = [batch[k][:NUM_PROGRESSIVE] for k in ('image', 'label')]
+
+  def pictures(state, curves):
+    levels, z, x_hat = jax.device_get(denoise(named_params(state, params), *few))
+    schedule = model.training_schedule(state.params, state.adaptive)
+    log_snr = jax.device_get(schedule(jnp.linspace(0.0, 1.0, 101)))
+    if jax.process_index():
+      return {}
+    grid = model.decoder.to_pixels(picture_of(z, x_hat, model.decoder))
+    picture = image_grid(grid, NUM_LEVELS)
+    found = cards.series(*with_cards_of, of.folder)
+    path = of.folder / 'samples' / f'progressive_{int(state.step):08d}.png'
+    ends, plotted = (log_snr[0], log_snr[-1]), of.folder / 'plots'
+    return {
+      'progressive': plots.plot_progressive(picture, levels, len(few[0]), path),
+      'diffusion_loss': plots.plot_bins(curves, ends, plotted / 'diffusion_loss.png'),
+      'schedule': plots.plot_schedule(found, log_snr, plotted / 'schedule.png'),
+      'spectrum': plots.plot_spectrum(*spectrum, levels, plotted / 'spectrum.png'),
+      'history': plots.plot_history(found, plotted / 'bits_per_dim.png'),
+    }
+
+  return pictures
+
+
+def write_augmented(
+  weighting: Weighting,
+  weighting_name: str,
+  name: str,
+  ends: tuple[float, float],
+  result: BitsPerDim,
+  card: pathlib.Path,
+):
+  """config.eval.augmented_elbo: the weighted loss as a mixture of bounds, as a table and a plot.
+
+  plots/augmented_elbo_<params>.png, and tables/augmented_elbo_*.csv, called like the evaluation's
+  card. Its rows are bins of log-SNR: its ends, bits/dim spent there per unit, the weight of data
+  with that much noise added, its bound at the upper end; all in bits/dim (VDM++ theorem 1).
+
+  Args:
+    weighting: of the loss.
+    weighting_name: for the title.
+    name: of the parameters.
+    ends: log_snr_min and log_snr_max.
+    result: the bound's.
+    card: path of the bound's card.
+  """
+  workdir = card.parent.parent
+  edges = np.linspace(*ends, NUM_BINS + 1)
+  h = 2 * plots.filled(result.bins)
+  prior = result.terms['prior']['value']
+  table = augmented(weighting, *(jnp.asarray(a, jnp.float32) for a in (edges, h)), prior)
+  table = jax.tree.map(np.asarray, table)
+  monotone = is_monotone(weighting, *map(float, ends))
+  title = f'{weighting_name}, {"" if monotone else "not "}monotone'
+  plots.plot_augmented(edges, table, title, workdir / 'plots' / f'augmented_elbo_{name}.png')
+  table_name = card.stem.replace('bits_per_dim', 'augmented_elbo', 1)
+  path = workdir / 'tables' / f'{table_name}.csv'
+  share = table.mass / table.total
+  rows = zip(edges[:-1], edges[1:], h / 2, share, table.losses[1:], strict=True)
+  header = ('log_snr_from', 'log_snr_to', 'bits_per_log_snr', 'weight', 'bound_with_noise')
+  files.write_table(path, header, rows)
+  logging.info(
+    '%s parameters: weighted loss %.4f = %.3g x bound of the data (%.4f) + %.3g x bounds of data '
+    'with noise (mean %.4f) - prior term %.4f, relative to the weight at the lowest log-SNR; %s',
+    name,
+    table.weighted / table.total,
+    table.atom / table.total,
+    table.losses[-1],
+    share.sum(),
+    table.parts.sum() / table.total / max(share.sum(), 1e-30),
+    table.losses[0],
+    title,
+  )

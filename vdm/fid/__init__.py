@@ -1,8 +1,8 @@
 """Fréchet distances and their relatives between samples and real images.
 
 mesh = parallel.make_mesh()
-extractor = fid.make(config, mesh)            # refuses at once what is missing
-reference = fid.of_config(config, extractor)
+extractor = fid.make(config.fid, config.data, mesh)  # refuses at once what is missing
+reference = fid.of_config(config.fid, config.data, extractor)
 batches = fid.batches_of(arrays_of_images, extractor, config.fid.batch_size)
 samples = fid.collect(extractor, batches, keep=config.fid.num_images)
 fid.measure(samples, reference, extractor.label, config.fid.halves)  # {'fid': {'value', ...}}

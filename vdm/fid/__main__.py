@@ -81,7 +81,9 @@ def score(config, path: str, reference_path: str) -> str:
 
 
 def _extractor(config, source: data.Source) -> extractors.Extractor:
-  return extractors.make(config, parallel.make_mesh(), source.identity['image_shape'])
+  return extractors.make(
+    config.fid, config.data, parallel.make_mesh(), source.identity['image_shape']
+  )
 
 
 COMMANDS = {'convert': (convert, 1, 2), 'stats': (stats, 1, 2), 'score': (score, 2, 2)}

@@ -55,36 +55,36 @@ def _local_rows(array: jax.Array) -> np.ndarray:
   return np.concatenate([np.asarray(shard.data) for shard in shards])
 
 
-def make(config, mesh: Mesh, image_shape: tuple[int, ...] = ()) -> Extractor:
-  """The extractor that config.fid names; refuses at once what it lacks.
+def make(settings, data, mesh: Mesh, image_shape: tuple[int, ...] = ()) -> Extractor:
+  """Returns the extractor that config.fid names; refuses at once what it lacks.
 
   config.fid.features is 'inception', 'classifier', or the dotted path of a function
-  (settings, image_shape, num_values) -> vdm.fid.Network.
+  (settings, image_shape, data.num_values) -> vdm.fid.Network.
 
   Args:
-    config: a whole config; `fid` and `data` are read.
+    settings: config.fid.
+    data: config.data.
     mesh: the devices.
     image_shape: where the images are not of config.data.image_shape.
 
   Raises:
     ValueError: weights are missing or damaged, or the images are not what the network takes.
   """
-  settings, num_values = config.fid, config.data.num_values
-  shape = tuple(image_shape or config.data.image_shape)
+  shape = tuple(image_shape or data.image_shape)
   if settings.features == 'classifier':
     require(
-      shape == tuple(config.data.image_shape),
+      shape == tuple(data.image_shape),
       'config.data.image_shape',
-      tuple(config.data.image_shape),
+      tuple(data.image_shape),
       f'{shape}, the shape of the images',
       "the classifier knows its data set's alone",
     )
-    network = classifier_network(settings, config.data)
+    network = classifier_network(settings, data)
   elif settings.features == 'inception':
-    network = inception_network(settings, shape, num_values)
+    network = inception_network(settings, shape, data.num_values)
   else:
-    network = _by_path(settings.features)(settings, shape, num_values)
-  return Extractor(network, mesh, num_values)
+    network = _by_path(settings.features)(settings, shape, data.num_values)
+  return Extractor(network, mesh, data.num_values)
 
 
 def _by_path(path: str):

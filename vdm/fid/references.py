@@ -137,14 +137,19 @@ def _require_same(path: str, facts: dict, gaussians: dict[str, Gaussian], extrac
       )
 
 
-def of_config(config, extractor: Extractor) -> Reference:
-  """config.fid.reference; where that is '', the whole training split, kept for the next time."""
-  settings = config.fid
+def of_config(settings, data_settings, extractor: Extractor) -> Reference:
+  """Returns config.fid.reference; if that is '', the training split, kept for the next time.
+
+  Args:
+    settings: config.fid.
+    data_settings: config.data.
+    extractor: of the features.
+  """
   if settings.reference:
     reference = read(settings.reference, extractor, settings.batch_size)
     check_reference(settings, settings.reference, reference.facts['num_images'], extractor)
     return reference
-  source = data.load(config.data, 'train')
+  source = data.load(data_settings, 'train')
   check_reference(
     settings, f'config.data.train_split={source.identity["split"]!r}', len(source), extractor
   )

@@ -67,11 +67,22 @@ def _attention_vjp_native(query, key, value, g):
 
 
 def _map_examples_and_heads(f, *arrays):
-  """Maps f: [S, D] ... -> [S, D] ... over B and N of [B, S, N, D]."""
-  batch, size, heads, _ = arrays[0].shape
-  flat = [a.swapaxes(1, 2).reshape(batch * heads, size, -1) for a in arrays]
-  out = lax.map(lambda args: f(*args), flat)
-  return jax.tree.map(lambda a: a.reshape(batch, heads, size, -1).swapaxes(1, 2), out)
+  """Maps f: [S, D] ... -> [S, D] ... over B and N of [B, S, N, D].
+
+  Each device maps over its own examples: the partitioner would give all of them to every device.
+  """
+
+  def run(*arrays):
+    batch, size, heads, _ = arrays[0].shape
+    flat = [a.swapaxes(1, 2).reshape(batch * heads, size, -1) for a in arrays]
+    out = lax.map(lambda args: f(*args), flat)
+    return jax.tree.map(lambda a: a.reshape(batch, heads, size, -1).swapaxes(1, 2), out)
+
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty or len(arrays[0]) % mesh.size:
+    return run(*arrays)
+  by_example = PartitionSpec(mesh.axis_names)
+  return jax.shard_map(run, in_specs=by_example, out_specs=by_example, check_vma=False)(*arrays)
 
 
 def _matmul(a, b):

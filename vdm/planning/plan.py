@@ -44,7 +44,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   settings, params = config.eval, len(config.eval.params.split(','))
   images = settings.max_images or config.data.eval_images
   replicated = parallel.replicated(mesh)
-  function = parallel.jit(make_eval_step(config, model), mesh, out_shardings=replicated)
+  function = parallel.jit(make_eval_step(model, config.eval), mesh, out_shardings=replicated)
   args = (state.params, _batch(config, mesh, settings.batch_size, mask=True), images, settings.seed)
   calls = params * math.ceil(images / settings.batch_size)
   yield Step('eval', function, args, settings.batch_size, 1, calls)
@@ -76,9 +76,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
 
 
 def _train_step(config, model, mesh, state) -> Step:
-  function = make_train_step(
-    config, model, build.optimizer(config.train.num_steps, **config.optimizer)
-  )
+  function = make_train_step(config, model)
   size, num_steps = config.train.batch_size, config.train.num_steps
   args = (state, _batch(config, mesh, size))
   jitted = jit_runner(function, mesh, state).step

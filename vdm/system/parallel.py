@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mesh
@@ -33,9 +34,16 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The first axis split over all devices."""
-  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+  """Returns the sharding that splits an axis, the first by default, over all devices."""
+  return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+
+
+def on_host(tree: Any) -> Any:
+  """Returns arrays as NumPy's, whole on every process; to be called on all of them."""
+  if jax.process_count() == 1:
+    return jax.device_get(tree)
+  return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:

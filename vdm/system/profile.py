@@ -13,17 +13,25 @@ from vdm.errors import require
 FOLDER = 'profile'
 
 
-def steps(config: ConfigDict) -> range:
-  """The steps that config.profile asks for; ValueError where the run does not have them."""
-  first, number = config.profile.first_step, config.profile.num_steps
+def steps(settings: ConfigDict, num_steps: int) -> range:
+  """Returns the steps that are to be traced.
+
+  Args:
+    settings: config.profile.
+    num_steps: config.train.num_steps.
+
+  Raises:
+    ValueError: the run does not have these steps.
+  """
+  first, number = settings.first_step, settings.num_steps
   require(number >= 0, 'config.profile.num_steps', number, 'at least 0', 'try 5, or 0 for no trace')
   require(first >= 1, 'config.profile.first_step', first, 'at least 1', 'try 10')
-  last = config.train.num_steps - number + 1
+  last = num_steps - number + 1
   require(
     not number or first <= last,
     'config.profile.first_step',
     first,
-    f'at most {last}, for {number} steps up to config.train.num_steps={config.train.num_steps}',
+    f'at most {last}, for {number} steps up to config.train.num_steps={num_steps}',
     'choose an earlier one, or fewer steps',
   )
   return range(first, first + number)

@@ -1,7 +1,9 @@
 """The loop around the train step: data, evaluation, checkpoints, signals."""
 
+import contextlib
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -9,12 +11,34 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vdm import build, cards, data
-from vdm.evaluation.evaluate import make_look
+from vdm.evaluation import evaluate
 from vdm.system import parallel, profile, runners, writers
 from vdm.system.hosts import EXIT_PREEMPTED, StopSignal
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
 from vdm.workdir import checkpoint, config_file, posthoc_ema
+
+
+class Due(NamedTuple):
+  """What is to be done after a step."""
+
+  evaluation: bool
+  save: bool
+  snapshot: bool  # of the averages from which others are made afterwards
+  stop: bool
+
+
+def due(config: ConfigDict, step: int, stopped: bool) -> Due:
+  """Returns what is due after `step`; `stopped` says whether the job was asked to end."""
+  last = step == config.train.num_steps
+  stop = stopped and not last
+  every = lambda steps: steps > 0 and step % steps == 0
+  return Due(
+    evaluation=(every(config.train.eval_every_steps) or last) and not stop,
+    save=every(config.checkpoint.every_steps) or last or stop,
+    snapshot=len(config.ema.power_stds) > 0 and every(config.ema.snapshot_every_steps),
+    stop=stop,
+  )
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> int:
@@ -25,89 +49,108 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   """
   model = build.model(config)
   build.check_devices(config, jax.device_count())
-  traced = profile.steps(config)
-  train_source = data.load(config.data, 'train')
+  traced = profile.steps(config.profile, config.train.num_steps)
+  source = data.load(config.data, 'train')
   mesh = parallel.make_mesh(config.parallel.fsdp)
-  look = make_look(config, model, mesh, workdir)
+  evaluations = evaluate.in_training(config, model, mesh, workdir)
   config_file.open_workdir(workdir, config)  # the first thing that is written
-  init = build.init_state(config, model)
-  abstract = parallel.abstract_state(mesh, init)
-  manager = checkpoint.manager(workdir, config.checkpoint.keep)
-  snapshots = None
-  if config.ema.snapshot_every_steps and config.ema.power_stds:
-    snapshots = checkpoint.manager(workdir, config.train.num_steps, posthoc_ema.FOLDER)
-  train_state, start = checkpoint.restore(manager, abstract) or (None, 0)
-  num_steps = config.train.num_steps
-  if start >= num_steps:
-    logging.info('%s is done, at step %d. %s', workdir, start, cards.last_result(workdir))
-    return 0
-  logging.info(
-    '%s: step %d of %d, %s parameters, %d device(s)',
-    workdir,
-    start,
-    num_steps,
-    f'{sum(leaf.size for leaf in jax.tree.leaves(abstract.params)):,}',
-    jax.device_count(),
-  )
-  step_fn = make_train_step(config, model)
-  runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
-  run_step = profile.traced(runner.step, traced, start, workdir)
-  train_state = runner.put_state(train_state or parallel.initial_state(mesh, init))
-  writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
-  meter = Meter(writer, config.train.log_every_steps, config.train.batch_size, start, num_steps)
-  batches = meter.waits_for(
-    parallel.prefetch(_batches(config, train_source, start), runner.put_batch)
-  )
-  stop = StopSignal()
-  try:
-    for step in range(start + 1, num_steps + 1):
-      train_state, metrics = run_step(train_state, next(batches))
-      meter.push(step, metrics, runner.get_metrics)
-      last = step == num_steps
-      stopped = stop.agreed(step) and not last
-      evaluates = (step % config.train.eval_every_steps == 0 or last) and not stopped
-      saves = step % config.checkpoint.every_steps == 0 or last or stopped
-      if evaluates or saves:
-        with meter.pause():
-          current = runner.get_state(train_state)
-          result = look(current, writer, meter.take_bins()) if evaluates else {}
-          if saves:
-            checkpoint.save(manager, step, current, result)
-      if snapshots and step % config.ema.snapshot_every_steps == 0:
-        current = runner.get_state(train_state)
-        checkpoint.save(snapshots, step, posthoc_ema.power_averages(current))
-      if stopped:
-        manager.wait_until_finished()
-        logging.warning(
-          '%s: stopped and saved at step %d; the same command goes on.', stop.name, step
-        )
+  with contextlib.ExitStack() as stack:
+    manager = stack.enter_context(checkpoint.manager(workdir, config.checkpoint.keep))
+    init = build.init_state(config, model)
+    abstract = parallel.abstract_state(mesh, init)
+    state, start = checkpoint.restore(manager, abstract) or (None, 0)
+    num_steps = config.train.num_steps
+    if start < num_steps:
+      num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+      head = f'{workdir}: step {start} of {num_steps}, {num_params:,} parameters'
+      logging.info('%s, %d device(s)', head, jax.device_count())
+      step_fn = make_train_step(config, model)
+      runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
+      runner = runner._replace(step=profile.traced(runner.step, traced, start, workdir))
+      state = runner.put_state(state or parallel.initial_state(mesh, init))
+      batches = train_batches(source, config.train.batch_size, config.seed, start)
+      if _run(config, workdir, manager, runner, state, start, batches, evaluations):
         return EXIT_PREEMPTED
-  except FloatingPointError as error:
-    manager.wait_until_finished()
-    latest = checkpoint.latest_step(manager)
-    kept = f'is {workdir}/checkpoints/{latest}' if latest else 'does not exist'
-    raise FloatingPointError(f'{error}; stopped. The last good checkpoint {kept}.') from error
-  finally:
-    meter.close()
-    writer.close()
-    manager.close()
-    if snapshots:
-      snapshots.close()
-    stop.restore()
-  logging.info('%s is done. %s', workdir, cards.last_result(workdir))
+      logging.info('%s is done. %s', workdir, cards.last_result(workdir))
+    else:
+      logging.info('%s is done, at step %d. %s', workdir, start, cards.last_result(workdir))
   return 0
 
 
-def _batches(
-  config: ConfigDict, source: data.Source, start: int
-) -> Iterator[dict[str, np.ndarray]]:
-  """This host's rows of each global batch, with their position in it."""
-  size, host = config.train.batch_size // jax.process_count(), jax.process_index()
+def _run(
+  config: ConfigDict,
+  workdir: pathlib.Path,
+  manager: checkpoint.CheckpointManager,
+  runner: runners.Runner,
+  state: Any,
+  start: int,
+  batches: Iterator[data.Batch],
+  evaluations: Sequence[evaluate.Evaluation],
+) -> bool:
+  """Takes the steps after `start`, and does what is due; returns whether it was stopped before."""
+  with contextlib.ExitStack() as stack:
+    stop = StopSignal()
+    stack.callback(stop.restore)
+    snapshots = None
+    if config.ema.snapshot_every_steps and config.ema.power_stds:
+      snapshots = checkpoint.manager(workdir, config.train.num_steps, posthoc_ema.FOLDER)
+      stack.callback(snapshots.close)
+    writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
+    stack.callback(writer.close)
+    settings = config.train
+    every, size, num_steps = settings.log_every_steps, settings.batch_size, settings.num_steps
+    meter = Meter(writer, every, size, start, num_steps)
+    stack.callback(meter.close)
+    placed = meter.waits_for(parallel.prefetch(batches, runner.put_batch))
+    try:
+      for step in range(start + 1, num_steps + 1):
+        state, metrics = runner.step(state, next(placed))
+        meter.push(step, metrics, runner.get_metrics)
+        now = due(config, step, stop.agreed(step))
+        if now.evaluation or now.save:
+          with meter.pause():
+            current, scores = runner.get_state(state), {}
+            if now.evaluation:
+              scores = _evaluate(current, evaluations, writer, meter.take_bins(), config.eval)
+            if now.save:
+              checkpoint.save(manager, step, current, scores)
+        if now.snapshot:
+          averages = posthoc_ema.power_averages(runner.get_state(state))
+          checkpoint.save(snapshots, step, averages)
+        if now.stop:
+          manager.wait_until_finished()
+          text = '%s: stopped and saved at step %d; the same command goes on.'
+          logging.warning(text, stop.name, step)
+          return True
+    except FloatingPointError as error:
+      manager.wait_until_finished()
+      latest = checkpoint.latest_step(manager)
+      kept = f'is {workdir}/checkpoints/{latest}' if latest else 'does not exist'
+      raise FloatingPointError(f'{error}; stopped. The last good checkpoint {kept}.') from error
+  return False
+
+
+def _evaluate(state, evaluations, writer, train_bins, settings) -> dict[str, float]:
+  """Evaluates, writes to TensorBoard, and returns the metrics by which checkpoints are ranked."""
+  found = evaluate.Result(curves={'train': train_bins})
+  result = evaluate.evaluate(state, evaluations, found)
+  step = int(state.step)
+  writer.write_scalars(step, result.scalars)
+  if result.pictures:  # on the first process
+    writer.write_images(step, {name: picture[None] for name, picture in result.pictures.items()})
+  return {'bits_per_dim': result.bounds[settings.params.split(',')[-1]].value}
+
+
+def train_batches(
+  source: data.Source, batch_size: int, seed: int, start: int = 0
+) -> Iterator[data.Batch]:
+  """Returns this host's rows of each global batch after `start`, with their position in it."""
+  size, host = batch_size // jax.process_count(), jax.process_index()
   index = np.arange(host * size, (host + 1) * size, dtype=np.int32)
   batches = data.train_batches(
     source,
-    batch_size=config.train.batch_size,
-    seed=config.seed,
+    batch_size=batch_size,
+    seed=seed,
     start_step=start,
     process_index=host,
     process_count=jax.process_count(),

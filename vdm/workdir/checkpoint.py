@@ -30,6 +30,8 @@ from jax.experimental import multihost_utils
 from vdm.system import files
 from vdm.workdir.layouts import as_written, named
 
+CheckpointManager = ocp.CheckpointManager
+
 
 def manager(
   workdir: str, keep: int | None = None, folder: str = 'checkpoints'

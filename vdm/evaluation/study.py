@@ -1,0 +1,70 @@
+"""What is evaluated, on what, and where its cards go."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from vdm import build, cards
+from vdm.data import Source
+from vdm.diffusion.gaussian import end_points
+
+
+class Study(NamedTuple):
+  """A model with the data that it is evaluated on."""
+
+  model: build.Model
+  mesh: Mesh
+  source: Source  # the evaluation split
+  folder: pathlib.Path  # of cards, plots, samples and tables
+  config: dict[str, Any]  # the whole config as plain values, for cards
+  dtype: str  # of the network's activations
+
+
+def study(
+  config: ConfigDict, model: build.Model, mesh: Mesh, source: Source, folder: pathlib.Path
+) -> Study:
+  """Returns the study of a config's model."""
+  dtype = str(build.dtype(config.model.dtype))
+  return Study(model, mesh, source, folder, config.to_dict(), dtype)
+
+
+def ends_of(model: build.Model, params: Any) -> tuple[float, float]:
+  """Returns log_snr_max and log_snr_min as numbers."""
+  high, low = jax.device_get(end_points(model.schedule(params)))
+  return float(high), float(low)
+
+
+def write_card(of: Study, path: pathlib.Path, params: Any, name: str, step: int, fields: dict):
+  """Writes the number card of a likelihood.
+
+  Args:
+    of: the study.
+    path: of the card.
+    params: the parameters that were evaluated.
+    name: theirs, such as 'ema'.
+    step: of training.
+    fields: what is particular to this kind of evaluation, with 'value' and 'num_images'.
+  """
+  log_snr_max, log_snr_min = ends_of(of.model, params)
+  settings = of.config['eval']
+  cards.write(
+    path,
+    {
+      'metric': 'bits_per_dim',
+      **fields,
+      'whole_split': fields['num_images'] == of.source.identity['num_images'],
+      'eval_batch_size': settings['batch_size'],
+      'eval_seed': settings['seed'],
+      'data': of.source.identity,
+      'params': name,
+      'step': step,
+      'images_seen': step * of.config['train']['batch_size'],
+      'log_snr_max': log_snr_max,
+      'log_snr_min': log_snr_min,
+      'dtype': of.dtype,
+      'config': of.config,
+    },
+  )
