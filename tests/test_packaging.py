@@ -1,10 +1,11 @@
-"""What is installed is what lies here, under one version."""
+"""What is installed is what lies here, under one version; the lock is that of pyproject.toml."""
 
 import pathlib
 import re
 import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 import vdm
 
@@ -33,3 +34,23 @@ def test_there_is_one_version(pyproject):
   assert pyproject['tool']['setuptools']['dynamic']['version'] == {'attr': 'vdm.__version__'}
   (cited,) = re.findall(r'^version: (.*)$', (ROOT / 'CITATION.cff').read_text(), re.M)
   assert cited == vdm.__version__
+
+
+def test_the_lock_has_what_pyproject_asks_for(pyproject):
+  """`uv lock` brings it up to date."""
+  project = pyproject['project']
+  asked = [Requirement(text) for text in project['dependencies']]
+  asked += [Requirement(text) for of in project['optional-dependencies'].values() for text in of]
+  (ours,) = [
+    package
+    for package in tomllib.loads((ROOT / 'uv.lock').read_text())['package']
+    if package['name'] == project['name']
+  ]
+  locked = {(r['name'], r.get('specifier', '')) for r in ours['metadata']['requires-dist']}
+  assert {(r.name, str(r.specifier)) for r in asked} == locked
+  assert set(ours['metadata']['provides-extras']) == project['optional-dependencies'].keys()
+
+
+def test_the_lock_names_no_index_but_pypi():
+  hosts = re.findall(r'\w+://[^/"]*', (ROOT / 'uv.lock').read_text())
+  assert set(hosts) == {'https://pypi.org', 'https://files.pythonhosted.org'}
