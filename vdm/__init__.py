@@ -17,10 +17,12 @@ _PLACES = {
 
 
 def __getattr__(name: str):
+  if name in ('Experiment', 'load'):
+    return getattr(importlib.import_module('vdm.experiment'), name)
   if name in _PLACES:
     return importlib.import_module(_PLACES[name])
   raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
 
 
 def __dir__() -> list[str]:
-  return sorted([*globals(), *_PLACES])
+  return sorted([*globals(), *_PLACES, 'Experiment', 'load'])

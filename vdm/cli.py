@@ -1,12 +1,13 @@
 """What all commands share: flags, one-line errors, exit status."""
 
 import functools
+import importlib.util
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 # TensorFlow reads records and writes summaries here; it need not announce itself.
@@ -15,9 +16,10 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 from absl import flags
 from etils import epath
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 import vdm
+from vdm.errors import require
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
@@ -98,9 +100,7 @@ def _last_field(arg: str) -> str:
 
 
 def _packaged() -> str:
-  from vdm import configs
-
-  names = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
+  names = sorted(path.stem for path in pathlib.Path(configs_folder()).glob('[a-z]*.py'))
   return f'configs/{{{",".join(names)}}}.py'
 
 
@@ -117,3 +117,39 @@ def _locate(arg: str) -> str:
       return f'{flag}={packaged}{colon}{preset}'
     sys.exit(f'--config={path} does not exist; give a file, or one of {_packaged()}.')
   return arg
+
+
+def read_config(config: str | os.PathLike | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """Returns a locked config with some leaves changed.
+
+  Args:
+    config: a packaged name, 'digits' or 'digits:debug'; a config file; or a ConfigDict, copied.
+    overrides: values by the names of their leaves.
+
+  Raises:
+    ValueError: there is no such config or leaf, or a value is of another type.
+  """
+  if not isinstance(config, ConfigDict):
+    name, _, preset = os.fspath(config).partition(':')
+    packaged = pathlib.Path(configs_folder()) / f'{name}.py'
+    path = packaged if packaged.exists() else pathlib.Path(name)
+    require(path.exists(), 'config', name, f'a file, or one of {_packaged()}', 'choose one')
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(preset)
+  config = config.copy_and_resolve_references().lock()
+  for leaf, value in overrides.items():
+    try:
+      config.update_from_flattened_dict({leaf: value})
+    except (KeyError, TypeError, AttributeError) as error:
+      text = str(error.args[0]).partition('\n')[0]
+      raise ValueError(f'config.{leaf}={value!r} is refused: {text}') from error
+  return config
+
+
+def configs_folder() -> str:
+  """Returns the folder of the packaged configs."""
+  from vdm import configs
+
+  return os.path.dirname(configs.__file__)

@@ -10,7 +10,7 @@ from vdm.data.batches import eval_batches, num_eval_images, train_batches
 from vdm.data.identity import fingerprint
 from vdm.data.load import classes, load, num_images
 from vdm.data.pictures import centre_crop, decode
-from vdm.data.source import Batch, Source
+from vdm.data.source import Batch, Source, of_arrays
 
 ORDER = (
   'source',
@@ -37,5 +37,6 @@ __all__ = [
   'load',
   'num_eval_images',
   'num_images',
+  'of_arrays',
   'train_batches',
 ]

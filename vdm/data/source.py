@@ -1,11 +1,22 @@
 """A split of a data set, with random access."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
+from typing import Required, TypedDict
 
 import numpy as np
 
-Batch = dict[str, np.ndarray]
+from vdm.errors import require
+
+
+class Batch(TypedDict, total=False):
+  """Some examples of a split, a row of each array to an example."""
+
+  image: Required[np.ndarray]  # uint8 [b H W C]
+  label: Required[np.ndarray]  # classes int32 [b], or embeddings float32 [b E]
+  index: np.ndarray  # int32 [b], in the global batch or in the split
+  mask: np.ndarray  # float32 [b], 1 for an example that counts and 0 for filling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +44,21 @@ class Source:
     if not 0 <= index < len(self):  # also what ends `for image in source`
       raise IndexError(index)
     return {name: value[0] for name, value in self.fetch(np.array([index])).items()}
+
+
+def of_arrays(images: np.ndarray, labels: np.ndarray | None = None, name: str = 'arrays') -> Source:
+  """Returns a source of images [N H W C], in memory, and their labels [N] or embeddings [N E].
+
+  Args:
+    images: in the data's units.
+    labels: 0 for all images by default.
+    name: for number cards.
+  """
+  images = np.asarray(images)
+  labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels)
+  require(images.ndim == 4, 'images', images.shape, '[N, H, W, C]', 'add the axes that it lacks')
+  require(len(labels) == len(images), 'labels', len(labels), f'{len(images)} labels', 'one each')
+  digest = hashlib.sha256(images.tobytes()).hexdigest()[:16]
+  identity = {'name': name, 'num_images': len(images), 'sha256': digest}
+  fetch = lambda indices: {'image': images[indices], 'label': labels[indices]}
+  return Source(fetch, identity, labels=lambda indices: labels[indices])

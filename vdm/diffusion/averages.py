@@ -12,7 +12,7 @@ import numpy as np
 
 
 def exponential_decay(
-  step: jax.Array, batch_size: int, halflife_images: float, rampup_ratio: float
+  step: jax.Array | int, batch_size: int, halflife_images: float, rampup_ratio: float
 ) -> jax.Array:
   """Decay per step, 0.5 ** (batch_size / halflife); early on the half-life is at most a share
   `rampup_ratio` of the images seen, so that the average forgets the initial parameters (EDM)."""
@@ -22,7 +22,7 @@ def exponential_decay(
   return 0.5 ** (batch_size / halflife)
 
 
-def power_decay(step: jax.Array, std: float) -> jax.Array:
+def power_decay(step: jax.Array | int, std: float) -> jax.Array:
   """Decay of update number `step` + 1, (1 - 1/t)^(gamma + 1) with t = step + 1 (EDM2 eq. 127)."""
   return (step / (step + 1)) ** (exponent(std) + 1)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from vdm.diffusion.gaussian import (
   alpha,
@@ -107,12 +107,12 @@ def discrete(num_values: int) -> Decoder:
   )
 
 
-def to_grid(u: Int[Array, '...'], num_values: int) -> Float[Array, '...']:
+def to_grid(u: Integer[Array | np.ndarray, '...'], num_values: int) -> Float[Array, '...']:
   """Integers 0 .. K - 1 to the centres of K equal cells of [-1, 1]: 2 (u + 1/2) / K - 1."""
-  return (2 * u.astype(jnp.float32) + 1) / num_values - 1
+  return (2 * jnp.asarray(u, jnp.float32) + 1) / num_values - 1
 
 
-def from_grid(x: Float[Array, '...'], num_values: int) -> Int[Array, '...']:
+def from_grid(x: Float[Array | np.ndarray, '...'], num_values: int) -> Int[Array, '...']:
   """The nearest of the K integers: the mode of the decoder."""
   u = jnp.round(((x + 1) * num_values - 1) / 2)
   return jnp.clip(u, 0, num_values - 1).astype(jnp.int32)
@@ -161,7 +161,7 @@ def bits_per_dim(nats: Float[Array, '...'], num_dims: int) -> Float[Array, '...'
 
 
 def uniform(
-  keys: Array, u: Int[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
+  keys: Array, u: Integer[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
 ) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
   """y uniform in the cell of u, of width 2 / K, and log q(y | u) [B] in nats."""
   noise = jax.vmap(lambda key: jax.random.uniform(key, u.shape[1:], minval=-1.0))(keys)
@@ -170,7 +170,7 @@ def uniform(
 
 
 def truncated_normal(
-  keys: Array, u: Int[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
+  keys: Array, u: Integer[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
 ) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
   """y ~ N(centre, e^-log_snr_max) truncated to the cell of u, and log q(y | u) [B] in nats.
 

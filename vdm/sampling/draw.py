@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vdm import build
 from vdm.diffusion.gaussian import Denoiser, end_points, fold_in
 from vdm.diffusion.guidance import guide, label_pair, pair
-from vdm.diffusion.samplers import sample, time_grid
+from vdm.diffusion.samplers import Sampler, sample, time_grid
 from vdm.errors import require
 from vdm.sampling.labels import labels_of
 from vdm.system import parallel
@@ -23,22 +23,43 @@ from vdm.workdir.load import read_guide
 Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
 
 
+Labels = Callable[[np.ndarray], np.ndarray]  # image numbers [b] -> classes [b], or embeddings
+
+
 def make_sampler(
   config: ConfigDict, model: build.Model, mesh: Mesh, guidance: Guidance | None = None
 ) -> Callable[..., Iterator[np.ndarray]]:
-  """run(params, num_images=0, starts=None) -> iterator over batches [B H W C] of integers.
+  """Returns `make_draw` of config.sample, with its guidance unless that is given."""
+  guidance = guidance or make_guidance(config, model, mesh)
+  return make_draw(model, mesh, config.sample, labels_of(config), guidance)
 
-  The first `num_images` of them, 0: of config.sample.num_images, the last batch cut; where `starts`
-  are given only the batches whose first image has one of these numbers. `guidance` is
-  config.sample.guidance where it was made already.
+
+def make_draw(
+  model: build.Model,
+  mesh: Mesh,
+  settings: ConfigDict,
+  labels: Labels,
+  guidance: Guidance | None = None,
+  sampler: Sampler | None = None,
+) -> Callable[..., Iterator[np.ndarray]]:
+  """Returns run(params, num_images=0, starts=None) -> iterator over batches [B H W C] of data.
+
+  The first `num_images` of them, 0: of config.sample.num_images, the last batch cut; if `starts`
+  are given only the batches whose first image has one of these numbers.
+
+  Args:
+    model: of the images.
+    mesh: the devices.
+    settings: config.sample.
+    labels: of the images.
+    guidance: none by default.
+    sampler: that of the settings by default.
   """
-  settings = config.sample
-  labels, sampler, threshold = (
-    labels_of(config),
-    build.sampler(config.sample.sampler),
-    build.threshold(config.sample.threshold),
+  sampler, threshold = (
+    sampler or build.sampler(settings.sampler),
+    build.threshold(settings.threshold),
   )
-  guided, guide_params = guidance or make_guidance(config, model, mesh)
+  guided, guide_params = guidance or unguided(model)
 
   def draw(params, guide_params, log_snrs, index, label):
     x = sample(
@@ -56,7 +77,7 @@ def make_sampler(
 
   def run(params, num_images=0, starts=None):
     num_images = num_images or settings.num_images
-    grid = build.other_schedule(config.sample.grid, 'sample.grid', model.schedule(params))
+    grid = build.other_schedule(settings.grid, 'sample.grid', model.schedule(params))
     log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
 
     def launch(start):
@@ -77,12 +98,17 @@ def make_sampler(
   return run
 
 
+def unguided(model: build.Model) -> Guidance:
+  """Returns the model's own denoiser, as a guidance."""
+  return lambda params, _, label: model.denoiser(params, label), None
+
+
 def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidance:
   """config.sample.guidance."""
   settings = config.sample.guidance
   limits = (settings.log_snr_min, settings.log_snr_max)
   if settings.kind == 'none':
-    return lambda params, _, label: model.denoiser(params, label), None
+    return unguided(model)
   if settings.kind == 'classifier_free':
 
     def classifier_free(params, _, label):

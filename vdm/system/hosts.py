@@ -12,8 +12,12 @@ from jax.experimental import multihost_utils
 from vdm.system import files
 
 MOST_CORES = 8  # used as devices: with more, little of a batch is left to each, and of the memory
-# Seconds until XLA aborts the process because one of its devices is behind the others: 40 without.
-PATIENCE = '--xla_cpu_collective_call_terminate_timeout_seconds'
+CPU_FLAGS = {
+  # seconds until XLA aborts the process because one of its devices is behind the others: 40 without
+  '--xla_cpu_collective_call_terminate_timeout_seconds': '3600',
+  # with it, two devices may meet collectives in different orders, and wait for each other for ever
+  '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
+}
 EXIT_PREEMPTED = 75  # saved after SIGTERM, not done: run the same command again
 
 
@@ -99,8 +103,8 @@ def use_cores(works: Callable[[int], bool]):
   cores = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
   numbers = filter(works, range(1, min(cores, MOST_CORES) + 1))
   jax.config.update('jax_num_cpu_devices', max(numbers, default=1))
-  if PATIENCE not in xla_flags:
-    os.environ['XLA_FLAGS'] = f'{xla_flags} {PATIENCE}=3600'.strip()
+  more = [f'{name}={value}' for name, value in CPU_FLAGS.items() if name not in xla_flags]
+  os.environ['XLA_FLAGS'] = ' '.join([xla_flags, *more]).strip()
 
 
 def keep_compiled(directory: epath.Path):

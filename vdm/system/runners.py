@@ -20,13 +20,13 @@ class Runner(NamedTuple):
   get_metrics: Callable[[Any], Any]
 
 
-def jit_runner(step: Callable, mesh: Mesh, abstract: Any) -> Runner:
-  """jit over the mesh: the step sees the global batch."""
+def jit_runner(step: Callable, mesh: Mesh, abstract: Any, donate: bool = True) -> Runner:
+  """Returns jit over the mesh: the step sees the global batch, and with `donate` eats the state."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
   compiled = jit(
     step,
     mesh,
-    donate_argnums=0,
+    donate_argnums=(0,) if donate else (),
     in_shardings=(shardings, batch_sharding(mesh)),
     out_shardings=(shardings, replicated(mesh)),
   )

@@ -124,7 +124,7 @@ def saved_config(workdir: str) -> dict[str, Any]:
   return saved
 
 
-def own_config(workdir: str, given: ConfigDict) -> ConfigDict:
+def own_config(workdir: str, given: ConfigDict | None = None) -> ConfigDict:
   """Returns the config of the run in a workdir, with what reading it may choose from `given`.
 
   That is how to evaluate, sample, score and split over devices (READING_BLOCKS), and where the data
@@ -136,15 +136,16 @@ def own_config(workdir: str, given: ConfigDict) -> ConfigDict:
       config[name] = block
     elif isinstance(block, ConfigDict):
       # a network, say, does not take the leaves of every other one
-      mine = [leaf for leaf in block if 'name' not in block or leaf in given[name]]
-      for leaf in mine:
-        if leaf not in config[name]:
+      named, asked = 'name' in block, config if given is None else given
+      for leaf in block:
+        if leaf not in config[name] and (not named or leaf in asked[name]):
           config[name][leaf] = block[leaf]
-  for name in READING_BLOCKS:
-    config[name] = given[name].copy_and_resolve_references()
-  for block, leaf in READING_LEAVES:
-    if leaf in given[block] and leaf in config[block]:
-      config[block][leaf] = given[block][leaf]
+  if given is not None:
+    for name in READING_BLOCKS:
+      config[name] = given[name].copy_and_resolve_references()
+    for block, leaf in READING_LEAVES:
+      if leaf in given[block] and leaf in config[block]:
+        config[block][leaf] = given[block][leaf]
   return config.lock()
 
 

@@ -26,13 +26,13 @@ class Run(NamedTuple):
   state: Any
 
 
-def read_run(config: ConfigDict, workdir: str, step: str = 'newest') -> Run:
+def read_run(config: ConfigDict | None, workdir: str, step: str = 'newest') -> Run:
   """Reads a run, to evaluate it or to sample from it, by its own config (`own_config`).
 
   Nothing is written, so that the workdir may be read-only, or be trained in meanwhile.
 
   Args:
-    config: as the user gave it.
+    config: as the user gave it; None: all is the run's own.
     workdir: of the run.
     step: 'newest', 'best' (the lowest bits/dim among the checkpoints), or a number.
 
@@ -42,7 +42,7 @@ def read_run(config: ConfigDict, workdir: str, step: str = 'newest') -> Run:
   if not _holds_run(workdir):
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
   own = own_config(workdir, config)
-  found = differences(flat(saved_config(workdir)), flat(plain(config)))
+  found = differences(flat(saved_config(workdir)), flat(plain(config or own)))
   if found:
     logging.info('%s is read by its own config: it has %s', workdir, ', and '.join(found))
   hosts.keep_compiled(files.cache_folder() / 'xla')

@@ -1,0 +1,165 @@
+"""The door for Python: what it returns is what the commands write."""
+
+import json
+import math
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vdm
+from vdm import data
+
+ROOT = pathlib.Path(__file__).parents[1]
+SMALL = {'train.num_steps': 6, 'train.eval_every_steps': 6, 'model.dropout': 0.0}
+
+
+@pytest.fixture(scope='module')
+def exp():
+  return vdm.Experiment('digits:debug', SMALL)
+
+
+@pytest.fixture(scope='module')
+def trained(exp):
+  state, losses = exp.init(), []
+  for state, metrics in exp.fit(state, steps=6):  # noqa: B007, B020  as in the README
+    losses.append(metrics['loss'])
+  assert int(state.step) == 6 and np.isfinite(np.array(losses)).all()
+  return state
+
+
+@pytest.fixture(scope='module')
+def workdir(exp, trained, tmp_path_factory):
+  path = tmp_path_factory.mktemp('run')
+  exp.save(trained, path)
+  return path
+
+
+def test_fitting_is_what_the_command_does(exp, trained, tmp_path, rank_promotion_allowed):
+  """The same batches, the same noise: the same parameters."""
+  state = exp.train(tmp_path)
+  assert int(state.step) == 6
+  pairs = zip(jax.tree.leaves(state.params), jax.tree.leaves(trained.params), strict=True)
+  for ours, theirs in pairs:
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+  (card,) = tmp_path.glob('cards/bits_per_dim_ema_*_step00000006.json')
+  found = exp.bits_per_dim(trained)
+  np.testing.assert_allclose(found.value, json.loads(card.read_text())['value'], rtol=1e-5)
+
+
+def test_a_state_stays_usable_and_fitting_goes_on(exp, trained):
+  start = exp.init()
+  middle = [state for state, _ in exp.fit(start, steps=3)][-1]
+  end = [state for state, _ in exp.fit(middle)][-1]  # up to config.train.num_steps
+  assert [int(state.step) for state in (start, middle, end)] == [0, 3, 6]
+  for ours, theirs in zip(jax.tree.leaves(end), jax.tree.leaves(trained), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_run_is_loaded_by_its_own_config(workdir, trained):
+  loaded, state = vdm.load(workdir)
+  assert loaded.config.train.num_steps == 6 and int(state.step) == 6
+  for ours, theirs in zip(jax.tree.leaves(state), jax.tree.leaves(trained), strict=True):
+    np.testing.assert_array_equal(ours, theirs)
+  assert int(vdm.load(workdir, step=6)[1].step) == 6
+  with pytest.raises(ValueError, match='holds the steps 6'):
+    vdm.load(workdir, step=5)
+  with pytest.raises(ValueError, match='holds no checkpoint'):
+    vdm.load(workdir / 'nowhere')
+
+
+def test_log_prob_has_the_mean_of_bits_per_dim(exp, trained):
+  images = exp.source('eval').fetch(np.arange(40))['image']
+  for params in ('ema', 'raw'):
+    found = exp.log_prob(trained, images, draws=6, params=params)
+    assert found.value.shape == found.stderr.shape == (40,) and (found.stderr > 0).all()
+    whole = exp.bits_per_dim(trained, params, data.of_arrays(images), draws=6, max_images=0)
+    bits = -found.value.mean() / (64 * math.log(2))
+    np.testing.assert_allclose(bits, whole.value, rtol=1e-6)
+  one = exp.log_prob(trained, images[:1], draws=1)
+  assert np.isnan(one.stderr).all()
+
+
+@pytest.mark.slow
+def test_log_prob_by_the_ode(exp, trained):
+  images = exp.source('eval').fetch(np.arange(3))['image']
+  found = exp.log_prob(trained, images, draws=2, kind='ode')
+  assert found.value.shape == (3,) and (found.stderr > 0).all() and (found.value < 0).all()
+  again = exp.log_prob(trained, images[:2], draws=2, kind='ode')
+  np.testing.assert_allclose(again.value, found.value[:2], rtol=1e-4)  # each on its own
+
+
+def test_samples_take_objects_and_seeds(exp, trained):
+  sampler = vdm.samplers.ddim()
+  images = exp.sample(trained, 5, sampler=sampler, num_steps=3)
+  assert images.shape == (5, 8, 8, 1)
+  assert images.min() >= 0 and images.max() <= 16
+  np.testing.assert_array_equal(images[:3], exp.sample(trained, 3, sampler=sampler, num_steps=3))
+  assert (images != exp.sample(trained, 5, sampler=sampler, num_steps=3, seed=1)).any()
+  by_name = vdm.Experiment(exp.config, {'sample.sampler.name': 'ddim', 'sample.num_steps': 3})
+  np.testing.assert_array_equal(images, by_name.sample(trained, 5))
+
+
+def test_labels_and_guidance():
+  settings = {'model.class_conditional': True, 'train.label_dropout': 0.1, 'sample.num_steps': 3}
+  exp = vdm.Experiment('digits:debug', settings)
+  state = exp.init()
+  label = np.array([3, 1, 4])
+  same = exp.sample(state, 3, label=label)
+  np.testing.assert_array_equal(same[:1], exp.sample(state, 1, label=3))
+  assert exp.sample(state, 3, label=label, guidance=2.0).shape == same.shape
+  with pytest.raises(ValueError, match=r'label=\(3,\) must be 4 labels'):
+    exp.sample(state, 4, label=label)
+
+
+def test_guidance_needs_a_model_that_was_trained_for_it(exp, trained):
+  with pytest.raises(ValueError, match=r"config.sample.guidance.kind='classifier_free' must be"):
+    exp.sample(trained, 1, guidance=2.0)
+
+
+def test_denoiser_and_schedule_are_those_of_the_maths(exp, trained):
+  schedule, denoiser = exp.schedule(trained), exp.denoiser(trained)
+  log_snr = schedule(jnp.array([0.1, 0.9]))
+  z = jnp.ones((2, 8, 8, 1))
+  x, eps = denoiser(z, log_snr)
+  again = vdm.gaussian.q_sample(x, eps, log_snr)
+  np.testing.assert_allclose(again, z, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'message'),
+  [
+    (('digitz',), "config='digitz' must be a file, or one of configs/"),
+    (('digits', {'train.stepz': 3}), 'config.train.stepz=3 is refused'),
+    (('digits', {'train.num_steps': 'many'}), "config.train.num_steps='many' is refused"),
+    (('digits', {'train.num_steps': 0}), 'config.train.num_steps=0 must be positive'),
+  ],
+)
+def test_bad_input_is_refused_by_name(arguments, message):
+  with pytest.raises(ValueError, match=re.escape(message)):
+    vdm.Experiment(*arguments)
+
+
+def test_an_unknown_setting_is_refused_by_name(exp, trained):
+  with pytest.raises(ValueError, match=r'drawz=3 must be a leaf of config.eval; it has '):
+    exp.bits_per_dim(trained, drawz=3)
+
+
+def test_a_config_given_is_not_changed(exp):
+  before = exp.config.to_dict()
+  changed = vdm.Experiment(exp.config, {'train.batch_size': 32})
+  assert changed.config.train.batch_size == 32 and exp.config.to_dict() == before
+
+
+def test_the_door_in_the_readme_runs(tmp_path, monkeypatch, rank_promotion_allowed):
+  """As it stands, but for the sizes."""
+  (code,) = re.findall(r'```python door\n(.*?)```', (ROOT / 'README.md').read_text(), re.S)
+  code = code.replace("'digits'", "'digits:debug'").replace('steps=100', 'steps=2')
+  monkeypatch.chdir(tmp_path)
+  scope = {}
+  exec(code, scope)
+  assert scope['images'].shape == (16, 8, 8, 1) and np.isfinite(scope['result'].value)
+  assert (tmp_path / 'runs' / 'mine' / 'config.json').exists()

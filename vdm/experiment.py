@@ -1,0 +1,269 @@
+"""The door for Python: a model, its data and its devices as one object, without files or flags.
+
+exp = vdm.Experiment('digits', {'train.num_steps': 100})
+state = exp.init()
+for state, metrics in exp.fit(state, steps=100): ...
+exp.bits_per_dim(state).value
+"""
+
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from vdm import build, cli, data
+from vdm.build.state import TrainState, named_params
+from vdm.diffusion.gaussian import Denoiser, Schedule
+from vdm.diffusion.samplers import Sampler
+from vdm.errors import require
+from vdm.evaluation import bound, ode
+from vdm.evaluation.bound import BitsPerDim
+from vdm.sampling.draw import make_draw, make_guidance
+from vdm.sampling.labels import labels_of
+from vdm.system import parallel, runners
+from vdm.training import loop
+from vdm.training.step import make_train_step
+from vdm.workdir import checkpoint, config_file
+from vdm.workdir.load import read_run
+
+
+class LogProb(NamedTuple):
+  """Estimates of log p(x) for each of N examples, in nats."""
+
+  value: np.ndarray  # [N]
+  stderr: np.ndarray  # [N], of the draws; nan for a single one
+
+
+class Experiment:
+  """A model of a config, with its data and the devices at hand.
+
+  Nothing is written but by `save` and `train`. States are values: methods take one and return one.
+
+  Attributes:
+    config: the whole config, locked.
+    model: the model as pure functions of parameters.
+    mesh: the devices.
+  """
+
+  def __init__(
+    self, config: str | os.PathLike | ConfigDict, overrides: Mapping[str, Any] | None = None
+  ):
+    """Builds the model.
+
+    Args:
+      config: the name of a packaged config such as 'digits' or 'digits:debug', a config file, or a
+        ConfigDict, which is copied.
+      overrides: values by the names of their leaves, {'train.num_steps': 100}.
+
+    Raises:
+      ValueError: there is no such config or leaf, or a value cannot be used.
+    """
+    self.config = cli.read_config(config, overrides or {})
+    self.model = build.model(self.config)
+    build.check_devices(self.config, jax.device_count())
+    self.mesh = parallel.make_mesh(self.config.parallel.fsdp)
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019  an experiment lives as long as its data
+  def source(self, split: str = 'train') -> data.Source:
+    """Returns a split of the config's data, 'train' or 'eval'."""
+    return data.load(self.config.data, split)
+
+  def init(self) -> TrainState:
+    """Returns the state before the first step, by config.seed."""
+    return parallel.initial_state(self.mesh, build.init_state(self.config, self.model))
+
+  def fit(
+    self, state: TrainState, steps: int | None = None, source: data.Source | None = None
+  ) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
+    """Trains, in this process and without files; yields the state and metrics after each step.
+
+    Reading a metric waits for its step; the loop itself does not.
+
+    Args:
+      state: to go on from; it stays usable.
+      steps: to be taken; None: up to config.train.num_steps.
+      source: of the batches; None: the training split.
+    """
+    config, start = self.config, int(state.step)
+    steps = config.train.num_steps - start if steps is None else steps
+    require(steps >= 0, 'steps', steps, 'zero or more', 'raise config.train.num_steps')
+    abstract = parallel.abstract_state(self.mesh, build.init_state(config, self.model))
+    step_fn = make_train_step(config, self.model)
+    runner = runners.jit_runner(step_fn, self.mesh, abstract, donate=False)
+    source = source or self.source('train')
+    batches = loop.train_batches(source, config.train.batch_size, config.seed, start)
+    placed = parallel.prefetch(batches, runner.put_batch)
+    for _ in range(steps):
+      state, metrics = runner.step(state, next(placed))
+      yield state, metrics.scalars
+
+  def bits_per_dim(
+    self,
+    state: TrainState,
+    params: str = 'ema',
+    split: str | data.Source = 'eval',
+    **settings: Any,
+  ) -> BitsPerDim:
+    """Returns the variational bound, with `.value`, `.stderr` and `.terms`, in bits/dim.
+
+    Args:
+      state: of this experiment.
+      params: 'raw', 'ema' or another average.
+      split: 'train', 'eval', or images (`data.of_arrays`).
+      **settings: leaves of config.eval to change, such as draws=4, max_images=100, seed=1.
+    """
+    chosen, source = self._changed('eval', settings), self._source(split)
+    evaluator = bound.make_evaluator(self.model, self.mesh, chosen)
+    num_images = data.num_eval_images(source, chosen.max_images)
+    return evaluator(named_params(state, params), self._batches(source, chosen), num_images)
+
+  def log_prob(
+    self,
+    state: TrainState,
+    images: np.ndarray,
+    draws: int = 8,
+    seed: int = 0,
+    label: np.ndarray | None = None,
+    kind: str = 'elbo',
+    params: str = 'ema',
+  ) -> LogProb:
+    """Returns a lower bound on log p(x) of each image, in nats, with its standard error.
+
+    Args:
+      state: of this experiment.
+      images: [N H W C], in the data's units.
+      draws: independent estimates of each image.
+      seed: of the draws.
+      label: classes [N], or embeddings [N E].
+      kind: 'elbo', the variational bound, or 'ode', the probability-flow ODE with the settings of
+        config.eval.ode.
+      params: as in `bits_per_dim`.
+    """
+    require(kind in ('elbo', 'ode'), 'kind', kind, "'elbo' or 'ode'", 'choose one')
+    settings = self._changed('eval', dict(seed=seed, draws=draws, max_images=0))
+    source, weights = data.of_arrays(images, label), named_params(state, params)
+    nats = math.prod(self.model.image_shape) * math.log(2)
+    if kind == 'elbo':
+      step = bound.make_eval_step(self.model, settings)
+    else:
+      step = ode.make_step(self.model, ode.OdeSettings(**settings.ode))
+    compiled = parallel.jit(step, self.mesh)
+    estimates = []
+    for batch in self._batches(source, settings):
+      placed, kept = parallel.to_devices(self.mesh, batch), batch['mask'] > 0
+      if kind == 'elbo':
+        part = parallel.on_host(compiled(weights, placed, len(source), seed))
+        estimates.append(part['terms'].sum(axis=2)[:, kept])
+      else:
+        parts = [parallel.on_host(compiled(weights, placed, seed + i)) for i in range(draws)]
+        finished = all(part['finished'][kept].all() for part in parts)
+        most = settings.ode.max_steps
+        require(finished, 'config.eval.ode.max_steps', most, 'larger for these images', 'raise it')
+        estimates.append(np.stack([part['bits'][kept] for part in parts]))
+    values = -nats * np.concatenate(estimates, axis=1).astype(np.float64)  # [draws N]
+    spread = values.std(axis=0, ddof=1) if draws > 1 else np.full(len(source), np.nan)
+    return LogProb(values.mean(axis=0), spread / math.sqrt(draws))
+
+  def sample(
+    self,
+    state: TrainState,
+    num_images: int,
+    sampler: Sampler | None = None,
+    label: int | np.ndarray | None = None,
+    guidance: float | None = None,
+    params: str = 'ema',
+    **settings: Any,
+  ) -> np.ndarray:
+    """Returns images [N H W C] in the data's units; each depends on its number and the seed alone.
+
+    Args:
+      state: of this experiment.
+      num_images: N.
+      sampler: such as `vdm.samplers.ddim()`; None: config.sample.sampler.
+      label: a class for all, classes [N] or embeddings [N E]; None: by config.sample.label_rule.
+      guidance: weight of classifier-free guidance, 1 is none; None: config.sample.guidance.
+      params: as in `bits_per_dim`.
+      **settings: leaves of config.sample to change, such as num_steps=32, seed=1.
+    """
+    config = self.config.copy_and_resolve_references().unlock()
+    config.sample = self._changed('sample', settings)
+    if guidance is not None:
+      config.sample.guidance.update(kind='classifier_free', weight=float(guidance))
+    build.check_sampling(config.sample, self.schedule(state, params), config.train.label_dropout)
+    labels: Callable = labels_of(config) if label is None else _given(label, num_images)
+    made = make_guidance(config, self.model, self.mesh)
+    draw = make_draw(self.model, self.mesh, config.sample, labels, made, sampler)
+    return np.concatenate(list(draw(named_params(state, params), num_images)))
+
+  def denoiser(
+    self, state: TrainState, params: str = 'ema', label: np.ndarray | None = None
+  ) -> Denoiser:
+    """Returns (z [B ...], log_snr [B]) -> Prediction(x, eps) of a state."""
+    return self.model.denoiser(named_params(state, params), label)
+
+  def schedule(self, state: TrainState, params: str = 'ema') -> Schedule:
+    """Returns t [B] -> log_snr [B] of a state."""
+    return self.model.schedule(named_params(state, params))
+
+  def save(self, state: TrainState, workdir: str | os.PathLike):
+    """Writes a state as a checkpoint of a workdir, which all commands and `load` read."""
+    config_file.open_workdir(os.fspath(workdir), self.config)
+    with checkpoint.manager(os.fspath(workdir), self.config.checkpoint.keep) as manager:
+      checkpoint.save(manager, int(state.step), state)
+
+  def train(self, workdir: str | os.PathLike) -> TrainState:
+    """Runs the whole job as the command line does, or goes on with it; returns the newest state."""
+    loop.train(self.config, epath.Path(workdir))
+    return read_run(self.config, os.fspath(workdir)).state
+
+  def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:
+    """A block of the config with some leaves changed."""
+    changed = self.config[block].copy_and_resolve_references()
+    for name, value in settings.items():
+      known = ', '.join(changed)
+      require(name in changed, name, value, f'a leaf of config.{block}', f'it has {known}')
+      changed[name] = value
+    return changed
+
+  def _source(self, split: str | data.Source) -> data.Source:
+    return split if isinstance(split, data.Source) else self.source(split)
+
+  def _batches(self, source: data.Source, settings: ConfigDict) -> Iterator[data.Batch]:
+    return data.eval_batches(
+      source,
+      batch_size=settings.batch_size,
+      max_images=settings.max_images,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
+    )
+
+
+def _given(label: int | np.ndarray, num_images: int) -> Callable[[np.ndarray], np.ndarray]:
+  """Image numbers -> the labels that were given."""
+  rows = np.asarray(label)
+  if rows.ndim == 0:
+    return lambda index: np.full(len(index), rows, np.int32)
+  require(len(rows) == num_images, 'label', rows.shape, f'{num_images} labels', 'give one each')
+  return lambda index: rows[np.minimum(index, num_images - 1)]
+
+
+def load(
+  workdir: str | os.PathLike, step: int | str | None = None
+) -> tuple[Experiment, TrainState]:
+  """Returns the experiment and a state of a run, by its own config; reads only.
+
+  Args:
+    workdir: of the run, or the folder of a released model.
+    step: None: the newest; 'best': the lowest bits/dim; or a number.
+
+  Raises:
+    ValueError: there is no such run or checkpoint, or it cannot be restored.
+  """
+  run = read_run(None, os.fspath(workdir), 'newest' if step is None else str(step))
+  return Experiment(run.config), run.state
