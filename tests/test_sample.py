@@ -38,6 +38,10 @@ def config_of(**settings):
   return config
 
 
+def all_labels(config):
+  return labels_of(config.sample, config.data, config.model.class_conditional)
+
+
 def stub_model():
   """x_hat is z and the class: images differ, and follow their labels."""
 
@@ -73,14 +77,14 @@ def test_embeddings_are_taken_in_turn(tmp_path):
   np.save(tmp_path / 'e.npy', rows)
   config = config_of(embeddings=str(tmp_path / 'e.npy'))
   config.model.class_conditional, config.data.embedding_size = False, 3
-  labels = labels_of(config)(np.array([3, 4, 5, 11]))
+  labels = all_labels(config)(np.array([3, 4, 5, 11]))
   np.testing.assert_array_equal(labels, rows[[3, 4, 0, 1]].astype(np.float32))
   config.data.embedding_size = 4
   with pytest.raises(ValueError, match=r'sample.embeddings=.* an array \[N, 4\]'):
-    labels_of(config)
+    all_labels(config)
   config.sample.embeddings = str(tmp_path / 'none.npy')
   with pytest.raises(ValueError, match=r'sample.embeddings=.*none.npy.* cannot be read'):
-    labels_of(config)
+    all_labels(config)
 
 
 class Killed(BaseException):
@@ -154,7 +158,7 @@ def test_png_files_are_scaled_and_say_their_class(read_run, tmp_path):
   images = np.concatenate(
     list(make_sampler(config, stub_model(), parallel.make_mesh())(jnp.ones(())))
   )
-  labels = labels_of(config)(np.arange(28))
+  labels = all_labels(config)(np.arange(28))
   for i in (0, 7, 8, 27):
     (path,) = folder.glob(f'*/{i:08d}_class{labels[i]}.png')
     np.testing.assert_array_equal(Image.open(path), np.round(images[i, ..., 0] * 255 / 16))
@@ -190,7 +194,7 @@ def test_another_setting_is_another_folder_and_another_state_is_refused(read_run
   for leaf, value in {'eta': 0.5, 'name': 'ddim', 's_churn': 1.0}.items():
     changed = config_of()
     changed.sample.sampler[leaf] = value
-    assert folder_name(changed, 3) != folder_name(config_of(), 3)
+    assert folder_name(changed.sample, 3) != folder_name(config_of().sample, 3)
   before = files(tmp_path)
   read_run.averages['ema'] = jnp.full((), 1.5)  # trained anew, to the same step
   with pytest.raises(ValueError, match=r"holds images of fingerprint='\w{8}', not '\w{8}'; remove"):
@@ -248,30 +252,30 @@ def test_a_class_without_images_is_not_drawn(rule, monkeypatch):
   monkeypatch.setattr(data, 'load', lambda settings, split: source)
   config = config_of(label_rule=rule)
   config.model.class_conditional, config.data.dir = True, f'{rule} of three'
-  labels = labels_of(config)(np.arange(60))
+  labels = all_labels(config)(np.arange(60))
   assert labels.dtype == np.int32 and set(labels) == {1, 3, 6}
   if rule == 'balanced':
     np.testing.assert_array_equal(labels, of(np.arange(60)))
-  assert '3' in manifest_of(config, 1, '')['labels']
+  assert '3' in manifest_of(config.sample, config.data, True)['labels']
 
   def refuse(settings, split):
     raise ValueError('config.data.dir is nowhere')
 
   monkeypatch.setattr(data, 'load', refuse)
   config.data.dir = f'{rule} of none'
-  assert set(labels_of(config)(np.arange(200))) == set(range(10))
+  assert set(all_labels(config)(np.arange(200))) == set(range(10))
 
 
 def test_label_rules():
   index = np.arange(20_000)
-  uniform = labels_of(config_of(label_rule='uniform'))
+  uniform = all_labels(config_of(label_rule='uniform'))
   labels = uniform(index)
   counts = np.bincount(labels, minlength=10)
   assert labels.dtype == np.int32 and len(counts) == 10
   assert np.abs(counts - 2000).max() < 5 * np.sqrt(2000)
   np.testing.assert_array_equal(uniform(index[7:19]), labels[7:19])
-  assert (labels_of(config_of(label_rule='uniform', seed=1))(index) != labels).mean() > 0.8
-  assert set(labels_of(config_of(label_rule='uniform', label=4))(index)) == {4}
+  assert (all_labels(config_of(label_rule='uniform', seed=1))(index) != labels).mean() > 0.8
+  assert set(all_labels(config_of(label_rule='uniform', label=4))(index)) == {4}
   # the key of the label is none of those that `sample` splits off the image's own
   keys = jax.vmap(jax.random.split)(fold_in(jax.random.key(0), jnp.arange(50)))
   for used in (keys[:, 0], keys[:, 1]):
@@ -323,7 +327,7 @@ def test_labels_of_a_model_whose_data_are_not_here_are_of_all_classes_and_it_is_
     config.model.class_conditional = True
     config.data.update(name='fashion_mnist', dir='/nowhere', num_classes=10)
   with caplog.at_level('INFO'):
-    drawn = drawn_classes(config)
+    drawn = drawn_classes(config.data, True)
   np.testing.assert_array_equal(drawn, np.arange(10))
   (record,) = caplog.records
   assert 'all 10 classes' in record.getMessage() and '/nowhere' in record.getMessage()

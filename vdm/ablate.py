@@ -50,19 +50,19 @@ _WORKERS = flags.DEFINE_integer(
 SCORES = 'scores.json'
 
 
-def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
+def expand(grid: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
   """The runs of an ablation: [({axis: label}, complete config)], seeds fastest."""
   for leaf in ('base', 'axes', 'evaluations', 'reference'):
-    require(leaf in config, f'config.{leaf}', None, 'given', 'vdm/ablate.py says what it is')
-  for axis, label in config.reference.items():
-    known = axis in config.axes and label in config.axes[axis]
+    require(leaf in grid, f'config.{leaf}', None, 'given', 'vdm/ablate.py says what it is')
+  for axis, label in grid.reference.items():
+    known = axis in grid.axes and label in grid.axes[axis]
     require(
       known, f'config.reference.{axis}', label, 'of config.axes', 'name an axis and its label'
     )
-  axes = dict(sorted(config.axes.to_dict().items(), key=lambda item: item[0] == 'seed'))
+  axes = dict(sorted(grid.axes.to_dict().items(), key=lambda item: item[0] == 'seed'))
   runs = []
   for labels in itertools.product(*axes.values()):
-    run = ConfigDict(config.base.to_dict()).lock()
+    run = ConfigDict(grid.base.to_dict()).lock()
     for axis, label in zip(axes, labels, strict=True):
       for block, change in axes[axis][label].items():
         _change(run, axis, block, change)
@@ -73,9 +73,9 @@ def expand(config: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
   return runs
 
 
-def works_on(config: ConfigDict, num_devices: int) -> bool:
+def works_on(grid: ConfigDict, num_devices: int) -> bool:
   """Whether every run can have so many devices."""
-  return all(build.works_on(run, num_devices) for _, run in expand(config))
+  return all(build.works_on(run, num_devices) for _, run in expand(grid))
 
 
 def folder(labels: dict[str, str]) -> str:
@@ -301,9 +301,9 @@ def _share(indices: list[int]) -> int:
       child.wait()
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   """Runs what is left of the grid, or of run --index alone, and writes the results."""
-  runs, reference = expand(config), config.reference.to_dict()
+  runs, reference = expand(grid), grid.reference.to_dict()
   indices = _indices(len(runs))
   if _WORKERS.value < 1:
     raise ValueError(f'--workers={_WORKERS.value} must be at least 1; give 2 for two cores.')
@@ -327,7 +327,7 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
       continue
     if status:
       return status
-    score(run_config, path, config.evaluations)
+    score(run_config, path, grid.evaluations)
     jax.clear_caches()  # of programs that no other run uses
     write_results(workdir, runs, reference)
   write_results(workdir, runs, reference)

@@ -9,7 +9,7 @@ exp.bits_per_dim(state).value
 import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +25,7 @@ from vdm.errors import require
 from vdm.evaluation import bound, ode
 from vdm.evaluation.bound import BitsPerDim
 from vdm.sampling.draw import make_draw, make_guidance
-from vdm.sampling.labels import labels_of
+from vdm.sampling.labels import Labels, labels_of
 from vdm.system import parallel, runners
 from vdm.training import loop
 from vdm.training.step import make_train_step
@@ -196,7 +196,10 @@ class Experiment:
     if guidance is not None:
       config.sample.guidance.update(kind='classifier_free', weight=float(guidance))
     build.check_sampling(config.sample, self.schedule(state, params), config.train.label_dropout)
-    labels: Callable = labels_of(config) if label is None else _given(label, num_images)
+    if label is None:
+      labels = labels_of(config.sample, config.data, config.model.class_conditional)
+    else:
+      labels = _given(label, num_images)
     made = make_guidance(config, self.model, self.mesh)
     draw = make_draw(self.model, self.mesh, config.sample, labels, made, sampler)
     return np.concatenate(list(draw(named_params(state, params), num_images)))
@@ -244,7 +247,7 @@ class Experiment:
     )
 
 
-def _given(label: int | np.ndarray, num_images: int) -> Callable[[np.ndarray], np.ndarray]:
+def _given(label: int | np.ndarray, num_images: int) -> Labels:
   """Image numbers -> the labels that were given."""
   rows = np.asarray(label)
   if rows.ndim == 0:

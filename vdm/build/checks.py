@@ -89,16 +89,18 @@ def check_config(config: ConfigDict):
   _check_data(config.data, is_flagged(config.model))
   _check_conditions(config.model.class_conditional, config.data, config.train.label_dropout)
   _check_training(config.train, config.fid.train_every_steps)
-  _check_parameters(config)
+  kept = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
+  for leaf in ('eval.params', 'eval.ode.params', 'sample.params'):
+    _check_parameters(leaf, _value(config, leaf), kept)
   choices = _one_of(*discrete(config.data.num_values).dequantizations)
   value = config.eval.ode.dequantization
   require(choices.holds(value), 'config.eval.ode.dequantization', value, *choices[1:])
 
 
-def _value(config: ConfigDict, leaf: str) -> Any:
+def _value(tree: Any, leaf: str) -> Any:
   for name in leaf.split('.'):
-    config = config[name]
-  return tuple(config) if isinstance(config, (list, tuple)) else config
+    tree = tree[name]
+  return tuple(tree) if isinstance(tree, list | tuple) else tree
 
 
 def is_flagged(model: ConfigDict) -> bool:
@@ -167,19 +169,11 @@ def _check_training(train: ConfigDict, distances_every: int):
   )
 
 
-def _check_parameters(config: ConfigDict):
+def _check_parameters(leaf: str, value: str, kept: tuple[str, ...]):
   """Refuses names of parameters that are none of the averages that config.ema keeps."""
-  names = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
-  for leaf in ('eval.params', 'eval.ode.params', 'sample.params'):
-    value = _value(config, leaf)
-    chosen = value.split(',') if leaf == 'eval.params' else [value]
-    require(
-      set(chosen) <= set(names),
-      f'config.{leaf}',
-      value,
-      f'among {", ".join(names)}',
-      'config.ema says which averages are kept',
-    )
+  chosen = value.split(',') if leaf == 'eval.params' else [value]
+  rule, remedy = f'among {", ".join(kept)}', 'config.ema says which averages are kept'
+  require(set(chosen) <= set(kept), f'config.{leaf}', value, rule, remedy)
 
 
 def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):

@@ -30,34 +30,34 @@ _DEFAULTS = (
 )
 
 
-def convert(config, path: str, out: str = '') -> str:
+def convert(settings, data_settings, path: str, out: str = '') -> str:
   """See `weights.convert`."""
-  del config
+  del settings, data_settings
   return weights.convert(path, out, _ALLOW_UNKNOWN.value)
 
 
-def stats(config, out: str, path: str = '') -> str:
+def stats(settings, data_settings, out: str, path: str = '') -> str:
   """Writes the statistics of the split that the config names, or of the images in `path`."""
   if not out.endswith('.npz'):
     raise ValueError(f'{out} must end in .npz; stats takes OUT.npz, then IMAGES or --config=FILE.')
-  source = images.load(path) if path else data.load(config.data, _SPLIT.value)
-  extractor = _extractor(config, source)
-  streaming.check_count(config.fid, len(source), extractor)
-  reference = references.of_source(source, extractor, config.fid.batch_size)
+  source = images.load(path) if path else data.load(data_settings, _SPLIT.value)
+  extractor = _extractor(settings, data_settings, source)
+  streaming.check_count(settings, len(source), extractor)
+  reference = references.of_source(source, extractor, settings.batch_size)
   references.write(pathlib.Path(out), reference)
   return f'wrote {out}: {reference.facts["num_images"]} images, {extractor.name}'
 
 
-def score(config, path: str, reference_path: str) -> str:
+def score(settings, data_settings, path: str, reference_path: str) -> str:
   """All metrics of the images in `path`, as JSON."""
-  settings, source = config.fid, images.load(path)
+  source = images.load(path)
   wanted = settings.num_images or len(source)
   if len(source) < wanted:
     raise ValueError(
       f'config.fid.num_images={wanted} must be at most the {len(source)} images of {path}; '
       f'draw more, or say --config.fid.num_images={len(source)}: that is another number.'
     )
-  extractor = _extractor(config, source)
+  extractor = _extractor(settings, data_settings, source)
   streaming.check_count(settings, wanted, extractor)
   reference = references.read(reference_path, extractor, settings.batch_size)
   streaming.check_reference(settings, reference_path, reference.facts['num_images'], extractor)
@@ -80,9 +80,9 @@ def score(config, path: str, reference_path: str) -> str:
   return files.json_text(found).rstrip()
 
 
-def _extractor(config, source: data.Source) -> extractors.Extractor:
+def _extractor(settings, data_settings, source: data.Source) -> extractors.Extractor:
   return extractors.make(
-    config.fid, config.data, parallel.make_mesh(), source.identity['image_shape']
+    settings, data_settings, parallel.make_mesh(), source.identity['image_shape']
   )
 
 
@@ -106,7 +106,7 @@ def _main(argv):
 
   def run(config, workdir):
     del workdir
-    text = command(config, *arguments)
+    text = command(config.fid, config.data, *arguments)
     if jax.process_index() == 0:
       print(text)
     logging.flush()

@@ -45,18 +45,26 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   images = settings.max_images or config.data.eval_images
   replicated = parallel.replicated(mesh)
   function = parallel.jit(make_eval_step(model, config.eval), mesh, out_shardings=replicated)
-  args = (state.params, _batch(config, mesh, settings.batch_size, mask=True), images, settings.seed)
+  args = (
+    state.params,
+    _batch(config.data, mesh, settings.batch_size, mask=True),
+    images,
+    settings.seed,
+  )
   calls = params * math.ceil(images / settings.batch_size)
   yield Step('eval', function, args, settings.batch_size, 1, calls)
 
   settings = config.sample
-  guided, _ = make_guidance(_without_guide(config), model, mesh)
+  alone = config.copy_and_resolve_references()
+  if alone.sample.guidance.kind == 'auto':  # its checkpoint is not read
+    alone.sample.guidance.kind = 'none'
+  guided, _ = make_guidance(alone, model, mesh)
   threshold = build.threshold(config.sample.threshold)
 
   def evaluate_network(params, z, log_snr, label):
     return threshold(guided(params, None, label))(z, log_snr).x
 
-  batch = _batch(config, mesh, settings.batch_size)
+  batch = _batch(config.data, mesh, settings.batch_size)
   sharding = parallel.batch_sharding(mesh)
   z, log_snr = (
     jax.ShapeDtypeStruct((settings.batch_size, *shape), jnp.float32, sharding=sharding)
@@ -78,24 +86,16 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
 def _train_step(config, model, mesh, state) -> Step:
   function = make_train_step(config, model)
   size, num_steps = config.train.batch_size, config.train.num_steps
-  args = (state, _batch(config, mesh, size))
+  args = (state, _batch(config.data, mesh, size))
   jitted = jit_runner(function, mesh, state).step
   return Step('train', jitted, args, size, 1, num_steps, residual_bytes(config, model, mesh, state))
 
 
-def _without_guide(config: ConfigDict) -> ConfigDict:
-  """Autoguidance reads a checkpoint: here the model is alone."""
-  config = config.copy_and_resolve_references()
-  if config.sample.guidance.kind == 'auto':
-    config.sample.guidance.kind = 'none'
-  return config
-
-
-def _batch(config: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = False) -> dict:
-  """What the data gives, as shapes."""
-  embedding = config.data.embedding_size
+def _batch(data: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = False) -> dict:
+  """What config.data gives, as shapes."""
+  embedding = data.embedding_size
   shapes = {
-    'image': ((size, *config.data.image_shape), jnp.uint8),
+    'image': ((size, *data.image_shape), jnp.uint8),
     'label': ((size, embedding), jnp.float32) if embedding else ((size,), jnp.int32),
     'index': ((size,), jnp.int32),
   } | ({'mask': ((size,), jnp.float32)} if mask else {})
@@ -108,7 +108,7 @@ def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any
   settings = recipe(config, model)
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype),
-    _batch(config, mesh, config.train.batch_size // config.train.microbatches),
+    _batch(config.data, mesh, config.train.batch_size // config.train.microbatches),
   )
   key = jax.random.key(0)
 
@@ -122,9 +122,8 @@ def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any
   return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in kept)
 
 
-def measure(step: Step, config: ConfigDict, mesh: Mesh) -> list[float]:
+def measure(step: Step, init: Callable[[], Any], mesh: Mesh) -> list[float]:
   """Seconds of TIMED_STEPS calls on the devices at hand, after one that compiles and warms up."""
-  init = build.init_state(config, build.model(config))
   state = parallel.initial_state(mesh, init)
 
   def zeros(leaf):
@@ -334,9 +333,10 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
   where = target(topology, config)
   config = build.for_platform(config, where.platform)
   columns, of_training, failure = {}, None, ''
+  init = build.init_state(config, build.model(config))
   for step in steps(config, where.mesh):
     logging.info('%s on %s: the step of %s', config.name, where.name, step.name)
-    measured = [] if topology else measure(step, config, where.mesh)
+    measured = [] if topology else measure(step, init, where.mesh)
     of = cost(step, where, compiles=bool(topology))
     columns[step.name] = column(step, of, where, config.model.dtype, measured)
     of_training = of_training or of

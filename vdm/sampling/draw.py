@@ -15,7 +15,7 @@ from vdm.diffusion.gaussian import Denoiser, end_points, fold_in
 from vdm.diffusion.guidance import guide, label_pair, pair
 from vdm.diffusion.samplers import Sampler, sample, time_grid
 from vdm.errors import require
-from vdm.sampling.labels import labels_of
+from vdm.sampling.labels import Labels, labels_of
 from vdm.system import parallel
 from vdm.workdir.load import read_guide
 
@@ -23,15 +23,13 @@ from vdm.workdir.load import read_guide
 Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
 
 
-Labels = Callable[[np.ndarray], np.ndarray]  # image numbers [b] -> classes [b], or embeddings
-
-
 def make_sampler(
   config: ConfigDict, model: build.Model, mesh: Mesh, guidance: Guidance | None = None
 ) -> Callable[..., Iterator[np.ndarray]]:
   """Returns `make_draw` of config.sample, with its guidance unless that is given."""
   guidance = guidance or make_guidance(config, model, mesh)
-  return make_draw(model, mesh, config.sample, labels_of(config), guidance)
+  labels = labels_of(config.sample, config.data, config.model.class_conditional)
+  return make_draw(model, mesh, config.sample, labels, guidance)
 
 
 def make_draw(

@@ -16,16 +16,24 @@ from vdm.errors import require
 LABEL_RULES = ('balanced', 'uniform')
 
 
-def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
-  """Image number -> class: config.sample.label; where that is -1, by config.sample.label_rule.
+Labels = Callable[[np.ndarray], np.ndarray]  # image numbers [b] -> classes [b], or embeddings
+
+
+def labels_of(settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool) -> Labels:
+  """Returns image number -> class: settings.label; if that is -1, by settings.label_rule.
 
   'balanced' takes each class in turn, 'uniform' draws one from the image's own key; of a
   class-conditional model's, only those of which the training split has images. For a model of
-  embeddings: image number -> row of config.sample.embeddings, in turn.
+  embeddings: image number -> row of settings.embeddings, in turn.
+
+  Args:
+    settings: config.sample.
+    data_settings: config.data.
+    class_conditional: whether the model reads classes.
   """
-  if config.data.embedding_size:
-    return embeddings_of(config)
-  settings, classes = config.sample, max(1, config.data.num_classes)
+  if data_settings.embedding_size:
+    return embeddings_of(settings.embeddings, data_settings)
+  classes = max(1, data_settings.num_classes)
   label, rule = settings.label, settings.label_rule
   fact, remedy = f'a class, 0 .. {classes - 1}, or -1', 'use -1 for config.sample.label_rule'
   require(-1 <= label < classes, 'config.sample.label', label, fact, remedy)
@@ -34,7 +42,7 @@ def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
 
   if label >= 0:
     return lambda index: np.full(len(index), label, np.int32)
-  drawn = drawn_classes(config)
+  drawn = drawn_classes(data_settings, class_conditional)
 
   def uniform(index):
     keys = fold_in(jax.random.key(settings.seed), jnp.asarray(index))
@@ -45,11 +53,11 @@ def labels_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
   return uniform if rule == 'uniform' else lambda index: drawn[index % len(drawn)].astype(np.int32)
 
 
-def drawn_classes(config: ConfigDict) -> np.ndarray:
-  """The classes that config.sample.label_rule draws from."""
-  if config.model.class_conditional:
-    return _classes_with_images(FrozenConfigDict(config.data))
-  return np.arange(max(1, config.data.num_classes))
+def drawn_classes(data_settings: ConfigDict, class_conditional: bool) -> np.ndarray:
+  """Returns the classes that config.sample.label_rule draws from."""
+  if class_conditional:
+    return _classes_with_images(FrozenConfigDict(data_settings))
+  return np.arange(max(1, data_settings.num_classes))
 
 
 @functools.lru_cache
@@ -78,12 +86,16 @@ def _classes_with_images(settings: FrozenConfigDict) -> np.ndarray:
   return found
 
 
-def embeddings_of(config: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
-  """Image numbers [b] -> embeddings float32 [b, E]: each in turn of the file [N, E] of
-  config.sample.embeddings, or of the evaluation split."""
-  path, size = config.sample.embeddings, config.data.embedding_size
+def embeddings_of(path: str, data_settings: ConfigDict) -> Labels:
+  """Returns image numbers [b] -> embeddings float32 [b, E], each in turn.
+
+  Args:
+    path: config.sample.embeddings, a file with an array [N, E]; '': those of the evaluation split.
+    data_settings: config.data.
+  """
+  size = data_settings.embedding_size
   if not path:
-    source = data.load(config.data, 'eval')
+    source = data.load(data_settings, 'eval')
     return lambda index: source.fetch(index % len(source))['label']
   try:
     rows = np.load(path)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from vdm import build
 from vdm.build.state import named_params
 from vdm.diffusion.samplers import num_evaluations
-from vdm.sampling.draw import make_guidance, make_sampler
+from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.folder import check_format, open_samples, read_shards, write_shard
 from vdm.sampling.labels import drawn_classes, embeddings_of, labels_of
 from vdm.sampling.picture import image_grid, save_png
@@ -44,11 +44,16 @@ def run(
   folder = config_file.out_folder(workdir, out) / 'samples'
   settings, guidance = config.sample, make_guidance(config, model, mesh)
   params = named_params(train_state, settings.params)
-  draw, labels = make_sampler(config, model, mesh, guidance), labels_of(config)
-  manifest = manifest_of(
-    config, int(train_state.step), checkpoint.fingerprint((params, guidance[1]))
-  )
-  folder /= folder_name(config, int(train_state.step))
+  conditional, data_settings = config.model.class_conditional, config.data
+  labels = labels_of(settings, data_settings, conditional)
+  draw, number = make_draw(model, mesh, settings, labels, guidance), int(train_state.step)
+  made_of = {
+    'step': number,
+    'fingerprint': checkpoint.fingerprint((params, guidance[1])),  # of the guide's, too
+    'dtype': str(build.dtype(config.model.dtype)),
+  }
+  manifest = manifest_of(settings, data_settings, conditional) | made_of
+  folder /= folder_name(settings, number)
   starts = open_samples(folder, manifest)
   logging.info(
     '%s, %d steps, %d network evaluations an image%s',
@@ -60,7 +65,7 @@ def run(
   batches = progress(draw(params, starts=starts), starts, settings)
   for start, images in zip(starts, batches, strict=True):
     if jax.process_index() == 0:
-      of = labels(start + np.arange(len(images))) if config.model.class_conditional else None
+      of = labels(start + np.arange(len(images))) if conditional else None
       write_shard(folder, settings.format, start, images, model.decoder, of)
   if jax.process_index() == 0:
     few = itertools.islice(
@@ -78,36 +83,42 @@ def _what_is_drawn(settings: ConfigDict) -> dict[str, Any]:
   return {k: v for k, v in settings.to_dict().items() if k != 'preview_images'}
 
 
-def folder_name(config: ConfigDict, step: int) -> str:
-  """Short, and another one for other settings: its end is a hash of step and config.sample."""
-  settings = config.sample
+def folder_name(settings: ConfigDict, step: int) -> str:
+  """Returns a short name, another for other settings: its end is a hash of them and the step."""
   ending = files.short_hash({'step': step} | _what_is_drawn(settings))
   return f'step{step:08d}_{settings.params}_{settings.sampler.name}{settings.num_steps}_{ending}'
 
 
-def manifest_of(config: ConfigDict, step: int, fingerprint: str) -> dict[str, Any]:
-  """What the images of a folder are: config.sample, and of what."""
-  settings, classes, top = config.sample, config.data.num_classes, config.data.num_values - 1
+def manifest_of(
+  settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool
+) -> dict[str, Any]:
+  """Returns what the images of a folder are: config.sample, labels, units and cost.
+
+  Args:
+    settings: config.sample.
+    data_settings: config.data.
+    class_conditional: whether the model reads classes.
+  """
+  classes, top = data_settings.num_classes, data_settings.num_values - 1
   labels = f'class {settings.label}'
   if settings.label < 0:
-    drawn = drawn_classes(config)
+    drawn = drawn_classes(data_settings, class_conditional)
     of_rule = {'balanced': 'image number % {}', 'uniform': 'uniform over {} classes'}
     labels = of_rule[settings.label_rule].format(len(drawn))
     if len(drawn) < classes:
       labels += f' with images, {hashlib.sha256(drawn.tobytes()).hexdigest()[:16]}'
-  if config.data.embedding_size:
-    rows = embeddings_of(config)(np.arange(min(settings.num_images, 100)))
+  if data_settings.embedding_size:
+    rows = embeddings_of(settings.embeddings, data_settings)(
+      np.arange(min(settings.num_images, 100))
+    )
     labels = f'embeddings, the first {len(rows)} {hashlib.sha256(rows.tobytes()).hexdigest()[:16]}'
-  sampler = build.sampler(config.sample.sampler)
+  sampler = build.sampler(settings.sampler)
   return _what_is_drawn(settings) | {
-    'step': step,
-    'fingerprint': fingerprint,  # of the parameters, and of the guide's
-    'labels': labels if config.model.class_conditional or config.data.embedding_size else 'none',
+    'labels': labels if class_conditional or data_settings.embedding_size else 'none',
     'pixels': f'u in 0 .. {top}' if settings.format == 'npz' else f'round(255 u / {top})',
-    'num_values': config.data.num_values,
-    'image_shape': list(config.data.image_shape),
+    'num_values': data_settings.num_values,
+    'image_shape': list(data_settings.image_shape),
     'network_evaluations': num_evaluations(sampler, settings.num_steps, settings.denoise_last),
-    'dtype': str(build.dtype(config.model.dtype)),
   }
 
 

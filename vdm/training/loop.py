@@ -28,15 +28,23 @@ class Due(NamedTuple):
   stop: bool
 
 
-def due(config: ConfigDict, step: int, stopped: bool) -> Due:
+class Every(NamedTuple):
+  """Steps from one to the next; 0: never."""
+
+  evaluation: int
+  save: int
+  snapshot: int
+
+
+def due(step: int, num_steps: int, every: Every, stopped: bool) -> Due:
   """Returns what is due after `step`; `stopped` says whether the job was asked to end."""
-  last = step == config.train.num_steps
+  last = step == num_steps
   stop = stopped and not last
-  every = lambda steps: steps > 0 and step % steps == 0
+  now = Every(*(steps > 0 and step % steps == 0 for steps in every))
   return Due(
-    evaluation=(every(config.train.eval_every_steps) or last) and not stop,
-    save=every(config.checkpoint.every_steps) or last or stop,
-    snapshot=len(config.ema.power_stds) > 0 and every(config.ema.snapshot_every_steps),
+    evaluation=(now.evaluation or last) and not stop,
+    save=now.save or last or stop,
+    snapshot=bool(now.snapshot),
     stop=stop,
   )
 
@@ -97,16 +105,17 @@ def _run(
       stack.callback(snapshots.close)
     writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
     stack.callback(writer.close)
-    settings = config.train
-    every, size, num_steps = settings.log_every_steps, settings.batch_size, settings.num_steps
-    meter = Meter(writer, every, size, start, num_steps)
+    settings, num_steps = config.train, config.train.num_steps
+    snapshots_every = config.ema.snapshot_every_steps if config.ema.power_stds else 0
+    every = Every(settings.eval_every_steps, config.checkpoint.every_steps, snapshots_every)
+    meter = Meter(writer, settings.log_every_steps, settings.batch_size, start, num_steps)
     stack.callback(meter.close)
     placed = meter.waits_for(parallel.prefetch(batches, runner.put_batch))
     try:
       for step in range(start + 1, num_steps + 1):
         state, metrics = runner.step(state, next(placed))
         meter.push(step, metrics, runner.get_metrics)
-        now = due(config, step, stop.agreed(step))
+        now = due(step, num_steps, every, stop.agreed(step))
         if now.evaluation or now.save:
           with meter.pause():
             current, scores = runner.get_state(state), {}

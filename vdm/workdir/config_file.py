@@ -185,9 +185,9 @@ def _typed(value: Any) -> str:
   return value if isinstance(value, str) and value else repr(value)
 
 
-def plain(config: ConfigDict) -> dict[str, Any]:
+def plain(tree: ConfigDict) -> dict[str, Any]:
   """As JSON has it, with lists for tuples."""
-  return json.loads(json.dumps(config.to_dict()))
+  return json.loads(json.dumps(tree.to_dict()))
 
 
 def _with_tuples(value: Any) -> Any:

@@ -69,7 +69,7 @@ def convert(config: ConfigDict, model: build.Model, public: dict) -> dict[str, A
       not finite; the message names it.
   """
   leaves = {path: np.asarray(leaf) for path, leaf in _flat(public).items()}
-  _check_settings(config, leaves)
+  _check_settings(config.model, config.schedule.name, leaves)
   schedule = {'learned_endpoints': _end_points, 'learned_net': _net}[config.schedule.name](leaves)
   ours = {f'schedule/{name}': leaf for name, leaf in schedule.items()}
   origin = {}
@@ -103,9 +103,9 @@ def _flat(tree: dict) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(tree, sep='/')
 
 
-def _check_settings(config: ConfigDict, leaves: dict[str, np.ndarray]):
-  """Holds the config to what the names and shapes of the leaves, and the public code, say."""
-  _check_name(config)
+def _check_settings(model: ConfigDict, schedule: str, leaves: dict[str, np.ndarray]):
+  """Holds config.model and the schedule's name to what the leaves and the public code say."""
+  _check_name(model.name)
   conv_in, conv_out = (leaves.get(f'score_model/conv_{way}/kernel') for way in ('in', 'out'))
   gamma = {path for path in leaves if path.startswith('gamma/')}
   schedules = [name for name, paths in _SCHEDULES.items() if paths == gamma]
@@ -128,7 +128,8 @@ def _check_settings(config: ConfigDict, leaves: dict[str, np.ndarray]):
     'model.condition_on': 'configured',
     'schedule.name': schedules[0],
   }
-  values = {field: config[field.split('.')[0]][field.split('.')[1]] for field in settings}
+  values = {field: model[field.split('.')[1]] for field in settings if field[0] == 'm'}
+  values['schedule.name'] = schedule
   wrong = [field for field, value in settings.items() if values[field] != value]
   if wrong:
     must = ', '.join(f'config.{f}={values[f]!r} must be {settings[f]!r}' for f in wrong)
@@ -136,11 +137,11 @@ def _check_settings(config: ConfigDict, leaves: dict[str, np.ndarray]):
     raise ValueError(f"{must} to hold this checkpoint's network; give {give}.")
 
 
-def _check_name(config: ConfigDict):
+def _check_name(name: str):
   require(
-    config.model.name == 'vdm_unet',
+    name == 'vdm_unet',
     'config.model.name',
-    config.model.name,
+    name,
     "'vdm_unet' to hold a checkpoint of the public VDM code",
     'use configs/cifar10.py',
   )
@@ -219,7 +220,7 @@ def run(config: ConfigDict, workdir: epath.Path, checkpoint_path: str) -> int:
   if any((workdir / name).exists() for name in ('config.json', 'checkpoints')):
     raise ValueError(f'--workdir={workdir} holds a run; choose another --workdir to import into.')
   path = newest(checkpoint_path)
-  _check_name(config)
+  _check_name(config.model.name)
   with config.unlocked():
     config.model.scan_blocks = 'off'  # as the public code names blocks; a restore may stack them
     config.model.norm_groups = norm_groups(config.model.width)
