@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import json
 import os
@@ -15,8 +16,11 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
+from vdm.configs import default
 
 from configs.default import get_config
+from vdm import build
+from vdm.system import parallel
 from vdm.workdir import checkpoint, config_file
 
 
@@ -424,6 +428,9 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.multihost_utils import sync_global_devices
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from configs.default import get_config
+from vdm.configs import default
+from vdm import build
+from vdm.system import parallel
 from vdm.workdir import checkpoint, config_file
 
 index, address, workdir = int(sys.argv[1]), sys.argv[2], sys.argv[3]
@@ -480,3 +487,22 @@ def test_two_processes_write_one_checkpoint(tmp_path):
   state, step = checkpoint.restore(checkpoint.manager(tmp_path), target)
   assert step == 2
   assert same(state, {'sharded': 2 + jnp.arange(4000.0), 'whole': 2 + jnp.arange(3)})
+
+
+def test_a_checkpoint_with_its_main_average_beside_the_others_is_read(tmp_path):
+  """As version 0.1 wrote them until averages were one dict; with further averages, in both."""
+  config = default.get_config('debug')
+  config.ema.extra_halflives_images = (1000,)
+  model, mesh = build.model(config), parallel.make_mesh()
+  init = build.init_state(config, model)
+  state = jax.tree.map(lambda leaf: leaf + 1, parallel.initial_state(mesh, init))
+  older = {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+  others = dict(older['averages'])
+  older |= {'ema_params': others.pop('ema'), 'averages': others}
+  with checkpoint.manager(tmp_path, 1) as manager:
+    checkpoint.save(manager, 7, older)
+    manager.wait_until_finished()
+    restored, step = checkpoint.restore(manager, parallel.abstract_state(mesh, init))
+  assert step == 7 and list(restored.averages) == list(state.averages)
+  assert jax.tree.structure(restored) == jax.tree.structure(state)
+  jax.tree.map(np.testing.assert_array_equal, restored, state)

@@ -96,7 +96,7 @@ def test_average_halves_the_past_after_one_half_life():
 
 def test_averages_are_kept_side_by_side():
   optimizer = optax.set_to_zero()
-  current = create({'network': jnp.float32(1.0)}, optimizer, averages=('slow', 'fast'))
+  current = create({'network': jnp.float32(1.0)}, optimizer, averages=('ema', 'slow', 'fast'))
   current = current.replace(params={'network': jnp.float32(0.0)})
   decays = {'ema': 0.5, 'slow': 0.9, 'fast': 0.0}
   for _ in range(2):

@@ -9,7 +9,7 @@ from vdm.diffusion.adaptive import Adaptive, adaptive
 from vdm.diffusion.gaussian import Denoiser, Schedule, end_points
 from vdm.diffusion.guidance import THRESHOLDS
 from vdm.diffusion.samplers import SAMPLERS, Sampler
-from vdm.diffusion.schedules import SCHEDULES, Learned
+from vdm.diffusion.schedules import SCHEDULES, Learned, linear
 from vdm.diffusion.weightings import WEIGHTINGS, Weighting, shifted
 from vdm.errors import require, within
 
@@ -51,7 +51,7 @@ def schedule(block: ConfigDict) -> tuple[Learned, Adaptive | None]:
   if isinstance(built, Learned):
     return built, None
   if isinstance(built, Adaptive):
-    fixed = SCHEDULES['linear'](block.log_snr_min, block.log_snr_max)
+    fixed = linear(block.log_snr_min, block.log_snr_max)
     return Learned(dict, lambda params: fixed), built
   return Learned(dict, lambda params: built), None
 

@@ -1,5 +1,6 @@
 """What training carries from step to step: parameters, their averages, the optimizer's state."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +52,8 @@ def apply_gradients(
   def average(old, decay):
     return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), old, params)
 
-  return state.replace(
+  return dataclasses.replace(
+    state,
     step=state.step + 1,
     params=params,
     averages={name: average(old, decays[name]) for name, old in state.averages.items()},

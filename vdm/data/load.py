@@ -32,6 +32,8 @@ def classes(source: Source, num_classes: int) -> np.ndarray:
 
   Reads labels in random order until it has seen every class: all of them only if one has none.
   """
+  if source.labels is None:
+    raise ValueError(f'source={source.identity} must be one with labels; name another.')
   seen = np.zeros(num_classes, bool)
   order = np.random.RandomState(0).permutation(len(source))
   for start in range(0, len(order), 1024):

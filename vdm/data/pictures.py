@@ -45,9 +45,9 @@ def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
 
   picture = Image.fromarray(image[..., 0] if image.shape[2] == 1 else image)
   while picture.width >= 2 * width and picture.height >= 2 * height:
-    picture = picture.resize((picture.width // 2, picture.height // 2), Image.BOX)
+    picture = picture.resize((picture.width // 2, picture.height // 2), Image.Resampling.BOX)
   scale = max(width / picture.width, height / picture.height)
   size = (max(width, round(picture.width * scale)), max(height, round(picture.height * scale)))
-  scaled = np.asarray(picture.resize(size, Image.BICUBIC))
+  scaled = np.asarray(picture.resize(size, Image.Resampling.BICUBIC))
   top, left = (size[1] - height) // 2, (size[0] - width) // 2
   return scaled[top : top + height, left : left + width].reshape(height, width, -1)

@@ -43,7 +43,8 @@ class Source:
   def __getitem__(self, index) -> Batch:
     if not 0 <= index < len(self):  # also what ends `for image in source`
       raise IndexError(index)
-    return {name: value[0] for name, value in self.fetch(np.array([index])).items()}
+    batch = self.fetch(np.array([index]))
+    return Batch(image=batch['image'][0], label=batch['label'][0])
 
 
 def of_arrays(images: np.ndarray, labels: np.ndarray | None = None, name: str = 'arrays') -> Source:
@@ -60,5 +61,5 @@ def of_arrays(images: np.ndarray, labels: np.ndarray | None = None, name: str = 
   require(len(labels) == len(images), 'labels', len(labels), f'{len(images)} labels', 'one each')
   digest = hashlib.sha256(images.tobytes()).hexdigest()[:16]
   identity = {'name': name, 'num_images': len(images), 'sha256': digest}
-  fetch = lambda indices: {'image': images[indices], 'label': labels[indices]}
+  fetch = lambda indices: Batch(image=images[indices], label=labels[indices])
   return Source(fetch, identity, labels=lambda indices: labels[indices])

@@ -22,7 +22,7 @@ class Hits(NamedTuple):
   """Losses of a batch by bin, [num_bins] each; they add up over devices and microbatches."""
 
   total: Array
-  count: Array
+  count: Array  # type: ignore[assignment]  # tuples have a method of that name
 
 
 class Average(NamedTuple):

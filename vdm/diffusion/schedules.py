@@ -244,7 +244,7 @@ def _ends(log_snr_min: float, log_snr_max: float) -> dict[str, Any]:
   }
 
 
-SCHEDULES = {
+SCHEDULES: dict[str, Callable] = {
   'linear': linear,
   'cosine': cosine,
   'shifted_cosine': shifted_cosine,

@@ -158,7 +158,7 @@ def summarize(parts: list[dict]) -> BitsPerDim:
 
 def make_evaluator(
   model: build.Model, mesh: Mesh, settings: ConfigDict
-) -> Callable[[Any, Iterable[dict], int], BitsPerDim]:
+) -> Callable[[Any, Iterable[data.Batch], int], BitsPerDim]:
   """Returns (params, batches, number of images) -> BitsPerDim; compiled once, for any parameters.
 
   `settings` is config.eval. With a schedule of its own there, which lies between the end points of

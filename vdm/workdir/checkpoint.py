@@ -13,6 +13,7 @@ twice for a moment.
 import itertools
 import json
 import math
+import os
 import types
 import zlib
 from collections.abc import Mapping
@@ -34,7 +35,7 @@ CheckpointManager = ocp.CheckpointManager
 
 
 def manager(
-  workdir: str, keep: int | None = None, folder: str = 'checkpoints'
+  workdir: os.PathLike | str, keep: int | None = None, folder: str = 'checkpoints'
 ) -> ocp.CheckpointManager:
   """Opens `workdir/checkpoints`. Close it at the end: `close()` waits for the last save.
 
@@ -131,7 +132,7 @@ def restore(
   steps = sorted(manager.all_steps(), reverse=True)
   if step is not None and step not in steps:
     raise ValueError(f'{manager.directory} holds the steps {steps[::-1]}, not {step}.')
-  broken = []
+  broken: list[epath.Path] = []
   for candidate in steps if step is None else [step]:
     path = manager.directory / str(candidate)
     state, cause = _read(path, abstract_state)
@@ -150,7 +151,12 @@ def restore(
 
 def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
   """The state at `path` and '', or None and what is wrong with it, the same on every process."""
-  manifest, cause = _attempt(lambda: (_check_files(path), _manifest(path))[1])
+
+  def checked_manifest():
+    _check_files(path)
+    return _manifest(path)
+
+  manifest, cause = _attempt(checked_manifest)
   if cause:
     return None, cause
   written, convert = as_written(manifest['leaves'], abstract_state)

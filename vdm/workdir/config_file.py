@@ -1,6 +1,7 @@
 """`config.json` of a workdir: which run it is, and which leaves may differ between two starts."""
 
 import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -46,7 +47,7 @@ READING_LEAVES = (
 )
 
 
-def open_workdir(workdir: str, config: ConfigDict) -> None:
+def open_workdir(workdir: os.PathLike | str, config: ConfigDict) -> None:
   """Creates the workdir, or finds the same run in it, and writes `config` to its `config.json`.
 
   Call it on every process, before anything is compiled.
@@ -80,7 +81,7 @@ def open_workdir(workdir: str, config: ConfigDict) -> None:
     files.write(file, text)
 
 
-def check_writable(folder: str, flag: str, remedy: str):
+def check_writable(folder: os.PathLike | str, flag: str, remedy: str):
   """Makes the folder that `flag` names.
 
   Raises:
@@ -97,7 +98,7 @@ def check_writable(folder: str, flag: str, remedy: str):
     raise ValueError(f'{flag}={folder} cannot be written ({cause}); {remedy}.') from error
 
 
-def out_folder(workdir: epath.Path, out: epath.Path | None) -> epath.Path:
+def out_folder(workdir: os.PathLike | str, out: epath.Path | None) -> epath.Path:
   """Returns where a command that reads a run writes what it makes, --out or else the workdir.
 
   Raises:
@@ -110,7 +111,7 @@ def out_folder(workdir: epath.Path, out: epath.Path | None) -> epath.Path:
   return workdir
 
 
-def saved_config(workdir: str) -> dict[str, Any]:
+def saved_config(workdir: os.PathLike | str) -> dict[str, Any]:
   """The config.json of a workdir, with lists where the config has tuples."""
   try:
     saved = json.loads((epath.Path(workdir) / CONFIG).read_text())
@@ -124,7 +125,7 @@ def saved_config(workdir: str) -> dict[str, Any]:
   return saved
 
 
-def own_config(workdir: str, given: ConfigDict | None = None) -> ConfigDict:
+def own_config(workdir: os.PathLike | str, given: ConfigDict | None = None) -> ConfigDict:
   """Returns the config of the run in a workdir, with what reading it may choose from `given`.
 
   That is how to evaluate, sample, score and split over devices (READING_BLOCKS), and where the data
@@ -151,7 +152,7 @@ def own_config(workdir: str, given: ConfigDict | None = None) -> ConfigDict:
 
 def flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
   """{'a': {'b': 1}} -> {'a.b': 1}."""
-  leaves = {}
+  leaves: dict[str, Any] = {}
   for name, value in tree.items():
     leaves |= flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
   return leaves
@@ -159,7 +160,7 @@ def flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
 
 def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
   """Says how `saved` differs from `new`, in leaves that belong to the run."""
-  free = _FREE_LEAVES
+  free: tuple[str, ...] = _FREE_LEAVES
   if new.get('optimizer.decay') == 'constant':
     free += ('train.num_steps',)  # a cosine is stretched to num_steps: there it belongs to the run
   defaults = flat(plain(default.get_config()))

@@ -5,6 +5,7 @@ with `step`, `params`, `ema_params` and `opt_state`. Parameters are `score_model
 is -log_snr. The optimizer's state is left: training goes on from a fresh one.
 """
 
+import os
 import re
 from typing import Any
 
@@ -72,7 +73,7 @@ def convert(config: ConfigDict, model: build.Model, public: dict) -> dict[str, A
   _check_settings(config.model, config.schedule.name, leaves)
   schedule = {'learned_endpoints': _end_points, 'learned_net': _net}[config.schedule.name](leaves)
   ours = {f'schedule/{name}': leaf for name, leaf in schedule.items()}
-  origin = {}
+  origin: dict[str, str] = {}
   for path, leaf in leaves.items():
     if not path.startswith('gamma/'):
       name = path.removeprefix('score_model/')
@@ -210,14 +211,13 @@ def read(path: epath.Path) -> dict[str, Any]:
     ) from error
 
 
-def run(config: ConfigDict, workdir: epath.Path, checkpoint_path: str) -> int:
+def run(config: ConfigDict, workdir: os.PathLike | str, checkpoint_path: str) -> int:
   """--mode=import_vdm: writes a workdir as a run would have left it at the checkpoint's step.
 
   Raises:
     ValueError: there is no checkpoint, the config is of another model, or the workdir is in use.
   """
-  workdir = epath.Path(workdir)
-  if any((workdir / name).exists() for name in ('config.json', 'checkpoints')):
+  if any((epath.Path(workdir) / name).exists() for name in ('config.json', 'checkpoints')):
     raise ValueError(f'--workdir={workdir} holds a run; choose another --workdir to import into.')
   path = newest(checkpoint_path)
   _check_name(config.model.name)

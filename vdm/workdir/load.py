@@ -26,7 +26,7 @@ class Run(NamedTuple):
   state: Any
 
 
-def read_run(config: ConfigDict | None, workdir: str, step: str = 'newest') -> Run:
+def read_run(config: ConfigDict | None, workdir: os.PathLike | str, step: str = 'newest') -> Run:
   """Reads a run, to evaluate it or to sample from it, by its own config (`own_config`).
 
   Nothing is written, so that the workdir may be read-only, or be trained in meanwhile.
@@ -89,7 +89,9 @@ def _holds_run(workdir: os.PathLike | str) -> bool:
   return (epath.Path(workdir) / 'checkpoints').exists() or released.exists(workdir)
 
 
-def _state(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh, step: str) -> Any:
+def _state(
+  workdir: os.PathLike | str, config: ConfigDict, model: build.Model, mesh: Mesh, step: str
+) -> Any:
   """The state at `step`, which is 'newest', 'best' or a number; a released model has but one."""
   if released.exists(workdir):
     state = released.read(workdir, config, model, mesh)
@@ -109,4 +111,6 @@ def _state(workdir: str, config: ConfigDict, model: build.Model, mesh: Mesh, ste
     best = 'none was evaluated' if lowest is None else f'the best by bits/dim is {lowest}'
     logging.info('%s: step %d of %s; %s', workdir, named[step], ', '.join(map(str, steps)), best)
     abstract = parallel.abstract_state(mesh, build.init_state(config, model))
-    return restore(reader, abstract, named[step])[0]
+    restored = restore(reader, abstract, named[step])
+    assert restored is not None  # a step that is not there was refused above
+    return restored[0]

@@ -1,6 +1,6 @@
 """Averages of any length after training, from stored ones (EDM2, section 3.2)."""
 
-import pathlib
+import os
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,7 @@ def power_averages(state: TrainState) -> dict:
   return {name: average for name, average in state.averages.items() if name.startswith('std_')}
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> int:
+def run(config: ConfigDict, workdir: os.PathLike | str) -> int:
   """--mode=reconstruct: a workdir whose average has the length config.ema.reconstruct_std.
 
   It is called <workdir>_std<length>, holds the newest state with that average in the place of
@@ -55,7 +55,9 @@ def run(config: ConfigDict, workdir: pathlib.Path) -> int:
     total = jax.tree.map(jnp.zeros_like, state.averages['ema'])
     add = jax.jit(lambda a, w, b: jax.tree.map(lambda x, y: x + w * y, a, b), donate_argnums=0)
     for step, row in zip(steps, weights, strict=True):
-      stored, _ = checkpoint.restore(reader, abstract, step)
+      restored = checkpoint.restore(reader, abstract, step)
+      assert restored is not None  # it is one of the steps there
+      stored, _ = restored
       for name, weight in zip(names, row, strict=True):
         total = add(total, np.float32(weight), stored[name])
   out = epath.Path(f'{workdir}_std{std:g}')

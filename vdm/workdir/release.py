@@ -1,5 +1,6 @@
 """--mode=release: a model to give away, of a run."""
 
+import os
 import pathlib
 
 from absl import logging
@@ -14,7 +15,7 @@ from vdm.workdir.load import read_run
 
 def run(
   config: ConfigDict,
-  workdir: pathlib.Path,
+  workdir: os.PathLike | str,
   step: str = 'newest',
   out: pathlib.Path | None = None,
 ) -> int:

@@ -27,7 +27,7 @@ STEP = 'step'
 GREATEST = float(np.finfo(np.float16).max)
 
 
-def write(folder: os.PathLike, params: Any, step: int):
+def write(folder: os.PathLike | str, params: Any, step: int):
   """Writes parameters as arrays called by their paths, as of the network without loops.
 
   Those of the network are rounded to float16, of the schedule they keep their float32: end points
@@ -36,7 +36,7 @@ def write(folder: os.PathLike, params: Any, step: int):
   Raises:
     ValueError: a parameter is not finite in float16.
   """
-  arrays = {STEP: np.int64(step)}
+  arrays: dict[str, Any] = {STEP: np.int64(step)}
   for name, leaf in _flat(blocks.unstack(jax.device_get(params))).items():
     if not np.abs(leaf).max(initial=0) <= GREATEST:
       raise ValueError(f'{name} has values beyond float16 or not finite; release another step.')
@@ -49,12 +49,14 @@ def _flat(params):
   return traverse_util.flatten_dict(params, sep='/')
 
 
-def exists(folder: os.PathLike) -> bool:
+def exists(folder: os.PathLike | str) -> bool:
   """Whether the folder is of a released model."""
   return (epath.Path(folder) / PARAMS).exists()
 
 
-def read(folder: os.PathLike, config: ConfigDict, model: build.Model, mesh: Mesh) -> TrainState:
+def read(
+  folder: os.PathLike | str, config: ConfigDict, model: build.Model, mesh: Mesh
+) -> TrainState:
   """Returns a state with the released parameters, also as each of its averages.
 
   Raises:
