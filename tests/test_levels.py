@@ -101,3 +101,17 @@ def test_imports_are_quiet(module, absent):
   code = f'import sys, {module}; print([m for m in {absent.split()} if m in sys.modules])'
   run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
   assert run.stdout.strip() == '[]'
+
+
+def test_few_functions_take_the_whole_config():
+  """77 did once. A function takes what it uses: a block, or better what was built from it."""
+  found = []
+  for path in ROOT.rglob('*.py'):
+    if 'configs' in path.parts:
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef):
+        names = {argument.arg for argument in [*node.args.args, *node.args.kwonlyargs]}
+        if names & {'config', 'given'}:
+          found.append(f'{path.relative_to(ROOT)}: {node.name}')
+  assert len(found) <= 38, sorted(found)
