@@ -38,7 +38,8 @@ def main():
   for axes, folder in zip(panels, args.folders, strict=True):
     manifest = json.loads((folder / 'manifest.json').read_text())
     images = np.concatenate(list(read_shards(folder)))[: args.rows * len(classes)]
-    pixels = discrete(manifest['num_values']).to_pixels(images)
+    stored = manifest['num_values'] if manifest['format'] == 'npz' else 256
+    pixels = discrete(stored).to_pixels(images)
     picture = image_grid(pixels, columns=len(classes))
     axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], 'gray', vmin=0, vmax=255)
     axes.set_ylabel(f'guidance {manifest["guidance"]["weight"]:g}')

@@ -4,6 +4,9 @@ import json
 import math
 import pathlib
 import re
+import shutil
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +74,47 @@ def test_a_run_is_loaded_by_its_own_config(workdir, trained):
     vdm.load(workdir / 'nowhere')
 
 
+def test_a_step_is_saved_once_and_its_reading_may_be_changed(exp, trained, workdir):
+  with pytest.raises(ValueError, match='must be one without step 6'):
+    exp.save(trained, workdir)
+  loaded, _ = vdm.load(workdir, overrides={'sample.batch_size': 16})
+  assert loaded.config.sample.batch_size == 16
+
+
+def test_a_run_older_than_a_leaf_is_loaded_with_its_default(workdir, tmp_path):
+  shutil.copytree(workdir, tmp_path / 'old')
+  file = tmp_path / 'old' / 'config.json'
+  saved = json.loads(file.read_text())
+  del saved['model']['condition_on'], saved['eval']['ode']['probe'], saved['train']['microbatches']
+  file.write_text(json.dumps(saved))
+  loaded, _ = vdm.load(tmp_path / 'old')
+  assert loaded.config.model.condition_on == 'live' and loaded.config.train.microbatches == 1
+  assert loaded.config.eval.ode.probe == 'rademacher'
+
+
+def test_the_door_defines_no_flags():
+  """Whose own script defines --config and --workdir can import it."""
+  code = """
+from absl import flags
+import vdm
+vdm.Experiment
+flags.DEFINE_string('workdir', '', '')
+flags.DEFINE_string('config', '', '')
+"""
+  subprocess.run([sys.executable, '-c', code], check=True)
+
+
+def test_own_files_need_no_argument(tmp_path):
+  file = tmp_path / 'own.py'
+  file.write_text("""
+from vdm.configs import digits
+
+def get_config():
+  return digits.get_config('debug')
+""")
+  assert vdm.Experiment(file).config.name == 'digits_debug'
+
+
 def test_log_prob_has_the_mean_of_bits_per_dim(exp, trained):
   images = exp.source('eval').fetch(np.arange(40))['image']
   for params in ('ema', 'raw'):
@@ -111,6 +155,12 @@ def test_labels_and_guidance():
   same = exp.sample(state, 3, label=label)
   np.testing.assert_array_equal(same[:1], exp.sample(state, 1, label=3))
   assert exp.sample(state, 3, label=label, guidance=2.0).shape == same.shape
+  np.testing.assert_array_equal(exp.sample(state, 3, label=label, guidance=1.0), same)
+  with pytest.raises(ValueError, match=r'label=10 must be classes, 0 .. 9'):
+    exp.sample(state, 3, label=10)
+  images = exp.source('eval').fetch(np.arange(2))['image']
+  nats = [exp.log_prob(state, images, draws=2, label=label).value for label in (None, [-1, -1])]
+  np.testing.assert_array_equal(*nats)
   with pytest.raises(ValueError, match=r'label=\(3,\) must be 4 labels'):
     exp.sample(state, 4, label=label)
 
@@ -133,6 +183,7 @@ def test_denoiser_and_schedule_are_those_of_the_maths(exp, trained):
   ('arguments', 'message'),
   [
     (('digitz',), "config='digitz' must be a file, or one of configs/"),
+    (('',), "config='' must be a file"),
     (('digits', {'train.stepz': 3}), 'config.train.stepz=3 is refused'),
     (('digits', {'train.num_steps': 'many'}), "config.train.num_steps='many' is refused"),
     (('digits', {'train.num_steps': 0}), 'config.train.num_steps=0 must be positive'),

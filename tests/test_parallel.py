@@ -15,6 +15,7 @@ from vdm.configs import digits
 
 from vdm import build
 from vdm.data.augment import augment
+from vdm.nn.attention import softmax_attention
 from vdm.system import hosts, parallel, runners
 from vdm.system.runners import jit_runner, pmap_runner
 from vdm.training.step import make_train_step
@@ -220,6 +221,20 @@ def test_what_fails_while_putting_a_batch_is_raised_for_that_batch():
   assert next(batches) == 1
   with pytest.raises(ZeroDivisionError):
     next(batches)
+
+
+@pytest.mark.parametrize('examples', [8, 16])
+def test_attention_is_the_same_under_pmap_and_on_a_mesh(examples):
+  """One example per device, and as many as there are devices: each maps over its own."""
+  x = jax.random.normal(jax.random.key(0), (8 * examples, 4, 1, 2))
+  plain = jax.jit(softmax_attention)(x, x, x)
+  split = jax.pmap(softmax_attention)(*[x.reshape(8, examples, 4, 1, 2)] * 3)
+  np.testing.assert_allclose(split.reshape(x.shape), plain, rtol=1e-6)
+  mesh = parallel.make_mesh()
+  placed = jax.device_put(x, parallel.batch_sharding(mesh))
+  on_mesh = parallel.jit(softmax_attention, mesh)
+  np.testing.assert_allclose(on_mesh(placed, placed, placed), plain, rtol=1e-6)
+  assert 'all-gather' not in on_mesh.lower(placed, placed, placed).compile().as_text()
 
 
 def test_step_is_traced_once():

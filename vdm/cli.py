@@ -1,13 +1,12 @@
 """What all commands share: flags, one-line errors, exit status."""
 
 import functools
-import importlib.util
 import os
 import pathlib
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 # TensorFlow reads records and writes summaries here; it need not announce itself.
@@ -16,10 +15,10 @@ os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 from absl import flags
 from etils import epath
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 
 import vdm
-from vdm.errors import require
+from vdm.system.files import packaged_configs
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
@@ -82,7 +81,7 @@ def parse_flags(argv: list[str]) -> list[str]:
     sys.exit(f'{field}{text} (configs/default.py lists every field, --help the flags)')
   asks_for_help = any(arg.startswith(('--help', '-help')) for arg in argv)
   if _CONFIG.value is None and not asks_for_help:
-    sys.exit(f'--config is missing; give a file, or one of {_packaged()}.')
+    sys.exit(f'--config is missing; give a file, or one of {packaged_configs()}.')
   return rest
 
 
@@ -99,11 +98,6 @@ def _last_field(arg: str) -> str:
   return arg.partition('=')[0].rpartition('.')[2]
 
 
-def _packaged() -> str:
-  names = sorted(path.stem for path in pathlib.Path(configs_folder()).glob('[a-z]*.py'))
-  return f'configs/{{{",".join(names)}}}.py'
-
-
 def _locate(arg: str) -> str:
   """--config=configs/NAME.py, where there is no such file, means the one that came with vdm."""
   flag, _, rest = arg.partition('=')
@@ -115,41 +109,5 @@ def _locate(arg: str) -> str:
     packaged = pathlib.Path(configs.__file__).parent / below
     if packaged.exists():
       return f'{flag}={packaged}{colon}{preset}'
-    sys.exit(f'--config={path} does not exist; give a file, or one of {_packaged()}.')
+    sys.exit(f'--config={path} does not exist; give a file, or one of {packaged_configs()}.')
   return arg
-
-
-def read_config(config: str | os.PathLike | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-  """Returns a locked config with some leaves changed.
-
-  Args:
-    config: a packaged name, 'digits' or 'digits:debug'; a config file; or a ConfigDict, copied.
-    overrides: values by the names of their leaves.
-
-  Raises:
-    ValueError: there is no such config or leaf, or a value is of another type.
-  """
-  if not isinstance(config, ConfigDict):
-    name, _, preset = os.fspath(config).partition(':')
-    packaged = pathlib.Path(configs_folder()) / f'{name}.py'
-    path = packaged if packaged.exists() else pathlib.Path(name)
-    require(path.exists(), 'config', name, f'a file, or one of {_packaged()}', 'choose one')
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(preset)
-  config = config.copy_and_resolve_references().lock()
-  for leaf, value in overrides.items():
-    try:
-      config.update_from_flattened_dict({leaf: value})
-    except (KeyError, TypeError, AttributeError) as error:
-      text = str(error.args[0]).partition('\n')[0]
-      raise ValueError(f'config.{leaf}={value!r} is refused: {text}') from error
-  return config
-
-
-def configs_folder() -> str:
-  """Returns the folder of the packaged configs."""
-  from vdm import configs
-
-  return os.path.dirname(configs.__file__)

@@ -6,7 +6,6 @@ for state, metrics in exp.fit(state, steps=100): ...
 exp.bits_per_dim(state).value
 """
 
-import functools
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from vdm import build, cli, data
+from vdm import build, data
 from vdm.build.state import TrainState, named_params
 from vdm.diffusion.gaussian import Denoiser, Schedule
 from vdm.diffusion.samplers import Sampler
@@ -64,15 +63,17 @@ class Experiment:
     Raises:
       ValueError: there is no such config or leaf, or a value cannot be used.
     """
-    self.config = cli.read_config(config, overrides or {})
+    self.config = config_file.read_config(config, overrides or {})
     self.model = build.model(self.config)
     build.check_devices(self.config, jax.device_count())
     self.mesh = parallel.make_mesh(self.config.parallel.fsdp)
+    self._sources: dict[str, data.Source] = {}
 
-  @functools.lru_cache(maxsize=2)  # noqa: B019  an experiment lives as long as its data
   def source(self, split: str = 'train') -> data.Source:
     """Returns a split of the config's data, 'train' or 'eval'."""
-    return data.load(self.config.data, split)
+    if split not in self._sources:
+      self._sources[split] = data.load(self.config.data, split)
+    return self._sources[split]
 
   def init(self) -> TrainState:
     """Returns the state before the first step, by config.seed."""
@@ -140,13 +141,15 @@ class Experiment:
       images: [N H W C], in the data's units.
       draws: independent estimates of each image.
       seed: of the draws.
-      label: classes [N], or embeddings [N E].
+      label: classes [N], or embeddings [N E]; None: without, of a model by class its null label.
       kind: 'elbo', the variational bound, or 'ode', the probability-flow ODE with the settings of
         config.eval.ode.
       params: as in `bits_per_dim`.
     """
     require(kind in ('elbo', 'ode'), 'kind', kind, "'elbo' or 'ode'", 'choose one')
     settings = self._changed('eval', dict(seed=seed, draws=draws, max_images=0))
+    if label is None and self.config.model.class_conditional:
+      label = np.full(len(images), -1, np.int32)  # no class: the model's null label
     source, weights = data.of_arrays(images, label), named_params(state, params)
     nats = math.prod(self.model.image_shape) * math.log(2)
     if kind == 'elbo':
@@ -156,12 +159,13 @@ class Experiment:
     compiled = parallel.jit(step, self.mesh)
     estimates = []
     for batch in self._batches(source, settings):
-      placed, kept = parallel.to_devices(self.mesh, batch), batch['mask'] > 0
+      placed = parallel.to_devices(self.mesh, batch)
       if kind == 'elbo':
         part = parallel.on_host(compiled(weights, placed, len(source), seed))
-        estimates.append(part['terms'].sum(axis=2)[:, kept])
+        estimates.append(part['terms'].sum(axis=2)[:, part['mask'] > 0])
       else:
         parts = [parallel.on_host(compiled(weights, placed, seed + i)) for i in range(draws)]
+        kept = parts[0]['mask'] > 0
         finished = all(part['finished'][kept].all() for part in parts)
         most = settings.ode.max_steps
         require(finished, 'config.eval.ode.max_steps', most, 'larger for these images', 'raise it')
@@ -191,15 +195,17 @@ class Experiment:
       params: as in `bits_per_dim`.
       **settings: leaves of config.sample to change, such as num_steps=32, seed=1.
     """
+    require(num_images > 0, 'num_images', num_images, 'positive', 'give 1 or more')
     config = self.config.copy_and_resolve_references().unlock()
     config.sample = self._changed('sample', settings)
-    if guidance is not None:
+    if guidance is not None and guidance != 1:
       config.sample.guidance.update(kind='classifier_free', weight=float(guidance))
     build.check_sampling(config.sample, self.schedule(state, params), config.train.label_dropout)
     if label is None:
       labels = labels_of(config.sample, config.data, config.model.class_conditional)
     else:
-      labels = _given(label, num_images)
+      classes = self.config.data.num_classes if self.config.model.class_conditional else 0
+      labels = _given(label, num_images, classes)
     made = make_guidance(config, self.model, self.mesh)
     draw = make_draw(self.model, self.mesh, config.sample, labels, made, sampler)
     return np.concatenate(list(draw(named_params(state, params), num_images)))
@@ -215,14 +221,25 @@ class Experiment:
     return self.model.schedule(named_params(state, params))
 
   def save(self, state: TrainState, workdir: str | os.PathLike):
-    """Writes a state as a checkpoint of a workdir, which all commands and `load` read."""
-    config_file.open_workdir(os.fspath(workdir), self.config)
-    with checkpoint.manager(os.fspath(workdir), self.config.checkpoint.keep) as manager:
-      checkpoint.save(manager, int(state.step), state)
+    """Writes a state as a checkpoint of a workdir, which all commands and `load` read.
+
+    Raises:
+      ValueError: the workdir is another run's, or holds that step already.
+    """
+    config_file.open_workdir(workdir, self.config)
+    with checkpoint.manager(workdir, self.config.checkpoint.keep) as manager:
+      saved = checkpoint.save(manager, int(state.step), state)
+    rule = f'one without step {int(state.step)}'
+    require(saved, 'workdir', os.fspath(workdir), rule, 'choose another, or load that step')
 
   def train(self, workdir: str | os.PathLike) -> TrainState:
-    """Runs the whole job as the command line does, or goes on with it; returns the newest state."""
-    loop.train(self.config, epath.Path(workdir))
+    """Runs the whole job as the command line does, or goes on with it; returns the newest state.
+
+    Raises:
+      KeyboardInterrupt: it was stopped by a signal, and saved: the same call goes on.
+    """
+    if loop.train(self.config, epath.Path(workdir)):
+      raise KeyboardInterrupt(f'{workdir} was stopped and saved; the same call goes on.')
     return read_run(self.config, os.fspath(workdir)).state
 
   def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:
@@ -247,9 +264,13 @@ class Experiment:
     )
 
 
-def _given(label: int | np.ndarray, num_images: int) -> Labels:
+def _given(label: int | np.ndarray, num_images: int, num_classes: int) -> Labels:
   """Image numbers -> the labels that were given."""
   rows = np.asarray(label)
+  if np.issubdtype(rows.dtype, np.integer):
+    good = num_classes > 0 and rows.size and rows.min() >= -1 and rows.max() < num_classes
+    rule = f'classes, 0 .. {num_classes - 1}, or -1 for none' if num_classes else 'left out'
+    require(bool(good), 'label', label, rule, 'config.model.class_conditional says what it takes')
   if rows.ndim == 0:
     return lambda index: np.full(len(index), rows, np.int32)
   require(len(rows) == num_images, 'label', rows.shape, f'{num_images} labels', 'give one each')
@@ -257,16 +278,20 @@ def _given(label: int | np.ndarray, num_images: int) -> Labels:
 
 
 def load(
-  workdir: str | os.PathLike, step: int | str | None = None
+  workdir: str | os.PathLike,
+  step: int | str | None = None,
+  overrides: Mapping[str, Any] | None = None,
 ) -> tuple[Experiment, TrainState]:
   """Returns the experiment and a state of a run, by its own config; reads only.
 
   Args:
     workdir: of the run, or the folder of a released model.
     step: None: the newest; 'best': the lowest bits/dim; or a number.
+    overrides: leaves of its config to be changed, such as {'sample.batch_size': 6} on three
+      devices.
 
   Raises:
     ValueError: there is no such run or checkpoint, or it cannot be restored.
   """
-  run = read_run(None, os.fspath(workdir), 'newest' if step is None else str(step))
+  run = read_run(None, workdir, 'newest' if step is None else str(step), overrides)
   return Experiment(run.config), run.state

@@ -21,6 +21,8 @@ class Rule(NamedTuple):
   remedy: str
 
 
+# leaves of config.model that every network has
+MODEL_LEAVES = ('name', 'output', 'class_conditional', 'condition_on', 'dtype')
 POSITIVE = Rule(lambda value: value > 0, 'positive', 'give 1 or more')
 NOT_NEGATIVE = Rule(lambda value: value >= 0, 'zero or more', 'give 0 to switch it off')
 
@@ -79,7 +81,7 @@ def check_config(config: ConfigDict):
   Raises:
     ValueError: a leaf breaks a rule of its own, or one that it shares with others.
   """
-  for leaf in ('name', 'output', 'class_conditional', 'condition_on', 'dtype'):
+  for leaf in MODEL_LEAVES:
     field, remedy = f'config.model.{leaf}', 'configs/default.py says what it is'
     require(leaf in config.model, field, None, 'given', remedy)
   for leaves, (holds, rule, remedy) in RULES:

@@ -23,7 +23,8 @@ def softmax_attention(query, key, value):
   """
   mesh = jax.sharding.get_abstract_mesh()
   device, size = mesh.abstract_device, query.shape[1]
-  if device and device.platform == 'tpu' and size >= FLASH_FROM and size % FLASH_BLOCK == 0:
+  flash = size >= FLASH_FROM and size % FLASH_BLOCK == 0 and not mesh.manual_axes
+  if device and device.platform == 'tpu' and flash:
     by_example = PartitionSpec(mesh.axis_names)
     run = jax.shard_map(_flash, in_specs=by_example, out_specs=by_example, check_vma=False)
     return run(query, key, value)
@@ -79,7 +80,8 @@ def _map_examples_and_heads(f, *arrays):
     return jax.tree.map(lambda a: a.reshape(batch, heads, size, -1).swapaxes(1, 2), out)
 
   mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty or len(arrays[0]) % mesh.size:
+  # under pmap the examples are a device's own already
+  if mesh.empty or mesh.manual_axes or len(arrays[0]) % mesh.size:
     return run(*arrays)
   by_example = PartitionSpec(mesh.axis_names)
   return jax.shard_map(run, in_specs=by_example, out_specs=by_example, check_vma=False)(*arrays)

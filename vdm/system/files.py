@@ -73,3 +73,16 @@ def write_table(path: os.PathLike, header: tuple[str, ...], rows: Iterable[tuple
   text = io.StringIO(newline='')
   csv.writer(text).writerows([header, *rows])
   write(path, text.getvalue())
+
+
+def configs_folder() -> str:
+  """Returns the folder of the configs that come with the package."""
+  from vdm import configs
+
+  return os.path.dirname(configs.__file__)
+
+
+def packaged_configs() -> str:
+  """Returns the names of these configs, as a sentence has them."""
+  names = sorted(path.stem for path in pathlib.Path(configs_folder()).glob('[a-z]*.py'))
+  return f'configs/{{{",".join(names)}}}.py'

@@ -15,7 +15,9 @@ class Runner(NamedTuple):
 
   put_batch: Callable[[Any], Any]
   put_state: Callable[[Any], Any]
-  step: Callable[[Any, Any], tuple[Any, Any]]  # (state, batch) -> (state, metrics); donates state
+  step: Callable[
+    [Any, Any], tuple[Any, Any]
+  ]  # (state, batch) -> (state, metrics); may donate the state
   get_state: Callable[[Any], Any]
   get_metrics: Callable[[Any], Any]
 

@@ -63,6 +63,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   evaluations = evaluate.in_training(config, model, mesh, workdir)
   config_file.open_workdir(workdir, config)  # the first thing that is written
   with contextlib.ExitStack() as stack:
+    stop = StopSignal()
+    stack.callback(stop.restore)  # once the last save is written
     manager = stack.enter_context(checkpoint.manager(workdir, config.checkpoint.keep))
     init = build.init_state(config, model)
     abstract = parallel.abstract_state(mesh, init)
@@ -77,11 +79,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
       runner = runner._replace(step=profile.traced(runner.step, traced, start, workdir))
       state = runner.put_state(state or parallel.initial_state(mesh, init))
       batches = train_batches(source, config.train.batch_size, config.seed, start)
-      if _run(config, workdir, manager, runner, state, start, batches, evaluations):
+      if _run(config, workdir, manager, runner, state, start, batches, evaluations, stop):
         return EXIT_PREEMPTED
-      logging.info('%s is done. %s', workdir, cards.last_result(workdir))
-    else:
-      logging.info('%s is done, at step %d. %s', workdir, start, cards.last_result(workdir))
+  at = '' if start < num_steps else f', at step {start}'
+  logging.info('%s is done%s. %s', workdir, at, cards.last_result(workdir))
   return 0
 
 
@@ -94,11 +95,10 @@ def _run(
   start: int,
   batches: Iterator[data.Batch],
   evaluations: Sequence[evaluate.Evaluation],
+  stop: StopSignal,
 ) -> bool:
   """Takes the steps after `start`, and does what is due; returns whether it was stopped before."""
   with contextlib.ExitStack() as stack:
-    stop = StopSignal()
-    stack.callback(stop.restore)
     snapshots = None
     if config.ema.snapshot_every_steps and config.ema.power_stds:
       snapshots = checkpoint.manager(workdir, config.train.num_steps, posthoc_ema.FOLDER)

@@ -1,7 +1,9 @@
 """`config.json` of a workdir: which run it is, and which leaves may differ between two starts."""
 
+import importlib.util
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,7 +11,9 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from vdm.build.checks import MODEL_LEAVES
 from vdm.configs import default
+from vdm.errors import require
 from vdm.system import files, hosts
 from vdm.workdir import released
 
@@ -131,16 +135,8 @@ def own_config(workdir: os.PathLike | str, given: ConfigDict | None = None) -> C
   That is how to evaluate, sample, score and split over devices (READING_BLOCKS), and where the data
   is. What the run is older than has its default, as in `configs/default.py`.
   """
-  config, defaults = ConfigDict(_with_tuples(saved_config(workdir))), default.get_config()
-  for name, block in defaults.items():
-    if name not in config:
-      config[name] = block
-    elif isinstance(block, ConfigDict):
-      # a network, say, does not take the leaves of every other one
-      named, asked = 'name' in block, config if given is None else given
-      for leaf in block:
-        if leaf not in config[name] and (not named or leaf in asked[name]):
-          config[name][leaf] = block[leaf]
+  config = ConfigDict(_with_tuples(saved_config(workdir)))
+  _fill_up(config, default.get_config(), given)
   if given is not None:
     for name in READING_BLOCKS:
       config[name] = given[name].copy_and_resolve_references()
@@ -148,6 +144,25 @@ def own_config(workdir: os.PathLike | str, given: ConfigDict | None = None) -> C
       if leaf in given[block] and leaf in config[block]:
         config[block][leaf] = given[block][leaf]
   return config.lock()
+
+
+def _fill_up(tree: ConfigDict, defaults: ConfigDict, asked: ConfigDict | None):
+  """Gives a run that is older than some leaves their defaults.
+
+  A network, say, does not take the leaves of every other one: of a block with a name only those
+  that `asked` has, or else those that every network takes.
+  """
+  for name, block in defaults.items():
+    if name not in tree:
+      tree[name] = block
+    elif isinstance(block, ConfigDict):
+      if 'name' not in block:
+        _fill_up(tree[name], block, None if asked is None else asked[name])
+        continue
+      known = MODEL_LEAVES if asked is None else asked[name]
+      for leaf in block:
+        if leaf not in tree[name] and leaf in known:
+          tree[name][leaf] = block[leaf]
 
 
 def flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
@@ -196,3 +211,45 @@ def _with_tuples(value: Any) -> Any:
   if isinstance(value, dict):
     return {k: _with_tuples(v) for k, v in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
+def read_config(config: str | os.PathLike | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """Returns a locked config with some leaves changed.
+
+  Args:
+    config: a packaged name, 'digits' or 'digits:debug'; a config file; or a ConfigDict, copied.
+    overrides: values by the names of their leaves.
+
+  Raises:
+    ValueError: there is no such config or leaf, or a value is of another type.
+  """
+  if not isinstance(config, ConfigDict):
+    name, colon, preset = os.fspath(config), '', ''
+    if not os.path.isfile(name):
+      name, colon, preset = name.rpartition(':') if ':' in name else (name, '', '')
+    packaged = pathlib.Path(files.configs_folder()) / f'{name}.py'
+    path = packaged if packaged.is_file() else pathlib.Path(name)
+    choices = f'a file, or one of {files.packaged_configs()}'
+    require(path.is_file(), 'config', os.fspath(config), choices, 'choose one')
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None  # it is a file of Python
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(*([preset] if colon else []))
+  return changed(config, overrides)
+
+
+def changed(tree: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+  """Returns a locked copy of a config with some leaves changed, by their names.
+
+  Raises:
+    ValueError: there is no such leaf, or a value is of another type.
+  """
+  tree = tree.copy_and_resolve_references().lock()
+  for leaf, value in overrides.items():
+    try:
+      tree.update_from_flattened_dict({leaf: value})
+    except (KeyError, TypeError, AttributeError) as error:
+      text = str(error.args[0]).partition('\n')[0]
+      raise ValueError(f'config.{leaf}={value!r} is refused: {text}') from error
+  return tree

@@ -1,6 +1,7 @@
 """Reads a run by its own config, and writes nothing."""
 
 import os
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +15,15 @@ from vdm.errors import require
 from vdm.system import files, hosts, parallel
 from vdm.workdir import released
 from vdm.workdir.checkpoint import best_step, manager, restore
-from vdm.workdir.config_file import CONFIG, differences, flat, own_config, plain, saved_config
+from vdm.workdir.config_file import (
+  CONFIG,
+  changed,
+  differences,
+  flat,
+  own_config,
+  plain,
+  saved_config,
+)
 
 
 class Run(NamedTuple):
@@ -26,7 +35,12 @@ class Run(NamedTuple):
   state: Any
 
 
-def read_run(config: ConfigDict | None, workdir: os.PathLike | str, step: str = 'newest') -> Run:
+def read_run(
+  config: ConfigDict | None,
+  workdir: os.PathLike | str,
+  step: str = 'newest',
+  overrides: Mapping[str, Any] | None = None,
+) -> Run:
   """Reads a run, to evaluate it or to sample from it, by its own config (`own_config`).
 
   Nothing is written, so that the workdir may be read-only, or be trained in meanwhile.
@@ -35,13 +49,14 @@ def read_run(config: ConfigDict | None, workdir: os.PathLike | str, step: str = 
     config: as the user gave it; None: all is the run's own.
     workdir: of the run.
     step: 'newest', 'best' (the lowest bits/dim among the checkpoints), or a number.
+    overrides: leaves of the run's config to be changed, by their names.
 
   Raises:
     ValueError: there is no such checkpoint, it cannot be restored, or config.json cannot.
   """
   if not _holds_run(workdir):
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
-  own = own_config(workdir, config)
+  own = changed(own_config(workdir, config), overrides or {})
   found = differences(flat(saved_config(workdir)), flat(plain(config or own)))
   if found:
     logging.info('%s is read by its own config: it has %s', workdir, ', and '.join(found))
