@@ -42,6 +42,10 @@ def statistics_network(settings, image_shape, num_values):
   return fid.Network('pixels', 'pixels', 'abc', 12, np.float32(1 / 255), lambda x: x + 0.0, apply)
 
 
+def blocks(config):
+  return config.fid, config.data
+
+
 @pytest.fixture
 def extractor():
   config = default.get_config()
@@ -160,7 +164,7 @@ def test_stats_and_score_from_the_command_line(tmp_path):
   config.data.num_values = 256
   config.fid.features = 'test_fid_files.statistics_network'
   out, folder_of_cards = str(tmp_path / 'reference.npz'), tmp_path / 'cards'
-  assert 'reference.npz: 40 images, pixels' in cli.stats(config, out, str(real))
+  assert 'reference.npz: 40 images, pixels' in cli.stats(*blocks(config), out, str(real))
   # without --config it is Inception on 8-bit images, here with another network in its place
   command = [sys.executable, '-m', 'vdm.fid', 'score', folder, out, f'--out={folder_of_cards}']
   command += [f'--config.fid.features={config.fid.features}', '--config.fid.num_images=25']
@@ -184,7 +188,7 @@ def test_too_few_images_are_refused(tmp_path, extractor):
   config = default.get_config()
   folder = save(tmp_path / 'images', pictures(1, 30))
   with pytest.raises(ValueError, match=r'num_images=50000 must be at most the 30 .*num_images=30'):
-    cli.score(config, folder, 'unread.npz')
+    cli.score(*blocks(config), folder, 'unread.npz')
   with pytest.raises(
     ValueError, match=r'num_images=12 must be 13 or more, or the covariance of 12'
   ):
@@ -224,7 +228,7 @@ def test_a_reference_of_too_few_images_is_refused_as_samples_are(tmp_path, extra
   message = r' has 12 images, must have 13 or more, or the covariance of 12 .*; make one of more'
   for path in (real, few):
     with pytest.raises(ValueError, match=f'reference {path}{message}'):
-      cli.score(config, samples, str(path))
+      cli.score(*blocks(config), samples, str(path))
     config.fid.reference = str(path)
     with pytest.raises(ValueError, match=message):
       fid.of_config(config.fid, config.data, extractor)

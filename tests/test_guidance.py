@@ -195,7 +195,7 @@ def config_of(**guidance_settings):
 @pytest.mark.parametrize(
   ('path', 'value', 'message'),
   [
-    ('sample.guidance.kind', 'cfg', r"guidance.kind='cfg' must be one of"),
+    ('sample.guidance.kind', 'cfg', r"guidance.kind='cfg' must be 'none', "),
     ('sample.guidance.kind', 'classifier_free', r'with config.model.class_conditional=True and'),
     ('sample.guidance.kind', 'auto', r"guidance.checkpoint='' must be the workdir"),
     ('sample.guidance.log_snr_min', 200.0, r'log_snr_min=200.0 must be below'),

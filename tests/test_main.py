@@ -59,7 +59,7 @@ BAD_INPUT = {
   ),
   'missing data directory': (
     ['--config=configs/fashion_mnist.py:debug', '--config.data.dir=/nowhere'],
-    'config.data.dir=/nowhere',
+    "config.data.dir='/nowhere'",
     'does not exist',
   ),
   'wrong image shape': (
