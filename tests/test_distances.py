@@ -42,6 +42,7 @@ def test_the_data_itself_is_at_distance_zero(tmp_path):
   assert scorer(8, worse)['fd_classifier']['value'] > 10
 
 
+@pytest.mark.slow
 def test_training_and_eval_score_the_same_samples(tmp_path):
   config = config_of(train_every_steps=4, train_images=12, num_images=12)
   assert loop.train(config, tmp_path) == 0

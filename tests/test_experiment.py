@@ -41,6 +41,7 @@ def workdir(exp, trained, tmp_path_factory):
   return path
 
 
+@pytest.mark.slow
 def test_fitting_is_what_the_command_does(exp, trained, tmp_path, rank_promotion_allowed):
   """The same batches, the same noise: the same parameters."""
   state = exp.train(tmp_path)

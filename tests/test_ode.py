@@ -169,6 +169,7 @@ def small_tables():
     }
 
 
+@pytest.mark.slow
 def test_bound_and_ode_agree_on_the_exact_density(small_tables):
   continuous, fine, coarse, by_ode = (row.difference() for row in small_tables['density'])
   assert abs(continuous[0]) < 4 * continuous[1] < 0.3
@@ -177,6 +178,7 @@ def test_bound_and_ode_agree_on_the_exact_density(small_tables):
   assert '| ODE, exact trace | ' in str(small_tables['density'][3])
 
 
+@pytest.mark.slow
 def test_more_importance_samples_tighten_the_bound(small_tables):
   one, one_hutchinson, eight, eight_hutchinson = small_tables['mass']
   difference, error = one.difference()

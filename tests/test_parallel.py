@@ -130,6 +130,7 @@ def test_eight_devices_move_the_parameters_as_one_does(settings, one_device):
     )
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_microbatches_and_devices():
   """What a carried key forgets: all parts would drop the same elements."""
   config = config_of(train__microbatches=4, model__dropout=0.5, optimizer__warmup_steps=0)
@@ -237,6 +238,7 @@ def test_attention_is_the_same_under_pmap_and_on_a_mesh(examples):
   assert 'all-gather' not in on_mesh.lower(placed, placed, placed).compile().as_text()
 
 
+@pytest.mark.slow
 def test_step_is_traced_once():
   config = config_of()
   model = build.model(config)

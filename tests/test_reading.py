@@ -84,6 +84,7 @@ def test_what_is_evaluated_and_drawn_is_as_given(finished, tmp_path):
   assert manifest['num_images'] == 5
 
 
+@pytest.mark.slow
 def test_no_evaluation_takes_the_place_of_another(finished, tmp_path):
   changes = (
     {},

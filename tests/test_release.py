@@ -40,6 +40,7 @@ def folders(tmp_path_factory):
   return workdir, workdir.with_name(f'{workdir.name}_release')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scan', ['off', 'on'])
 def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan):
   workdir, folder = folders
@@ -55,6 +56,7 @@ def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan
   jax.tree.map(np.testing.assert_array_equal, given.state.params, given.state.averages['ema'])
 
 
+@pytest.mark.slow
 def test_it_is_evaluated_and_sampled_from_like_a_run(folders, tmp_path):
   workdir, folder = folders
   for name, place in (('run', workdir), ('release', folder)):

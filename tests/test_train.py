@@ -62,6 +62,7 @@ def straight(tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_run_leaves_checkpoints_cards_samples_plots_and_tensorboard(straight):
   names = {str(path.relative_to(straight)) for path in straight.rglob('*') if path.is_file()}
   for expected in (
@@ -97,6 +98,7 @@ def test_a_run_writes_its_speed_and_its_wait_for_data(straight):
   assert all(0 <= share < 1 for share in shares) and max(shares) > 0
 
 
+@pytest.mark.slow
 def test_two_and_two_resumed_steps_are_four_straight_ones(tmp_path):
   resumed = tmp_path / 'resumed'
   config = config_of(optimizer__decay='constant')
@@ -109,6 +111,7 @@ def test_two_and_two_resumed_steps_are_four_straight_ones(tmp_path):
   assert_equal_bit_for_bit(final_state(config, straight_constant), final_state(config, resumed))
 
 
+@pytest.mark.slow
 def test_a_finished_run_says_so_and_does_nothing(straight, caplog):
   before = {path: path.stat().st_mtime for path in straight.rglob('*.json')}
   with caplog.at_level('INFO'):
@@ -126,6 +129,7 @@ def not_under_nohup():
   signal.signal(signal.SIGHUP, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(
   number, straight, tmp_path, not_under_nohup
@@ -211,6 +215,7 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_the_term(term, poiso
   assert not (tmp_path / 'checkpoints' / '2').exists()
 
 
+@pytest.mark.slow
 def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_path, caplog):
   config = config_of()
   assert loop.train(config, tmp_path) == 0
@@ -226,6 +231,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tm
   assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config, straight))
 
 
+@pytest.mark.slow
 def test_eval_and_sample_read_the_newest_checkpoint(straight):
   config = config_of(eval__num_timesteps=10, eval__augmented_elbo=True)
   assert evaluate.run(config, straight) == 0
@@ -341,6 +347,7 @@ def test_turns_need_the_flag_and_square_images(settings, message):
     build.model(config_of(**settings))
 
 
+@pytest.mark.slow
 def test_training_lowers_the_loss_on_digits(tmp_path):
   """A minute of the real thing, in miniature: well below a uniform guess, log2(17) = 4.09 bits."""
   config = config_of(train__batch_size=32, train__num_steps=250, model__dropout=0.0)

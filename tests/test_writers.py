@@ -49,6 +49,7 @@ def test_both_writers_write_the_same_events(tmp_path):
   assert own['samples'][2] == (b'4', b'3', [image[..., 0].tolist() for image in GREY])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('tensorflow', [True, False])
 def test_a_run_that_goes_on_has_every_step_once(tmp_path, tensorflow):
   """A process that was killed at step 9 had a checkpoint of step 6, where another goes on."""
@@ -95,6 +96,7 @@ def run_without_tensorflow(text):
   return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_without_tensorflow_a_run_trains_and_writes(tmp_path):
   run = run_without_tensorflow(f"""
 sys.argv = ['main', '--config=configs/digits.py:debug', '--workdir={tmp_path}/run']
