@@ -4,8 +4,14 @@ import os
 import pathlib
 import tempfile
 
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+os.environ['XLA_FLAGS'] = ' '.join(
+  [
+    os.environ.get('XLA_FLAGS', ''),
+    '--xla_force_host_platform_device_count=8',
+    # as the commands have it (vdm.system.hosts): eight devices on few cores wait for each other
+    '--xla_cpu_collective_call_terminate_timeout_seconds=600',
+    '--xla_cpu_enable_concurrency_optimized_scheduler=false',
+  ]
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'
 os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
