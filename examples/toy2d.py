@@ -15,20 +15,19 @@ import numpy as np
 import optax
 from flax import linen as nn
 
-from vdm.diffusion import ode, samplers
+from vdm.diffusion import ode, samplers, weightings
 from vdm.diffusion.elbo import diffusion_loss, interior_gradient
 from vdm.diffusion.gaussian import alpha, log_snr_and_slope
 from vdm.diffusion.heads import to_prediction
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.diffusion.times import stratified
-from vdm.diffusion.weightings import WEIGHTINGS
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 
 BATCH, LOG_SNR_MIN, LOG_SNR_MAX = 512, -6.0, 10.0
 LEARNED = SCHEDULES['learned_net'](LOG_SNR_MIN, LOG_SNR_MAX, num_hidden=64)
-ELBO = WEIGHTINGS['elbo']()
+ELBO = weightings.WEIGHTINGS['elbo']()
 OPTIMIZER = optax.adam(2e-3)
 
 

@@ -131,9 +131,9 @@ def test_log_prob_has_the_mean_of_bits_per_dim(exp, trained):
 @pytest.mark.slow
 def test_log_prob_by_the_ode(exp, trained):
   images = exp.source('eval').fetch(np.arange(3))['image']
-  found = exp.log_prob(trained, images, draws=2, kind='ode')
+  found = exp.log_prob(trained, images, draws=2, bound='ode')
   assert found.value.shape == (3,) and (found.stderr > 0).all() and (found.value < 0).all()
-  again = exp.log_prob(trained, images[:2], draws=2, kind='ode')
+  again = exp.log_prob(trained, images[:2], draws=2, bound='ode')
   np.testing.assert_allclose(again.value, found.value[:2], rtol=1e-4)  # each on its own
 
 

@@ -21,8 +21,9 @@ from vdm.build.state import TrainState, named_params
 from vdm.diffusion.gaussian import Denoiser, Schedule
 from vdm.diffusion.samplers import Sampler
 from vdm.errors import require
-from vdm.evaluation import bound, ode
-from vdm.evaluation.bound import BitsPerDim
+from vdm.evaluation import ode
+from vdm.evaluation.bound import BitsPerDim, jit_step, make_evaluator
+from vdm.evaluation.study import batches
 from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.labels import Labels, labels_of
 from vdm.system import parallel, runners
@@ -120,9 +121,9 @@ class Experiment:
       **settings: leaves of config.eval to change, such as draws=4, max_images=100, seed=1.
     """
     chosen, source = self._changed('eval', settings), self._source(split)
-    evaluator = bound.make_evaluator(self.model, self.mesh, chosen)
+    evaluator = make_evaluator(self.model, self.mesh, chosen)
     num_images = data.num_eval_images(source, chosen.max_images)
-    return evaluator(named_params(state, params), self._batches(source, chosen), num_images)
+    return evaluator(named_params(state, params), batches(source, chosen), num_images)
 
   def log_prob(
     self,
@@ -131,7 +132,7 @@ class Experiment:
     draws: int = 8,
     seed: int = 0,
     label: np.ndarray | None = None,
-    kind: str = 'elbo',
+    bound: str = 'elbo',
     params: str = 'ema',
   ) -> LogProb:
     """Returns a lower bound on log p(x) of each image, in nats, with its standard error.
@@ -142,25 +143,24 @@ class Experiment:
       draws: independent estimates of each image.
       seed: of the draws.
       label: classes [N], or embeddings [N E]; None: without, of a model by class its null label.
-      kind: 'elbo', the variational bound, or 'ode', the probability-flow ODE with the settings of
+      bound: 'elbo', the variational bound, or 'ode', the probability-flow ODE with the settings of
         config.eval.ode.
       params: as in `bits_per_dim`.
     """
-    require(kind in ('elbo', 'ode'), 'kind', kind, "'elbo' or 'ode'", 'choose one')
+    require(bound in ('elbo', 'ode'), 'bound', bound, "'elbo' or 'ode'", 'choose one')
     settings = self._changed('eval', dict(seed=seed, draws=draws, max_images=0))
     if label is None and self.config.model.class_conditional:
       label = np.full(len(images), -1, np.int32)  # no class: the model's null label
     source, weights = data.of_arrays(images, label), named_params(state, params)
     nats = math.prod(self.model.image_shape) * math.log(2)
-    if kind == 'elbo':
-      step = bound.make_eval_step(self.model, settings)
+    if bound == 'elbo':
+      compiled = jit_step(self.model, self.mesh, settings)
     else:
-      step = ode.make_step(self.model, ode.OdeSettings(**settings.ode))
-    compiled = parallel.jit(step, self.mesh)
+      compiled = ode.jit_step(self.model, self.mesh, ode.OdeSettings(**settings.ode))
     estimates = []
-    for batch in self._batches(source, settings):
+    for batch in batches(source, settings):
       placed = parallel.to_devices(self.mesh, batch)
-      if kind == 'elbo':
+      if bound == 'elbo':
         part = parallel.on_host(compiled(weights, placed, len(source), seed))
         estimates.append(part['terms'].sum(axis=2)[:, part['mask'] > 0])
       else:
@@ -253,15 +253,6 @@ class Experiment:
 
   def _source(self, split: str | data.Source) -> data.Source:
     return split if isinstance(split, data.Source) else self.source(split)
-
-  def _batches(self, source: data.Source, settings: ConfigDict) -> Iterator[data.Batch]:
-    return data.eval_batches(
-      source,
-      batch_size=settings.batch_size,
-      max_images=settings.max_images,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
 
 
 def _given(label: int | np.ndarray, num_images: int, num_classes: int) -> Labels:

@@ -18,7 +18,7 @@ from vdm.diffusion.decoders import bits_per_dim
 from vdm.diffusion.elbo import DiffusionTerm, coefficients_of_variation, moments, variational_bound
 from vdm.diffusion.gaussian import end_points, fold_in, standard_normal
 from vdm.diffusion.times import BLOCK, stratified_in_blocks
-from vdm.evaluation.study import Study, write_card
+from vdm.evaluation.study import Study, batches, write_card
 from vdm.system import parallel
 
 NUM_BINS = 20
@@ -156,6 +156,16 @@ def summarize(parts: list[dict]) -> BitsPerDim:
   )
 
 
+def jit_step(model: build.Model, mesh: Mesh, settings: ConfigDict) -> Callable:
+  """Returns `make_eval_step`, jitted: what each image has stays on its device."""
+  by_image, sums = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+  by_draw = parallel.batch_sharding(mesh, axis=1)
+  shardings = dict(
+    terms=by_draw, loss=by_draw, index=by_image, mask=by_image, bins=sums, moments=sums
+  )
+  return parallel.jit(make_eval_step(model, settings), mesh, out_shardings=shardings)
+
+
 def make_evaluator(
   model: build.Model, mesh: Mesh, settings: ConfigDict
 ) -> Callable[[Any, Iterable[data.Batch], int], BitsPerDim]:
@@ -164,22 +174,13 @@ def make_evaluator(
   `settings` is config.eval. With a schedule of its own there, which lies between the end points of
   the parameters, once for each.
   """
-
-  def compile_for(model):
-    by_image, sums = parallel.batch_sharding(mesh), parallel.replicated(mesh)
-    by_draw = parallel.batch_sharding(mesh, axis=1)
-    shardings = dict(
-      terms=by_draw, loss=by_draw, index=by_image, mask=by_image, bins=sums, moments=sums
-    )
-    return parallel.jit(make_eval_step(model, settings), mesh, out_shardings=shardings)
-
-  own = compile_for(model)
+  own = jit_step(model, mesh, settings)
 
   def evaluate(params, batches, num_images):
     parts, compiled = [], own
     if settings.schedule.name != 'schedule':
       fixed = build.other_schedule(settings.schedule, 'eval.schedule', model.schedule(params))
-      compiled = compile_for(model._replace(schedule=lambda params: fixed))
+      compiled = jit_step(model._replace(schedule=lambda params: fixed), mesh, settings)
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
     launched = (compiled(params, batch, num_images, settings.seed) for batch in on_devices)
     # the next batch is under way while the last one is fetched
@@ -205,14 +206,8 @@ def make_scorer(of: Study, settings: ConfigDict) -> Callable[[Any, str, int], Bi
   evaluator = make_evaluator(of.model, of.mesh, settings)
 
   def score(params, name, step):
-    batches = data.eval_batches(
-      of.source,
-      batch_size=settings.batch_size,
-      max_images=settings.max_images,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
-    result = evaluator(params, batches, data.num_eval_images(of.source, settings.max_images))
+    of_host = batches(of.source, settings)
+    result = evaluator(params, of_host, data.num_eval_images(of.source, settings.max_images))
     path = card_path(of, settings, name, step)
     write_card(of, path, params, name, step, elbo_fields(settings, result))
     terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())

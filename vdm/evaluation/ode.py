@@ -16,7 +16,7 @@ from vdm.diffusion import ode
 from vdm.diffusion.decoders import bits_per_dim
 from vdm.diffusion.gaussian import end_points, fold_in
 from vdm.errors import require
-from vdm.evaluation.study import Study, write_card
+from vdm.evaluation.study import Study, batches, write_card
 from vdm.system import parallel
 
 LOG_EVERY_SECONDS = 10.0
@@ -85,6 +85,12 @@ def make_step(model: build.Model, settings: OdeSettings) -> Callable:
   return step
 
 
+def jit_step(model: build.Model, mesh: Mesh, settings: OdeSettings) -> Callable:
+  """Returns `make_step`, jitted: what each image has stays where it is."""
+  by_image = parallel.batch_sharding(mesh)
+  return parallel.jit(make_step(model, settings), mesh, out_shardings=by_image)
+
+
 def make_evaluator(
   model: build.Model, mesh: Mesh, settings: OdeSettings, seed: int
 ) -> Callable[[Any, Iterable[data.Batch], int], OdeBitsPerDim]:
@@ -94,8 +100,7 @@ def make_evaluator(
     ValueError: a solve did not reach the end in config.eval.ode.max_steps steps.
     FloatingPointError: a likelihood is not finite.
   """
-  by_image = parallel.batch_sharding(mesh)
-  compiled = parallel.jit(make_step(model, settings), mesh, out_shardings=by_image)
+  compiled = jit_step(model, mesh, settings)
 
   def evaluate(params, batches, num_images):
     parts, done, clock, logged = [], 0, time.monotonic(), 0.0
@@ -162,15 +167,9 @@ def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], Od
   evaluator = make_evaluator(of.model, of.mesh, settings, seed)
 
   def score(params, step):
-    batches = data.eval_batches(
-      of.source,
-      batch_size=eval_settings.batch_size,
-      max_images=eval_settings.max_images,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    of_host = batches(of.source, eval_settings)
     num_images = data.num_eval_images(of.source, eval_settings.max_images)
-    result = evaluator(params, batches, num_images)
+    result = evaluator(params, of_host, num_images)
     parts = (
       'ode_bits_per_dim',
       settings.params,

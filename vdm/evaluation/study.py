@@ -1,6 +1,7 @@
 """What is evaluated, on what, and where its cards go."""
 
 import pathlib
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, cards
-from vdm.data import Source
+from vdm.data import Batch, Source, eval_batches
 from vdm.diffusion.gaussian import end_points
 
 
@@ -29,6 +30,22 @@ def study(
   """Returns the study of a config's model."""
   dtype = str(build.dtype(config.model.dtype))
   return Study(model, mesh, source, folder, config.to_dict(), dtype)
+
+
+def batches(source: Source, settings: ConfigDict) -> Iterator[Batch]:
+  """Returns this host's rows of the batches of an evaluation.
+
+  Args:
+    source: of the images.
+    settings: config.eval.
+  """
+  return eval_batches(
+    source,
+    batch_size=settings.batch_size,
+    max_images=settings.max_images,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
 
 
 def ends_of(model: build.Model, params: Any) -> tuple[float, float]:

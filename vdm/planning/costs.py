@@ -66,7 +66,7 @@ class Cost(NamedTuple):
 
 
 def target(topology: str, config: ConfigDict) -> Target:
-  """What --topology names, 'v5e:8x8' or 'h100:8'; the devices at hand if it is empty."""
+  """Returns what --topology names, 'v5e:8x8' or 'h100:8'; if empty, the devices at hand."""
   fsdp = config.parallel.fsdp
   if not topology:
     build.check_devices(config, jax.device_count())
@@ -110,7 +110,7 @@ def tpu_devices(topology: str) -> list[jax.Device]:
 
 
 def bytes_per_device(tree: Any) -> int:
-  """Of abstract arrays with shardings."""
+  """Returns the bytes that abstract arrays with shardings take on one device."""
   return sum(
     math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
     for leaf in jax.tree.leaves(tree)
@@ -119,7 +119,7 @@ def bytes_per_device(tree: Any) -> int:
 
 
 def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
-  """Of a step: counted in its jaxpr, and compiled where `where` is a slice of TPUs."""
+  """Returns a step's cost: counted in its jaxpr, and compiled if `where` is a slice of TPUs."""
   traced = step.function.trace(*step.args)
   num_devices = where.mesh.size
   matmuls = flops_lib.matmuls(traced.jaxpr.jaxpr, where.platform)

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from vdm import build
 from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
-from vdm.evaluation.bound import make_eval_step
+from vdm.evaluation.bound import jit_step
 from vdm.planning.chips import GIB, Chip
 from vdm.planning.costs import Cost, Step, Target, bytes_per_device, cost, roofline, target
 from vdm.sampling.draw import make_guidance
@@ -43,8 +43,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
 
   settings, params = config.eval, len(config.eval.params.split(','))
   images = settings.max_images or config.data.eval_images
-  replicated = parallel.replicated(mesh)
-  function = parallel.jit(make_eval_step(model, config.eval), mesh, out_shardings=replicated)
+  function = jit_step(model, mesh, settings)
   args = (
     state.params,
     _batch(config.data, mesh, settings.batch_size, mask=True),
