@@ -60,7 +60,7 @@ def config_of(name: str, leaves: dict, dtype: str = 'float32'):
       config[block][leaf] = value
     config.model.dtype = dtype
     config.parallel.fsdp = 1
-    config = build.for_platform(config, 'cpu')  # unrolled; each says its dtype
+    config.model = build.for_platform(config.model, 'cpu')  # unrolled; each says its dtype
   return config
 
 

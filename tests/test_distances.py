@@ -10,10 +10,11 @@ from vdm.configs import default, digits
 from vdm import build, cards, data
 from vdm.evaluation import evaluate
 from vdm.evaluation.distances import make_scorer
-from vdm.evaluation.study import study
+from vdm.evaluation.study import Study
 from vdm.sampling.draw import make_sampler
 from vdm.system import parallel, writers
 from vdm.training import loop
+from vdm.workdir.load import read_run
 
 
 def config_of(**settings):
@@ -27,7 +28,7 @@ def test_the_data_itself_is_at_distance_zero(tmp_path):
   config = config_of(batch_size=100, halves=0)
   model, mesh = build.model(config), parallel.make_mesh()
   images = data.load(config.data, 'train').fetch(np.arange(1437))['image'].astype(np.int32)
-  of = study(config, model, mesh, data.load(config.data, 'eval'), tmp_path)
+  of = Study(model, mesh, data.load(config.data, 'eval'), tmp_path, config.to_dict())
   scorer = make_scorer(of, config.fid, config.sample, config.data, 1437)
   batches = [images[:1000], np.concatenate([images[1000:], images[:63]])]
   found = scorer(7, iter(batches))
@@ -56,7 +57,7 @@ def test_training_and_eval_score_the_same_samples(tmp_path):
   assert [card['value'] for card in curve] == [in_training['value']]
   path.unlink()
   config.eval.fid = True
-  assert evaluate.run(config, tmp_path) == 0
+  assert evaluate.run(read_run(config, tmp_path)) == 0
   assert json.loads(path.read_text())['value'] == pytest.approx(in_training['value'], rel=1e-6)
 
 
@@ -75,7 +76,7 @@ def test_bad_settings_are_refused(settings, message):
 def test_too_few_samples_are_refused_before_any_is_drawn(tmp_path):
   config = config_of(allow_few=False)
   model, mesh = build.model(config), parallel.make_mesh()
-  of = study(config, model, mesh, data.load(config.data, 'eval'), tmp_path)
+  of = Study(model, mesh, data.load(config.data, 'eval'), tmp_path, config.to_dict())
   with pytest.raises(ValueError, match=r'fid.num_images=8 must be 65 or more'):
     make_scorer(of, config.fid, config.sample, config.data, 8)
 

@@ -18,7 +18,6 @@ from vdm.sampling.draw import make_guidance, make_sampler
 from vdm.system import parallel
 from vdm.training.step import loss, recipe
 from vdm.workdir import checkpoint, config_file
-from vdm.workdir.load import read_guide
 
 EVERYWHERE = (-100.0, 100.0)
 
@@ -247,21 +246,25 @@ def test_a_model_guided_by_itself_is_itself(run_and_state, rank_promotion_allowe
 
 def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
   workdir, _ = run_and_state
-  mesh = parallel.make_mesh()
+
+  def guidance_of(config):
+    mesh = parallel.make_mesh()
+    return make_guidance(config.sample.guidance, config.schedule, build.model(config), mesh)
+
   config = config_of(kind='auto', checkpoint=str(tmp_path))
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* must be the workdir of a run'):
-    make_guidance(config, build.model(config), mesh)
+    guidance_of(config)
   config = config_of(kind='auto', checkpoint=str(workdir))
   with config.unlocked():
     config.data.update(num_values=256)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* a model of 256 values'):
-    make_guidance(config, build.model(config), mesh)
+    guidance_of(config)
   config = config_of(kind='auto', checkpoint=str(workdir), log_snr_max=-8.0, log_snr_min=-9.0)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* overlap nowhere, -5 to -8;'):
-    make_guidance(config, build.model(config), mesh)
+    guidance_of(config)
   config.model = ConfigDict(config.model.to_dict() | dict(name='mlp'))
   with pytest.raises(ValueError, match=r"guidance.checkpoint=.* model.name='mlp', not 'vdm_unet'"):
-    read_guide(config, None, mesh)
+    guidance_of(config)
 
 
 def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):

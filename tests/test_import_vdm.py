@@ -83,10 +83,15 @@ def config_of(case, width=128):
   return config
 
 
+def to_ours(config, model, public):
+  params = jax.eval_shape(model.init, jax.random.key(0))
+  return import_public.convert(public, params, config.model, config.schedule.name)
+
+
 def convert(case, params, width=128):
   config = config_of(case, width)
   model = build.model(config)
-  return model, import_public.convert(config, model, params)
+  return model, to_ours(config, model, params)
 
 
 def public_network(p, z, t):
@@ -258,7 +263,7 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
   with pytest.raises(ValueError, match=r'--workdir=.* holds a run; choose another'):
     import_public.run(config, workdir, str(tmp_path / 'public-0'))
 
-  _, model, mesh, state = read_run(config, workdir)
+  _, model, mesh, state, _ = read_run(config, workdir)
   assert int(state.step) == 7
   kernel = public_params('scalar', 5)['score_model']['conv_out']['kernel']
   np.testing.assert_array_equal(state.params['network']['conv_out']['kernel'], kernel)
@@ -290,7 +295,7 @@ def test_an_import_of_a_narrow_network_sets_its_groups(tmp_path):
   assert json.loads((tmp_path / 'run/config.json').read_text())['model']['norm_groups'] == 32
   config.model.norm_groups = 0
   with pytest.raises(ValueError, match=r'norm_groups=0 must be 32 .*; give --config.model.norm_gr'):
-    import_public.convert(config, build.model(config), public)
+    to_ours(config, build.model(config), public)
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path):
@@ -360,7 +365,7 @@ def test_a_config_of_another_model_is_told_what_to_set():
   config.model.fourier_exponents = (5, 6)
   config.schedule.name = 'learned_net'
   with pytest.raises(ValueError) as error:
-    import_public.convert(config, build.model(config), public)
+    to_ours(config, build.model(config), public)
   for field, value in (
     ('model.num_blocks', '1'),
     ('model.attention', 'True'),

@@ -22,6 +22,7 @@ from vdm.evaluation import evaluate
 from vdm.evaluation import ode as evaluation_ode
 from vdm.system import parallel
 from vdm.training import loop
+from vdm.workdir.load import read_run
 
 ENDS = (jnp.float32(12.0), jnp.float32(-12.0))
 SETTINGS = dict(rtol=1e-5, atol=1e-4, max_steps=500)
@@ -284,7 +285,7 @@ def test_eval_mode_writes_a_card_for_each_likelihood(tmp_path, rank_promotion_al
   for card in (tmp_path / 'cards').glob('*.json'):
     card.unlink()
   config.eval.likelihood = 'elbo,ode'
-  assert evaluate.run(config, tmp_path) == 0
+  assert evaluate.run(read_run(config, tmp_path)) == 0
   found = {path.name: json.loads(path.read_text()) for path in (tmp_path / 'cards').glob('*.json')}
   (name,) = (name for name in found if name.startswith('ode_'))
   assert name.startswith('ode_bits_per_dim_ema_truncated_normal1_hutchinson_16_seed0_')

@@ -251,11 +251,12 @@ def digits(**leaves):
 def test_auto_is_what_it_means_on_the_target():
   config = digits()
   for platform, dtype, scan in (('cpu', 'float32', 'off'), ('tpu', 'bfloat16', 'on')):
-    resolved = build.for_platform(config, platform)
-    assert (resolved.model.dtype, resolved.model.scan_blocks) == (dtype, scan)
+    resolved = build.for_platform(config.model, platform)
+    assert (resolved.dtype, resolved.scan_blocks) == (dtype, scan)
   assert config.model.dtype == config.model.scan_blocks == 'auto'
-  kept = build.for_platform(digits(**{'model.dtype': 'float32', 'model.scan_blocks': 'off'}), 'tpu')
-  assert (kept.model.dtype, kept.model.scan_blocks) == ('float32', 'off')
+  fixed = digits(**{'model.dtype': 'float32', 'model.scan_blocks': 'off'})
+  kept = build.for_platform(fixed.model, 'tpu')
+  assert (kept.dtype, kept.scan_blocks) == ('float32', 'off')
 
 
 @pytest.mark.parametrize(
@@ -318,9 +319,9 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, capsys, rank_promoti
 @pytest.mark.parametrize('excess, microbatches, batch_size', [(1.5, 2, 32), (3.4, 4, 16)])
 def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
   config = digits(**{'train.batch_size': 64})
-  where = costs.target('h100:8', config)
+  where = costs.target('h100:8', 1)
   cost = costs.Cost(0, memory=excess * where.chip.hbm_bytes)
-  line = plan.advice(config, cost, where, state_bytes=0)
+  line = plan.advice(config.train, config.model, cost, where, state_bytes=0)
   assert f'--config.train.microbatches={microbatches},' in line
   assert f'--config.train.batch_size={batch_size},' in line
 
@@ -328,8 +329,8 @@ def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")
 @pytest.mark.slow
 def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
-  where = costs.target('v5e:2x2', digits())
-  config = build.for_platform(digits(), where.platform)
+  where, config = costs.target('v5e:2x2', 1), digits()
+  config.model = build.for_platform(config.model, where.platform)
   cost = costs.cost(next(plan.steps(config, where.mesh)), where)
   assert cost.limit is None and 0 < cost.temporaries < cost.memory < where.chip.hbm_bytes
   assert cost.traffic > 0 and math.isfinite(cost.flops)

@@ -17,6 +17,7 @@ from vdm.planning import plan
 from vdm.sampling import run as run_lib
 from vdm.training import loop
 from vdm.workdir import checkpoint, config_file
+from vdm.workdir.load import read_run
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -62,8 +63,8 @@ def test_eval_and_sample_leave_no_trace_and_read_by_the_runs_own_config(
   before = traces(finished)
   config = config_of(**OTHERS[change])
   with caplog.at_level('INFO'):
-    assert evaluate.run(config, finished, out=tmp_path) == 0
-    assert run_lib.run(config, finished, out=tmp_path) == 0
+    assert evaluate.run(read_run(config, finished), out=tmp_path) == 0
+    assert run_lib.run(read_run(config, finished), out=tmp_path) == 0
   assert traces(finished) == before
   (leaf, value), *_ = OTHERS[change].items()
   assert f'config.{leaf}=' in caplog.text and f'not {value}' in caplog.text  # said, not refused
@@ -76,10 +77,10 @@ def test_eval_and_sample_leave_no_trace_and_read_by_the_runs_own_config(
 
 def test_what_is_evaluated_and_drawn_is_as_given(finished, tmp_path):
   config = config_of(**{'eval.draws': 3, 'eval.seed': 7, 'sample.num_images': 5})
-  assert evaluate.run(config, finished, out=tmp_path) == 0
+  assert evaluate.run(read_run(config, finished), out=tmp_path) == 0
   series = cards.series(tmp_path)
   assert all(name.rpartition('_')[0].endswith('continuous_8x3_seed7') for name in series)
-  assert run_lib.run(config, finished, out=tmp_path) == 0
+  assert run_lib.run(read_run(config, finished), out=tmp_path) == 0
   manifest = json.loads(next(tmp_path.glob('samples/*/manifest.json')).read_text())
   assert manifest['num_images'] == 5
 
@@ -96,9 +97,9 @@ def test_no_evaluation_takes_the_place_of_another(finished, tmp_path):
     {'data.eval_split': 'train', 'data.eval_images': 1437},
   )
   for number, change in enumerate(changes, 1):
-    assert evaluate.run(config_of(**change), finished, out=tmp_path) == 0
+    assert evaluate.run(read_run(config_of(**change), finished), out=tmp_path) == 0
     assert len(list((tmp_path / 'cards').iterdir())) == 2 * number, change  # raw and ema
-  assert evaluate.run(config_of(**{'eval.batch_size': 16}), finished, out=tmp_path) == 0
+  assert evaluate.run(read_run(config_of(**{'eval.batch_size': 16}), finished), out=tmp_path) == 0
   assert len(list((tmp_path / 'cards').iterdir())) == 2 * number  # the same number again
 
 
@@ -110,8 +111,8 @@ def test_any_step_is_read_and_the_log_says_which_is_the_best(
   lowest = cards.best(own)
   read = read or lowest['step']
   with caplog.at_level('INFO'):
-    assert evaluate.run(config_of(), finished, step, tmp_path) == 0
-    assert run_lib.run(config_of(), finished, step, tmp_path) == 0
+    assert evaluate.run(read_run(config_of(), finished, step), tmp_path) == 0
+    assert run_lib.run(read_run(config_of(), finished, step), tmp_path) == 0
   assert f'step {read} of 2, 4; the best by bits/dim is {lowest["step"]}' in caplog.text
   (series,) = (s for name, s in cards.series(tmp_path).items() if 'bits_per_dim_ema' in name)
   assert [card['step'] for card in series] == [read]
@@ -122,7 +123,7 @@ def test_any_step_is_read_and_the_log_says_which_is_the_best(
 @pytest.mark.parametrize('step', ['3', 'last', '-1', ''])
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(step, finished):
   with pytest.raises(ValueError) as error:
-    evaluate.run(config_of(), finished, step)
+    evaluate.run(read_run(config_of(), finished, step))
   assert str(error.value) == (
     f'--step={step} is not there: --workdir={finished} holds the steps 2, 4; choose one, or '
     'newest, or best.'
@@ -136,8 +137,8 @@ def test_the_best_is_not_known_where_none_was_evaluated(tmp_path):
   with checkpoint.manager(tmp_path, 3) as manager:
     manager.delete(2)
   with pytest.raises(ValueError, match=r'^--step=best is not known: .* holds the steps 1, none of'):
-    evaluate.run(config, tmp_path, 'best')
-  assert evaluate.run(config, tmp_path, '1') == 0
+    evaluate.run(read_run(config, tmp_path, 'best'))
+  assert evaluate.run(read_run(config, tmp_path, '1')) == 0
 
 
 def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
@@ -161,7 +162,7 @@ def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
 def test_a_workdir_without_a_config_is_refused(finished, tmp_path):
   (tmp_path / 'checkpoints').symlink_to(finished / 'checkpoints')
   with pytest.raises(ValueError, match=r'config.json that cannot be read \(No such file'):
-    evaluate.run(config_of(), tmp_path)
+    evaluate.run(read_run(config_of(), tmp_path))
   assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
 
 

@@ -36,7 +36,7 @@ def folders(tmp_path_factory):
   workdir = tmp_path_factory.mktemp('run')
   with jax.numpy_rank_promotion('allow'):
     assert loop.train(config_of(), workdir) == 0
-    assert release.run(config_of(), workdir) == 0
+    assert release.run(read_run(config_of(), workdir)) == 0
   return workdir, workdir.with_name(f'{workdir.name}_release')
 
 
@@ -60,8 +60,8 @@ def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan
 def test_it_is_evaluated_and_sampled_from_like_a_run(folders, tmp_path):
   workdir, folder = folders
   for name, place in (('run', workdir), ('release', folder)):
-    assert evaluate.run(config_of(), place, out=tmp_path / name) == 0
-    assert run_lib.run(config_of(), place, out=tmp_path / name) == 0
+    assert evaluate.run(read_run(config_of(), place), out=tmp_path / name) == 0
+    assert run_lib.run(read_run(config_of(), place), out=tmp_path / name) == 0
   values = [
     json.loads(next((tmp_path / name / 'cards').glob('bits_per_dim_ema*')).read_text())['value']
     for name in ('run', 'release')
@@ -105,8 +105,9 @@ def test_damage_is_one_line_with_the_files_name(folders, tmp_path, name):
   else:
     with np.load(folders[1] / 'params.npz') as file:
       np.savez(path, **damaged(dict(file), name))
+  init = build.init_state(config, build.model(config))
   with pytest.raises(ValueError, match=str(path)) as error:
-    released.read(tmp_path, config, build.model(config), parallel.make_mesh())
+    released.read(tmp_path, init, parallel.make_mesh())
   assert '\n' not in str(error.value)
 
 

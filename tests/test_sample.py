@@ -53,15 +53,15 @@ def stub_model():
 
 
 @pytest.fixture
-def read_run(monkeypatch):
-  """A run on disk; the parameter of its newest state is `state.averages['ema']`."""
+def read_run():
+  """Reads a run whose newest state has the parameter `read_run.state.averages['ema']`."""
   state = types.SimpleNamespace(step=3, params=None, averages={'ema': jnp.ones(())})
-  monkeypatch.setattr(
-    run_lib,
-    'read_run',
-    lambda config, *_: Run(config, stub_model(), parallel.make_mesh(), state),
-  )
-  return state
+
+  def read(config, workdir):
+    return Run(config, stub_model(), parallel.make_mesh(), state, workdir)
+
+  read.state = state
+  return read
 
 
 def files(workdir):
@@ -109,51 +109,53 @@ def test_killed_at_any_rename_and_run_again_the_files_are_the_same_bytes(
   image_format, read_run, tmp_path, monkeypatch
 ):
   config = config_of(format=image_format)
-  assert run_lib.run(config, tmp_path / 'straight') == 0
+  assert run_lib.run(read_run(config, tmp_path / 'straight')) == 0
   expected = files(tmp_path / 'straight')
   for number in range(1, 6):  # of the manifest and of the four shards
     workdir = tmp_path / f'killed_{number}'
     with monkeypatch.context() as patch, pytest.raises(Killed):
       die_at(patch, number)
-      run_lib.run(config, workdir)
+      run_lib.run(read_run(config, workdir))
     left = files(workdir)
     assert len(left) < len(expected) and any('.part' in name for name in left)
     kept = {p: p.stat().st_mtime_ns for p in workdir.glob('samples/*/[0-9]*')}
-    assert run_lib.run(config, workdir) == 0
+    assert run_lib.run(read_run(config, workdir)) == 0
     assert files(workdir) == expected
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
 
 
 def test_a_half_written_shard_and_a_lost_one_are_drawn_again(read_run, tmp_path):
   config = config_of()
-  run_lib.run(config, tmp_path)
+  run_lib.run(read_run(config, tmp_path))
   expected = files(tmp_path)
   (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   (folder / '00000008.npz').unlink()
   shard = folder / '00000024.npz'
   shard.rename(folder / '.00000024.npz.part')
   (folder / '.00000024.npz.part').write_bytes(b'half')
-  run_lib.run(config, tmp_path)
+  run_lib.run(read_run(config, tmp_path))
   assert files(tmp_path) == expected
 
 
 def test_shards_hold_every_image_once_in_order_with_its_label(read_run, tmp_path):
   config = config_of()
-  run_lib.run(config, tmp_path)
+  run_lib.run(read_run(config, tmp_path))
   run = make_sampler(config, stub_model(), parallel.make_mesh())
-  images = np.concatenate(list(run(read_run.averages['ema'])))
+  images = np.concatenate(list(run(read_run.state.averages['ema'])))
   assert images.shape == (28, *SHAPE) and len(np.unique(images, axis=0)) == 28
   (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   np.testing.assert_array_equal(np.concatenate(list(read_shards(folder))), images)
   assert [len(batch) for batch in read_shards(folder)] == [8, 8, 8, 4]
   labels = np.concatenate([np.load(path)['labels'] for path in sorted(folder.glob('*.npz'))])
   np.testing.assert_array_equal(labels, np.arange(28) % 10)
-  np.testing.assert_array_equal(next(run(read_run.averages['ema'], starts=[16])), images[16:24])
+  np.testing.assert_array_equal(
+    next(run(read_run.state.averages['ema'], starts=[16])), images[16:24]
+  )
 
 
 def test_png_files_are_scaled_and_say_their_class(read_run, tmp_path):
   config = config_of(format='png', label_rule='uniform')
-  run_lib.run(config, tmp_path)
+  run_lib.run(read_run(config, tmp_path))
   (folder,) = (path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   images = np.concatenate(
     list(make_sampler(config, stub_model(), parallel.make_mesh())(jnp.ones(())))
@@ -187,8 +189,8 @@ def test_one_device_and_eight_draw_the_same_images():
 
 
 def test_another_setting_is_another_folder_and_another_state_is_refused(read_run, tmp_path):
-  run_lib.run(config_of(), tmp_path)
-  run_lib.run(config_of(seed=1), tmp_path)
+  run_lib.run(read_run(config_of(), tmp_path))
+  run_lib.run(read_run(config_of(seed=1), tmp_path))
   folders = sorted(path for path in (tmp_path / 'samples').iterdir() if path.is_dir())
   assert len(folders) == 2
   for leaf, value in {'eta': 0.5, 'name': 'ddim', 's_churn': 1.0}.items():
@@ -196,9 +198,9 @@ def test_another_setting_is_another_folder_and_another_state_is_refused(read_run
     changed.sample.sampler[leaf] = value
     assert folder_name(changed.sample, 3) != folder_name(config_of().sample, 3)
   before = files(tmp_path)
-  read_run.averages['ema'] = jnp.full((), 1.5)  # trained anew, to the same step
+  read_run.state.averages['ema'] = jnp.full((), 1.5)  # trained anew, to the same step
   with pytest.raises(ValueError, match=r"holds images of fingerprint='\w{8}', not '\w{8}'; remove"):
-    run_lib.run(config_of(), tmp_path)
+    run_lib.run(read_run(config_of(), tmp_path))
   assert files(tmp_path) == before
 
 
@@ -212,17 +214,17 @@ def test_another_setting_is_another_folder_and_another_state_is_refused(read_run
   ],
 )
 def test_a_folder_that_says_something_else_is_refused(content, message, read_run, tmp_path):
-  run_lib.run(config_of(), tmp_path)
+  run_lib.run(read_run(config_of(), tmp_path))
   (manifest,) = tmp_path.glob('samples/*/manifest.json')
   manifest.write_text(content) if content else manifest.unlink()
   with pytest.raises(ValueError, match=message):
-    run_lib.run(config_of(), tmp_path)
+    run_lib.run(read_run(config_of(), tmp_path))
 
 
 def test_the_manifest_says_what_the_images_are(read_run, tmp_path):
   config = config_of(denoise_last=True, label_rule='uniform')
   config.sample.sampler.update(name='heun', s_churn=2.0)
-  run_lib.run(config, tmp_path)
+  run_lib.run(read_run(config, tmp_path))
   (path,) = tmp_path.glob('samples/*/manifest.json')
   manifest = json.loads(path.read_text())
   expected = dict(
@@ -293,7 +295,7 @@ def test_label_rules():
 )
 def test_bad_input_is_refused_before_anything_is_written(settings, message, read_run, tmp_path):
   with pytest.raises(ValueError, match=message):
-    run_lib.run(config_of(**settings), tmp_path)
+    run_lib.run(read_run(config_of(**settings), tmp_path))
   assert not files(tmp_path)
 
 

@@ -234,7 +234,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tm
 @pytest.mark.slow
 def test_eval_and_sample_read_the_newest_checkpoint(straight):
   config = config_of(eval__num_timesteps=10, eval__augmented_elbo=True)
-  assert evaluate.run(config, straight) == 0
+  assert evaluate.run(read_run(config, straight)) == 0
   (table,) = (straight / 'tables').glob('augmented_elbo_ema_*.csv')
   rows = list(csv.DictReader(table.read_text().splitlines()))
   spent = sum(float(r['bits_per_log_snr']) for r in rows) * 13 / len(rows)
@@ -243,7 +243,7 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
   (card,) = straight.glob('cards/bits_per_dim_ema_T10_8x2_seed0_*_step00000004.json')
   card = json.loads(card.read_text())
   assert card['bound'] == 'discrete-time ELBO, T = 10'
-  assert run_lib.run(config, straight) == 0
+  assert run_lib.run(read_run(config, straight)) == 0
   (path,) = (straight / 'samples').glob('*/*.npz')
   stored = np.load(path)
   assert stored['images'].shape == (config.sample.num_images, 8, 8, 1)
@@ -373,7 +373,7 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
 @pytest.mark.parametrize('std', [0.05, 0.1])
 def test_a_stored_length_is_reconstructed_as_it_was_tracked(straight, std):
   config = config_of(ema__reconstruct_std=std)
-  assert posthoc_ema.run(config, straight) == 0
+  assert posthoc_ema.run(read_run(config, straight)) == 0
   out = straight.with_name(f'{straight.name}_std{std:g}')
   made, tracked = final_state(config, out), final_state(config, straight)
   pairs = zip(
@@ -390,4 +390,4 @@ def test_reconstruction_needs_snapshots_of_the_run_whatever_the_config_given(tmp
   config = config_of(ema__power_stds=(), ema__snapshot_every_steps=0, train__num_steps=2)
   assert loop.train(config, tmp_path) == 0
   with pytest.raises(ValueError, match=r'config.ema.power_stds=\(\) must be two lengths'):
-    posthoc_ema.run(config_of(), tmp_path)
+    posthoc_ema.run(read_run(config_of(), tmp_path))

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, cards, cli, data, fid
@@ -39,7 +40,7 @@ from vdm.evaluation import plots
 from vdm.sampling.draw import make_sampler
 from vdm.system import files, hosts, logs, writers
 from vdm.training import loop
-from vdm.workdir.load import read_run
+from vdm.workdir.load import Run, read_run
 
 _INDEX = flags.DEFINE_list('index', None, 'Runs of the grid, for arrays of jobs: 7, or 0,2,4.')
 _WORKERS = flags.DEFINE_integer(
@@ -100,9 +101,9 @@ def _change(run: ConfigDict, axis: str, block: str, change: Any):
     run[block].update(change)
 
 
-def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
+def score(run: Run, steps: tuple[int, ...]):
   """Writes scores.json: Fréchet distances of samples by network evaluations, w and p of log_snr."""
-  config, model, mesh, state = read_run(config, workdir)
+  config, model, mesh, state, workdir = run
   config = config.copy_and_resolve_references()
   source = data.load(config.data, 'eval')
   reference = source.fetch(np.arange(len(source)))['image']
@@ -122,7 +123,7 @@ def score(config: ConfigDict, workdir: pathlib.Path, steps: tuple[int, ...]):
     'log_snr': np.asarray(log_snr).tolist(),
     'weight': np.asarray(model.weighting(log_snr)).tolist(),
   }
-  files.write(workdir / SCORES, files.json_text(result))
+  files.write(epath.Path(workdir) / SCORES, files.json_text(result))
 
 
 def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
@@ -327,7 +328,7 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
       continue
     if status:
       return status
-    score(run_config, path, grid.evaluations)
+    score(read_run(run_config, path), grid.evaluations)
     jax.clear_caches()  # of programs that no other run uses
     write_results(workdir, runs, reference)
   write_results(workdir, runs, reference)

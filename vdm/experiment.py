@@ -206,7 +206,7 @@ class Experiment:
     else:
       classes = self.config.data.num_classes if self.config.model.class_conditional else 0
       labels = _given(label, num_images, classes)
-    made = make_guidance(config, self.model, self.mesh)
+    made = make_guidance(config.sample.guidance, config.schedule, self.model, self.mesh)
     draw = make_draw(self.model, self.mesh, config.sample, labels, made, sampler)
     return np.concatenate(list(draw(named_params(state, params), num_images)))
 

@@ -54,7 +54,7 @@ def main(_):
 
 def _command(mode: str) -> Callable[[ConfigDict, epath.Path], int]:
   """Returns the command of a mode; what the other modes need is not imported."""
-  reading = dict(step=_STEP.value, out=epath.Path(cli.OUT.value) if cli.OUT.value else None)
+  out = dict(out=epath.Path(cli.OUT.value) if cli.OUT.value else None)
   match mode:
     case 'train':
       from vdm.training import loop
@@ -63,19 +63,19 @@ def _command(mode: str) -> Callable[[ConfigDict, epath.Path], int]:
     case 'eval':
       from vdm.evaluation import evaluate
 
-      return functools.partial(evaluate.run, **reading)
+      return _reads(evaluate.run, **out)
     case 'sample':
       from vdm.sampling import run
 
-      return functools.partial(run.run, **reading)
+      return _reads(run.run, **out)
     case 'release':
       from vdm.workdir import release
 
-      return functools.partial(release.run, **reading)
+      return _reads(release.run, **out)
     case 'reconstruct':
       from vdm.workdir import posthoc_ema
 
-      return posthoc_ema.run
+      return _reads(posthoc_ema.run)
     case 'import_vdm':
       from vdm.workdir import import_public
 
@@ -85,6 +85,13 @@ def _command(mode: str) -> Callable[[ConfigDict, epath.Path], int]:
 
       return lambda config, _: plan.run(config, _TOPOLOGY.value, _PLAN_SEARCH.value)
   raise AssertionError(mode)
+
+
+def _reads(command: Callable[..., int], **kwargs) -> Callable[[ConfigDict, epath.Path], int]:
+  """Returns a command of (config, workdir) that reads the run of --step for `command`."""
+  from vdm.workdir.load import read_run
+
+  return lambda config, workdir: command(read_run(config, workdir, _STEP.value), **kwargs)
 
 
 def console():

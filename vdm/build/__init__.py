@@ -5,16 +5,16 @@ from vdm.build.factories import other_schedule, sampler, schedule, threshold
 from vdm.build.model import Model, model
 from vdm.build.optimizer import ema_decays, optimizer
 from vdm.build.platform import dtype, for_platform, scan_blocks
-from vdm.build.state import create_state, init_state
+from vdm.build.state import InitState, init_state
 
 ORDER = ('platform', 'factories', 'optimizer', 'checks', 'model', 'state', '__init__')
 
 __all__ = [
+  'InitState',
   'Model',
   'check_config',
   'check_devices',
   'check_sampling',
-  'create_state',
   'dtype',
   'ema_decays',
   'for_platform',

@@ -31,6 +31,8 @@ class Model(NamedTuple):
   image_shape: tuple[int, ...]
   decoder: Decoder
   adaptive: Adaptive | None = None
+  network: str = ''  # its name
+  dtype: str = 'float32'  # of its activations
 
   def training_schedule(self, params: Any, adaptive_state: Any) -> Schedule:
     """What training draws its times from: the adaptive schedule where there is one."""
@@ -116,4 +118,14 @@ def model(config: ConfigDict) -> Model:
     return denoise
 
   decoder = discrete(config.data.num_values)
-  return Model(init, as_schedule, denoiser, weighting, image_shape, decoder, adapts)
+  return Model(
+    init,
+    as_schedule,
+    denoiser,
+    weighting,
+    image_shape,
+    decoder,
+    adapts,
+    network=config.model.name,
+    dtype=dtype(config.model.dtype).name,
+  )

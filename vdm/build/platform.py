@@ -7,16 +7,16 @@ from ml_collections import ConfigDict
 from vdm.errors import require
 
 
-def for_platform(config: ConfigDict, platform: str) -> ConfigDict:
-  """Returns a copy in which 'auto' is replaced by what it means on 'cpu', 'gpu' or 'tpu'.
+def for_platform(model: ConfigDict, platform: str) -> ConfigDict:
+  """Returns a copy of config.model in which 'auto' is what it means on 'cpu', 'gpu' or 'tpu'.
 
   Without it 'auto' is for the platform at hand. Layers choose as they are lowered.
   """
-  config = config.copy_and_resolve_references()
-  config.model.dtype = dtype(config.model.dtype, platform).name
-  if 'scan_blocks' in config.model:
-    config.model.scan_blocks = 'on' if scan_blocks(config.model, platform) else 'off'
-  return config
+  model = model.copy_and_resolve_references()
+  model.dtype = dtype(model.dtype, platform).name
+  if 'scan_blocks' in model:
+    model.scan_blocks = 'on' if scan_blocks(model, platform) else 'off'
+  return model
 
 
 def dtype(name: str, platform: str = '') -> jnp.dtype:

@@ -1,8 +1,7 @@
 """What training carries from step to step: parameters, their averages, the optimizer's state."""
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -66,13 +65,20 @@ def named_params(state: TrainState, name: str) -> Any:
   return state.params if name == 'raw' else state.averages[name]
 
 
-def create_state(config: ConfigDict, model: Model, params: Any) -> TrainState:
-  """Returns the state before the first step from these parameters."""
-  adapts = model.adaptive.init() if model.adaptive else None
-  averages = tuple(ema_decays(config.ema, config.train.batch_size, 0))
-  return create(params, optimizer(config.train.num_steps, **config.optimizer), adapts, averages)
+class InitState(Protocol):
+  """Returns the state before the first step; to be traced."""
+
+  def __call__(self, params: Any = None) -> TrainState:
+    """`params` are the parameters to start from; None: those that the seed draws."""
 
 
-def init_state(config: ConfigDict, model: Model) -> Callable[[], TrainState]:
-  """Returns a function without arguments, to be traced, of the state before the first step."""
-  return lambda: create_state(config, model, model.init(jax.random.key(config.seed)))
+def init_state(config: ConfigDict, model: Model) -> InitState:
+  """Returns the function that makes the state before the first step."""
+
+  def init(params=None):
+    params = model.init(jax.random.key(config.seed)) if params is None else params
+    adapts = model.adaptive.init() if model.adaptive else None
+    averages = tuple(ema_decays(config.ema, config.train.batch_size, 0))
+    return create(params, optimizer(config.train.num_steps, **config.optimizer), adapts, averages)
+
+  return init

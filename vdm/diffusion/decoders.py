@@ -50,6 +50,7 @@ class Decoder(NamedTuple):
   dequantizations: Mapping[str, Dequantization]  # how a density in x becomes one of u, by name
   to_pixels: Callable[[np.ndarray], np.ndarray]  # u -> uint8, to look at; NumPy
   dtype: np.dtype  # in which u is stored
+  units: str  # of the data, in words: '256 values'
 
   def mode(self, z_0: Float[Array, 'b ...'], log_snr_max: Array) -> Shaped[Array, 'b ...']:
     """Returns the u of the greatest p(u | z_0)."""
@@ -104,6 +105,7 @@ def discrete(num_values: int) -> Decoder:
     dequantizations=dequantizations,
     to_pixels=lambda u: np.round(u * (255 / (num_values - 1))).astype(np.uint8),
     dtype=np.min_scalar_type(num_values - 1),
+    units=f'{num_values} values',
   )
 
 

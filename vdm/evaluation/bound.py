@@ -255,6 +255,6 @@ def card_path(of: Study, settings: ConfigDict, name: str, step: int) -> pathlib.
   made_of = {k: v for k, v in settings.to_dict().items() if k in same} | {
     'num_images': num_images,
     'data': of.source.identity,
-    'dtype': of.dtype,
+    'dtype': of.model.dtype,
   }
   return cards.path_of(of.folder, ('bits_per_dim', name, time, *own, *times), made_of, step)

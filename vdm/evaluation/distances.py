@@ -34,7 +34,7 @@ def make_scorer(
     'network_evaluations': num_evaluations(
       build.sampler(how.sampler), how.num_steps, how.denoise_last
     ),
-    'dtype': of.dtype,
+    'dtype': of.model.dtype,
     'config': of.config,
   }
   extractor = fid.make(settings, data, of.mesh)
@@ -45,7 +45,7 @@ def make_scorer(
     'num_samples': num_images,
     'extractor': [extractor.name, extractor.sha256],
     'reference': reference.facts,
-    'dtype': of.dtype,
+    'dtype': of.model.dtype,
   }
 
   def score(step, batches):

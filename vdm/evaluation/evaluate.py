@@ -20,11 +20,11 @@ from vdm.build.state import TrainState, named_params
 from vdm.evaluation import bound, distances, ode
 from vdm.evaluation.bound import BitsPerDim
 from vdm.evaluation.pictures import make_pictures, write_augmented
-from vdm.evaluation.study import Study, ends_of, study
+from vdm.evaluation.study import Study, ends_of
 from vdm.sampling.draw import make_sampler
 from vdm.sampling.picture import image_grid, save_png
 from vdm.workdir import config_file
-from vdm.workdir.load import read_run
+from vdm.workdir.load import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def in_training(
   config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path
 ) -> Sequence[Evaluation]:
   """Returns the evaluations that training runs: the bound, samples and, if due, distances."""
-  of = study(config, model, mesh, data.load(config.data, 'eval'), workdir)
+  of = Study(model, mesh, data.load(config.data, 'eval'), workdir, config.to_dict())
   how, every = config.sample, config.fid.train_every_steps
   scorer, scored = None, config.fid.train_images if every else 0
   if every:
@@ -168,20 +168,15 @@ def in_training(
   )
 
 
-def run(
-  config: ConfigDict,
-  workdir: pathlib.Path,
-  step: str = 'newest',
-  out: pathlib.Path | None = None,
-) -> int:
+def run(run: Run, out: pathlib.Path | None = None) -> int:
   """--mode=eval: scores a checkpoint as config.eval.likelihood says, and plots it.
 
-  `step` chooses it as in `read_run`. All that is made goes to `out`, the workdir unless given; the
-  workdir's own cards are in the plots in any case.
+  All that is made goes to `out`, the workdir unless given; the workdir's own cards are in the plots
+  in any case.
   """
-  config, model, mesh, state = read_run(config, workdir, step)
+  config, model, mesh, state, workdir = run
   folder, settings = config_file.out_folder(workdir, out), config.eval
-  of = study(config, model, mesh, data.load(config.data, 'eval'), folder)
+  of = Study(model, mesh, data.load(config.data, 'eval'), folder, config.to_dict())
   evaluations = []
   if 'elbo' in settings.likelihood.split(','):
     evaluations += [of_bound(of, settings), of_pictures(of, config.sample.params, workdir)]

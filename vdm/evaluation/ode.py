@@ -182,7 +182,7 @@ def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], Od
       'seed': seed,
       'num_images': result.num_images,
       'data': of.source.identity,
-      'dtype': of.dtype,
+      'dtype': of.model.dtype,
     }
     path = cards.path_of(of.folder, parts, made_of, step)
     write_card(of, path, params, settings.params, step, card_fields(settings, result))

@@ -21,15 +21,6 @@ class Study(NamedTuple):
   source: Source  # the evaluation split
   folder: pathlib.Path  # of cards, plots, samples and tables
   config: dict[str, Any]  # the whole config as plain values, for cards
-  dtype: str  # of the network's activations
-
-
-def study(
-  config: ConfigDict, model: build.Model, mesh: Mesh, source: Source, folder: pathlib.Path
-) -> Study:
-  """Returns the study of a config's model."""
-  dtype = str(build.dtype(config.model.dtype))
-  return Study(model, mesh, source, folder, config.to_dict(), dtype)
 
 
 def batches(source: Source, settings: ConfigDict) -> Iterator[Batch]:
@@ -81,7 +72,7 @@ def write_card(of: Study, path: pathlib.Path, params: Any, name: str, step: int,
       'images_seen': step * of.config['train']['batch_size'],
       'log_snr_max': log_snr_max,
       'log_snr_min': log_snr_min,
-      'dtype': of.dtype,
+      'dtype': of.model.dtype,
       'config': of.config,
     },
   )

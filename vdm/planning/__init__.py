@@ -1,3 +1,3 @@
 """What a run costs on devices that need not be here."""
 
-ORDER = ('chips', 'flops', 'hlo', 'costs', 'plan', '__init__')
+ORDER = ('chips', 'flops', 'hlo', 'costs', 'table', 'plan', '__init__')

@@ -14,9 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import AbstractMesh, Mesh
-from ml_collections import ConfigDict
 
-from vdm import build
 from vdm.planning import flops as flops_lib
 from vdm.planning import hlo
 from vdm.planning.chips import GPUS, TPUS, Chip, of_kind
@@ -65,25 +63,30 @@ class Cost(NamedTuple):
   accessed: float | None = None  # bytes by XLA's own count: loops once, on-chip memory included
 
 
-def target(topology: str, config: ConfigDict) -> Target:
-  """Returns what --topology names, 'v5e:8x8' or 'h100:8'; if empty, the devices at hand."""
-  fsdp = config.parallel.fsdp
+def num_devices(topology: str) -> int:
+  """Returns the number of devices of --topology; if empty, of those at hand."""
   if not topology:
-    build.check_devices(config, jax.device_count())
-    name = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
-    chip = of_kind(jax.devices()[0].device_kind)
-    return Target(name, chip, parallel.make_mesh(fsdp), jax.default_backend())
+    return jax.device_count()
   kind, _, size = topology.partition(':')
-  if kind in GPUS and re.fullmatch(r'[1-9]\d*', size):
-    build.check_devices(config, int(size))
-    mesh = parallel.abstract_mesh(int(size) // fsdp, fsdp)
-    return Target(topology, GPUS[kind], mesh, 'gpu')
-  if kind not in TPUS or not re.fullmatch(r'[1-9]\d*(x[1-9]\d*){1,2}', size):
+  shape = r'[1-9]\d*' if kind in GPUS else r'[1-9]\d*(x[1-9]\d*){1,2}'
+  if kind not in {**GPUS, **TPUS} or not re.fullmatch(shape, size):
     raise ValueError(
       f'--topology={topology} must be {", ".join(TPUS)} with a shape, or {", ".join(GPUS)} with a '
       'number; try v5e:2x4 or h100:8.'
     )
-  build.check_devices(config, math.prod(map(int, size.split('x'))))
+  return math.prod(map(int, size.split('x')))
+
+
+def target(topology: str, fsdp: int) -> Target:
+  """Returns what --topology names, 'v5e:8x8' or 'h100:8'; if empty, the devices at hand."""
+  if not topology:
+    name = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
+    chip = of_kind(jax.devices()[0].device_kind)
+    return Target(name, chip, parallel.make_mesh(fsdp), jax.default_backend())
+  kind = topology.partition(':')[0]
+  if kind in GPUS:
+    mesh = parallel.abstract_mesh(num_devices(topology) // fsdp, fsdp)
+    return Target(topology, GPUS[kind], mesh, 'gpu')
   return Target(topology, TPUS[kind], parallel.make_mesh(fsdp, tpu_devices(topology)), 'tpu')
 
 
@@ -121,11 +124,11 @@ def bytes_per_device(tree: Any) -> int:
 def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
   """Returns a step's cost: counted in its jaxpr, and compiled if `where` is a slice of TPUs."""
   traced = step.function.trace(*step.args)
-  num_devices = where.mesh.size
+  devices = where.mesh.size
   matmuls = flops_lib.matmuls(traced.jaxpr.jaxpr, where.platform)
-  flops, arguments = matmuls.flops / num_devices, bytes_per_device(step.args)
+  flops, arguments = matmuls.flops / devices, bytes_per_device(step.args)
   if where.platform != 'tpu' or not compiles:
-    moved = matmuls.bytes / num_devices + (2 if step.residuals else 1) * arguments
+    moved = matmuls.bytes / devices + (2 if step.residuals else 1) * arguments
     if not step.residuals:
       return Cost(flops, moved, {})
     params = bytes_per_device(step.args[0].params)
@@ -141,7 +144,7 @@ def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
   seconds, analysis = time.perf_counter() - start, compiled.memory_analysis()
   memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
   memory += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  traffic = hlo.traffic(compiled.as_text(), num_devices)
+  traffic = hlo.traffic(compiled.as_text(), devices)
   return Cost(
     flops,
     traffic.bytes,

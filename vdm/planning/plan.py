@@ -9,8 +9,8 @@ compiler, which needs no TPU. For GPUs nothing is compiled, and memory and traff
 Nothing is written, and no data is read.
 """
 
+import functools
 import math
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -25,12 +25,14 @@ from vdm import build
 from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
 from vdm.evaluation.bound import jit_step
-from vdm.planning.chips import GIB, Chip
-from vdm.planning.costs import Cost, Step, Target, bytes_per_device, cost, roofline, target
-from vdm.sampling.draw import make_guidance
+from vdm.planning.chips import Chip
+from vdm.planning.costs import Cost, Step, Target, bytes_per_device, cost, num_devices, target
+from vdm.planning.table import column, gib, notes, table
+from vdm.sampling.draw import make_guidance, unguided
 from vdm.system import parallel
 from vdm.system.runners import jit_runner
-from vdm.training.step import loss, make_train_step, recipe
+from vdm.training import step as step_lib
+from vdm.training.step import Recipe, recipe
 
 TIMED_STEPS = 5
 
@@ -39,7 +41,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   """The steps of training, evaluation and sampling, on abstract arrays."""
   model = build.model(config)
   state = parallel.abstract_state(mesh, build.init_state(config, model))
-  yield _train_step(config, model, mesh, state)
+  yield train_step(recipe(config, model), config.data, config.train.num_steps, mesh, state)
 
   settings, params = config.eval, len(config.eval.params.split(','))
   images = settings.max_images or config.data.eval_images
@@ -53,11 +55,9 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   calls = params * math.ceil(images / settings.batch_size)
   yield Step('eval', function, args, settings.batch_size, 1, calls)
 
-  settings = config.sample
-  alone = config.copy_and_resolve_references()
-  if alone.sample.guidance.kind == 'auto':  # its checkpoint is not read
-    alone.sample.guidance.kind = 'none'
-  guided, _ = make_guidance(alone, model, mesh)
+  settings, guided = config.sample, unguided(model)[0]
+  if settings.guidance.kind == 'classifier_free':  # of 'auto' the checkpoint is not read
+    guided, _ = make_guidance(settings.guidance, config.schedule, model, mesh)
   threshold = build.threshold(config.sample.threshold)
 
   def evaluate_network(params, z, log_snr, label):
@@ -82,12 +82,15 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   )
 
 
-def _train_step(config, model, mesh, state) -> Step:
-  function = make_train_step(config, model)
-  size, num_steps = config.train.batch_size, config.train.num_steps
-  args = (state, _batch(config.data, mesh, size))
+def train_step(
+  how: Recipe, data: ConfigDict, num_steps: int, mesh: Mesh | AbstractMesh, state: Any
+) -> Step:
+  """Returns the step of training on config.data, of abstract arrays."""
+  function = functools.partial(step_lib.train_step, how)
+  args = (state, _batch(data, mesh, how.batch_size))
   jitted = jit_runner(function, mesh, state).step
-  return Step('train', jitted, args, size, 1, num_steps, residual_bytes(config, model, mesh, state))
+  residuals = residual_bytes(how, data, mesh, state)
+  return Step('train', jitted, args, how.batch_size, 1, num_steps, residuals)
 
 
 def _batch(data: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = False) -> dict:
@@ -102,17 +105,16 @@ def _batch(data: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = 
   return {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in shapes.items()}
 
 
-def residual_bytes(config: ConfigDict, model: build.Model, mesh: Any, state: Any) -> int:
+def residual_bytes(how: Recipe, data: ConfigDict, mesh: Any, state: Any) -> int:
   """What JAX keeps of a device's part of a microbatch for the gradient, before fusion."""
-  settings = recipe(config, model)
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype),
-    _batch(config.data, mesh, config.train.batch_size // config.train.microbatches),
+    _batch(data, mesh, how.batch_size // how.microbatches),
   )
   key = jax.random.key(0)
 
   def pullback(params, probe, adaptive, batch):
-    of = lambda params, probe: loss(settings, params, probe, adaptive, batch, key, key)
+    of = lambda params, probe: step_lib.loss(how, params, probe, adaptive, batch, key, key)
     _, gradient, _ = jax.vjp(of, params, probe, has_aux=True)
     return [leaf for leaf in jax.tree.leaves(gradient) if isinstance(leaf, jax.Array)]
 
@@ -146,25 +148,32 @@ def fits(cost: Cost, chip: Chip) -> bool:
   return cost.limit is None and (cost.memory or 0) <= chip.hbm_bytes
 
 
-def advice(config: ConfigDict, cost: Cost, where: Target, state_bytes: int) -> str:
-  """One line: by how much training exceeds the memory, and what to change, the cheapest first."""
-  limit, size, remedies = cost.limit or where.chip.hbm_bytes, config.train.batch_size, []
-  num_devices, parts = where.mesh.size, config.train.microbatches
+def advice(
+  train: ConfigDict, model: ConfigDict, cost: Cost, where: Target, state_bytes: int
+) -> str:
+  """Returns by how much training exceeds the memory, and what to change, the cheapest first.
+
+  Args:
+    train: config.train.
+    model: config.model.
+    cost: of a step of training.
+    where: the devices.
+    state_bytes: of the state, per device.
+  """
+  limit, size, remedies = cost.limit or where.chip.hbm_bytes, train.batch_size, []
+  devices, parts = where.mesh.size, train.microbatches
   fewer = 2 ** max(1, math.ceil(math.log2(cost.memory / limit)))  # images at a time
-  if state_bytes > limit / 2 and config.parallel.fsdp < num_devices:
-    remedies.append(f'--config.parallel.fsdp={num_devices}')
-  if size % (num_devices * parts * fewer) == 0:
+  if state_bytes > limit / 2 and where.mesh.shape['fsdp'] < devices:
+    remedies.append(f'--config.parallel.fsdp={devices}')
+  if size % (devices * parts * fewer) == 0:
     remedies.append(f'--config.train.microbatches={parts * fewer}')
-  if 'remat' in config.model and not config.model.remat:
+  if 'remat' in model and not model.remat:
     remedies.append('--config.model.remat=True')
-  if size >= fewer * num_devices * parts:
-    smaller = size // (fewer * num_devices * parts) * num_devices * parts
+  if size >= fewer * devices * parts:
+    smaller = size // (fewer * devices * parts) * devices * parts
     remedies.append(f'--config.train.batch_size={smaller}')
   remedies.append('more devices, or larger ones')
-  return (
-    f'{config.name} does not fit {where.name}: training takes {_gib(cost.memory)} of '
-    f'{_gib(limit)} a device; try {", or ".join(remedies)}.'
-  )
+  return f'training takes {gib(cost.memory)} of {gib(limit)} per device; try {", ".join(remedies)}.'
 
 
 class Fit(NamedTuple):
@@ -201,122 +210,40 @@ def largest_batch(
   return best, tried
 
 
-def search(config: ConfigDict, where: Target, known: Cost, budget: int) -> list[str]:
-  """Lines that say the largest batch of training without and with remat, from `budget` trials.
+def search(
+  cost_of: Callable[[int, bool], Cost],
+  train: ConfigDict,
+  remat: tuple[bool, ...],
+  fixed: float,
+  where: Target,
+  budget: int,
+) -> list[str]:
+  """Returns lines that say the largest batch of training without and with remat.
 
-  `known` is the cost of the config as it is, the first trial.
+  Args:
+    cost_of: (batch size, remat) -> the cost of a step of training.
+    train: config.train, whose batch is the first that is tried.
+    remat: the choices, the config's own first; () for a network that has none.
+    fixed: bytes per device that do not depend on the batch.
+    where: the devices.
+    budget: how many batches may be tried.
   """
-  has_remat = 'remat' in config.model
-  own = config.model.remat if has_remat else False
-  unit = where.mesh.size * config.train.microbatches
-  state = parallel.abstract_state(where.mesh, build.init_state(config, build.model(config)))
   lines = []
-  for remat in (own, not own) if has_remat else (own,):
-
-    def cost_of(size, remat=remat):
-      if (size, remat) == (config.train.batch_size, own):
-        return known
-      changed = config.copy_and_resolve_references()
-      changed.train.batch_size = size
-      if has_remat:
-        changed.model.remat = remat
-      return cost(_train_step(changed, build.model(changed), where.mesh, state), where)
-
-    left = budget if lines or not has_remat else -(-budget // 2)
+  for choice in remat or (False,):
+    left = budget if lines or not remat else -(-budget // 2)
     best, tried = largest_batch(
-      cost_of, config.train.batch_size, unit, bytes_per_device(state), where.chip, left
+      lambda size, choice=choice: cost_of(size, choice),
+      train.batch_size,
+      where.mesh.size * train.microbatches,
+      fixed,
+      where.chip,
+      left,
     )
     budget -= tried
-    policy = f' with model.remat={remat}' if has_remat else ''
-    found = f'{best.size}, {_gib(best.memory)} a device' if best else 'none'
+    policy = f' with model.remat={choice}' if remat else ''
+    found = f'{best.size}, {gib(best.memory)} per device' if best else 'none'
     lines.append(f'Largest batch found to fit{policy}: {found} ({tried} sizes tried).')
   return lines
-
-
-def _gib(size: float | None) -> str:
-  return '' if size is None else f'{size / GIB:.2f} GiB'
-
-
-def _duration(seconds: float) -> str:
-  for unit, length in (('days', 86400), ('hours', 3600), ('minutes', 60)):
-    if seconds >= 2 * length:
-      return f'{seconds / length:.3g} {unit}'
-  return f'{seconds:.3g} s'
-
-
-def column(
-  step: Step, of: Cost, where: Target, dtype: str, measured: list[float]
-) -> dict[str, str]:
-  """A step's part of the table: label -> cell."""
-  state, chip = step.args[0], where.chip
-  params = bytes_per_device(state.params if step.name == 'train' else state)
-  cells = {
-    'images of a call, on all devices': f'{step.images:,}',
-    'parameters': _gib(params),
-    'optimizer, averages': _gib(bytes_per_device(state) - params) if step.name == 'train' else '',
-    'activations, gradients, temporaries': _gib(of.temporaries),
-    'memory in all': _gib(of.memory),
-    'FLOPs': f'{of.flops / 1e12:.4g} T',
-    'HBM traffic': '' if of.traffic is None else f'{of.traffic / 1e9:.4g} GB',
-  }
-  if of.accessed is not None:
-    cells["accessed, by XLA's count"] = f'{of.accessed / 1e9:.4g} GB'
-  for kind, (number, size) in (of.collectives or {}).items():
-    cells[f'{kind}: number, sent'] = f'{number}, {size / 1e6:.4g} MB'
-  seconds = None
-  if chip and of.traffic is not None and of.collectives is not None:
-    times = roofline(chip, dtype, of)
-    cells |= {f'time by {k}': f'{1e3 * v:.4g} ms' for k, v in times.items()}
-    binding = max(times, key=times.get)
-    seconds, cells['bound by'] = times[binding], binding
-  if measured:
-    seconds = statistics.median(measured)
-    spread = f'{1e3 * min(measured):.4g} to {1e3 * max(measured):.4g}'
-    cells['measured: median'] = f'{1e3 * seconds:.4g} ms ({spread})'
-    cells['counted FLOPs a second'] = f'{of.flops / seconds / 1e12:.4g} T'
-  if seconds:
-    cells['images/s, all devices'] = f'{step.images / seconds / step.calls_per_batch:.4g}'
-    cells['all of it'] = f'{_duration(seconds * step.calls)} for {step.calls:,} calls'
-  if of.seconds is not None:
-    cells['compiled in'] = f'{of.seconds:.0f} s'
-  return cells
-
-
-def table(columns: dict[str, dict[str, str]]) -> str:
-  """Columns of cells by label as aligned Markdown; a label that a column lacks is empty there."""
-  labels = list(dict.fromkeys(label for cells in columns.values() for label in cells))
-  rows = [['a device and call', *columns]]
-  rows += [[label, *(cells.get(label, '') for cells in columns.values())] for label in labels]
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  lines = [
-    ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows
-  ]
-  lines.insert(1, ' | '.join('-' * width for width in widths))
-  return '\n'.join(f'| {line} |' for line in lines)
-
-
-COUNTED = (
-  'FLOPs are those of matrix products and convolutions in the traced program: loops times their '
-  'length, what remat computes again included. '
-)
-COMPILED = (
-  "Memory, HBM traffic and collectives are those of XLA's compiled program, loops and all, traffic "
-  "times the length of its loops; arrays without the padding of their tiles. XLA's own count of "
-  'what is accessed takes loops once, and on-chip memory for HBM.'
-)
-ESTIMATED = (
-  'Nothing was compiled. Memory is what JAX keeps for the gradient, before fusion, with state and '
-  'gradient; traffic that of every product and convolution, with all else fused; both are rough.'
-)
-
-
-def notes(where: Target, measured: bool) -> str:
-  """How the numbers of the table came about."""
-  how = COMPILED if where.platform == 'tpu' and not measured else ESTIMATED
-  times = (
-    'Times are lower bounds, at the peak of the chip and of all its links.' if where.chip else ''
-  )
-  return f'{COUNTED}{how} {times}'
 
 
 def run(config: ConfigDict, topology: str, budget: int) -> int:
@@ -329,8 +256,10 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
   require(mode == 'jit', 'config.parallel.mode', mode, "'jit' for a plan", remedy)
   if topology:
     jax.config.update('jax_platforms', 'cpu')  # no device is taken for what only compiles
-  where = target(topology, config)
-  config = build.for_platform(config, where.platform)
+  build.check_devices(config, num_devices(topology))
+  where = target(topology, config.parallel.fsdp)
+  config = config.copy_and_resolve_references()
+  config.model = build.for_platform(config.model, where.platform)
   columns, of_training, failure = {}, None, ''
   init = build.init_state(config, build.model(config))
   for step in steps(config, where.mesh):
@@ -340,14 +269,34 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
     columns[step.name] = column(step, of, where, config.model.dtype, measured)
     of_training = of_training or of
     if topology and step.name == 'train' and not fits(of, where.chip):
-      failure = advice(config, of, where, bytes_per_device(step.args[0]))
+      found = advice(config.train, config.model, of, where, bytes_per_device(step.args[0]))
+      failure = f'{config.name} does not fit {where.name}: {found}'
   print(f'{config.name} on {where.name}, {config.model.dtype}\n')
   print(table(columns))
   print(f'\n{notes(where, not topology)}')
   if topology and budget:
-    print('\n'.join(search(config, where, of_training, budget)))
+    print('\n'.join(_largest_batches(config, where, of_training, budget)))
   elif topology:
     print('--plan_search=0: the largest batch that fits was not looked for.')
   if failure:
     print(failure)
   return 1 if failure else 0
+
+
+def _largest_batches(config: ConfigDict, where: Target, known: Cost, budget: int) -> list[str]:
+  """The lines of `search` for a config, whose own cost is known."""
+  state = parallel.abstract_state(where.mesh, build.init_state(config, build.model(config)))
+  own = config.model.remat if 'remat' in config.model else False
+
+  def cost_of(size, remat):
+    if (size, remat) == (config.train.batch_size, own):
+      return known
+    changed = config.copy_and_resolve_references()
+    changed.train.batch_size = size
+    if 'remat' in changed.model:
+      changed.model.remat = remat
+    how = recipe(changed, build.model(changed))
+    return cost(train_step(how, changed.data, changed.train.num_steps, where.mesh, state), where)
+
+  choices = (own, not own) if 'remat' in config.model else ()
+  return search(cost_of, config.train, choices, bytes_per_device(state), where, budget)

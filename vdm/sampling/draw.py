@@ -24,11 +24,11 @@ Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
 
 
 def make_sampler(
-  config: ConfigDict, model: build.Model, mesh: Mesh, guidance: Guidance | None = None
+  config: ConfigDict, model: build.Model, mesh: Mesh
 ) -> Callable[..., Iterator[np.ndarray]]:
-  """Returns `make_draw` of config.sample, with its guidance unless that is given."""
-  guidance = guidance or make_guidance(config, model, mesh)
+  """Returns `make_draw` of config.sample."""
   labels = labels_of(config.sample, config.data, config.model.class_conditional)
+  guidance = make_guidance(config.sample.guidance, config.schedule, model, mesh)
   return make_draw(model, mesh, config.sample, labels, guidance)
 
 
@@ -101,9 +101,20 @@ def unguided(model: build.Model) -> Guidance:
   return lambda params, _, label: model.denoiser(params, label), None
 
 
-def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidance:
-  """config.sample.guidance."""
-  settings = config.sample.guidance
+def make_guidance(
+  settings: ConfigDict, schedule: ConfigDict, model: build.Model, mesh: Mesh
+) -> Guidance:
+  """Returns config.sample.guidance as a function; 'auto' reads the guiding run.
+
+  Args:
+    settings: config.sample.guidance.
+    schedule: config.schedule.
+    model: to be guided.
+    mesh: the devices.
+
+  Raises:
+    ValueError: the guiding run cannot be read, or does not fit `model`.
+  """
   limits = (settings.log_snr_min, settings.log_snr_max)
   if settings.kind == 'none':
     return unguided(model)
@@ -114,15 +125,15 @@ def make_guidance(config: ConfigDict, model: build.Model, mesh: Mesh) -> Guidanc
       return guide(of(label), label_pair(of, label), settings.weight, *limits)
 
     return classifier_free, None
-  other, guide_state = read_guide(config, model, mesh)
+  other, guide_state = read_guide(settings.checkpoint, model, mesh)
   high, low = map(float, end_points(other.schedule(guide_state.averages['ema'])))
   low, high = max(low, limits[0]), min(high, limits[1])  # only where the guide, too, was trained
-  own = config.schedule.log_snr_min, config.schedule.log_snr_max
+  least, most = schedule.log_snr_min, schedule.log_snr_max
   require(
-    max(low, own[0]) < min(high, own[1]),
+    max(low, least) < min(high, most),
     'config.sample.guidance.checkpoint',
     settings.checkpoint,
-    f"trained where the model is, at log-SNR {own[0]:g} to {own[1]:g} and within guidance's "
+    f"trained where the model is, at log-SNR {least:g} to {most:g} and within guidance's "
     f'limits: the two overlap nowhere, {low:g} to {high:g}',
     'name another run, or other limits',
   )

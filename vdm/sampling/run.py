@@ -22,35 +22,29 @@ from vdm.sampling.labels import drawn_classes, embeddings_of, labels_of
 from vdm.sampling.picture import image_grid, save_png
 from vdm.system import files
 from vdm.workdir import checkpoint, config_file
-from vdm.workdir.load import read_run
+from vdm.workdir.load import Run
 
 LOG_EVERY_SECONDS = 10.0
 
 
-def run(
-  config: ConfigDict,
-  workdir: pathlib.Path,
-  step: str = 'newest',
-  out: pathlib.Path | None = None,
-) -> int:
+def run(of: Run, out: pathlib.Path | None = None) -> int:
   """--mode=sample: images from a checkpoint, in shards, and the first of them as a grid.
 
-  `step` chooses it as in `vdm.workdir.load.read_run`. Everything is in samples/<name> of `out`, the
-  workdir unless it is given, with manifest.json; the grid is samples/<name>.png. A second run draws
-  what is missing. The first process writes.
+  Everything is in samples/<name> of `out`, the workdir unless it is given, with manifest.json; the
+  grid is samples/<name>.png. A second run draws what is missing. The first process writes.
   """
-  config, model, mesh, train_state = read_run(config, workdir, step)
-  check_format(config.sample.format, config.data.image_shape[-1])
-  folder = config_file.out_folder(workdir, out) / 'samples'
-  settings, guidance = config.sample, make_guidance(config, model, mesh)
-  params = named_params(train_state, settings.params)
+  config, model, settings = of.config, of.model, of.config.sample
+  check_format(settings.format, config.data.image_shape[-1])
+  folder = config_file.out_folder(of.workdir, out) / 'samples'
+  guidance = make_guidance(settings.guidance, config.schedule, model, of.mesh)
+  params = named_params(of.state, settings.params)
   conditional, data_settings = config.model.class_conditional, config.data
   labels = labels_of(settings, data_settings, conditional)
-  draw, number = make_draw(model, mesh, settings, labels, guidance), int(train_state.step)
+  draw, number = make_draw(model, of.mesh, settings, labels, guidance), int(of.state.step)
   made_of = {
     'step': number,
     'fingerprint': checkpoint.fingerprint((params, guidance[1])),  # of the guide's, too
-    'dtype': str(build.dtype(config.model.dtype)),
+    'dtype': model.dtype,
   }
   manifest = manifest_of(settings, data_settings, conditional) | made_of
   folder /= folder_name(settings, number)
@@ -65,8 +59,8 @@ def run(
   batches = progress(draw(params, starts=starts), starts, settings)
   for start, images in zip(starts, batches, strict=True):
     if jax.process_index() == 0:
-      of = labels(start + np.arange(len(images))) if conditional else None
-      write_shard(folder, settings.format, start, images, model.decoder, of)
+      classes = labels(start + np.arange(len(images))) if conditional else None
+      write_shard(folder, settings.format, start, images, model.decoder, classes)
   if jax.process_index() == 0:
     few = itertools.islice(
       read_shards(folder), math.ceil(settings.preview_images / settings.batch_size)

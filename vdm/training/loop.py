@@ -3,7 +3,7 @@
 import contextlib
 import pathlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from vdm import build, cards, data
+from vdm.build.state import TrainState
 from vdm.evaluation import evaluate
 from vdm.system import parallel, profile, runners, writers
 from vdm.system.hosts import EXIT_PREEMPTED, StopSignal
@@ -49,6 +50,20 @@ def due(step: int, num_steps: int, every: Every, stopped: bool) -> Due:
   )
 
 
+class Job(NamedTuple):
+  """What the steps of a run work with."""
+
+  workdir: pathlib.Path
+  runner: runners.Runner
+  evaluations: Sequence[evaluate.Evaluation]
+  manager: checkpoint.CheckpointManager
+  snapshots: checkpoint.CheckpointManager | None  # of the averages, if any are stored
+  writer: writers.MetricWriter
+  meter: Meter
+  every: Every
+  stop: StopSignal
+
+
 def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   """Trains to config.train.num_steps, from the newest checkpoint if there is one.
 
@@ -57,7 +72,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   """
   model = build.model(config)
   build.check_devices(config, jax.device_count())
-  traced = profile.steps(config.profile, config.train.num_steps)
+  settings, num_steps = config.train, config.train.num_steps
+  traced = profile.steps(config.profile, num_steps)
   source = data.load(config.data, 'train')
   mesh = parallel.make_mesh(config.parallel.fsdp)
   evaluations = evaluate.in_training(config, model, mesh, workdir)
@@ -69,7 +85,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     init = build.init_state(config, model)
     abstract = parallel.abstract_state(mesh, init)
     state, start = checkpoint.restore(manager, abstract) or (None, 0)
-    num_steps = config.train.num_steps
     if start < num_steps:
       num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
       head = f'{workdir}: step {start} of {num_steps}, {num_params:,} parameters'
@@ -78,76 +93,67 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
       runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
       runner = runner._replace(step=profile.traced(runner.step, traced, start, workdir))
       state = runner.put_state(state or parallel.initial_state(mesh, init))
-      batches = train_batches(source, config.train.batch_size, config.seed, start)
-      if _run(config, workdir, manager, runner, state, start, batches, evaluations, stop):
+      snapshots, of_snapshots = None, config.ema.snapshot_every_steps
+      if of_snapshots and config.ema.power_stds:
+        snapshots = checkpoint.manager(workdir, num_steps, posthoc_ema.FOLDER)
+        stack.callback(snapshots.close)
+      writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
+      stack.callback(writer.close)
+      meter = Meter(writer, settings.log_every_steps, settings.batch_size, start, num_steps)
+      stack.callback(meter.close)
+      every = Every(settings.eval_every_steps, config.checkpoint.every_steps, of_snapshots)
+      job = Job(workdir, runner, evaluations, manager, snapshots, writer, meter, every, stop)
+      batches = train_batches(source, settings.batch_size, config.seed, start)
+      if _take_steps(job, state, batches, start, num_steps):
         return EXIT_PREEMPTED
   at = '' if start < num_steps else f', at step {start}'
   logging.info('%s is done%s. %s', workdir, at, cards.last_result(workdir))
   return 0
 
 
-def _run(
-  config: ConfigDict,
-  workdir: pathlib.Path,
-  manager: checkpoint.CheckpointManager,
-  runner: runners.Runner,
-  state: Any,
-  start: int,
-  batches: Iterator[data.Batch],
-  evaluations: Sequence[evaluate.Evaluation],
-  stop: StopSignal,
+def _take_steps(
+  job: Job, state: TrainState, batches: Iterator[data.Batch], start: int, num_steps: int
 ) -> bool:
   """Takes the steps after `start`, and does what is due; returns whether it was stopped before."""
-  with contextlib.ExitStack() as stack:
-    snapshots = None
-    if config.ema.snapshot_every_steps and config.ema.power_stds:
-      snapshots = checkpoint.manager(workdir, config.train.num_steps, posthoc_ema.FOLDER)
-      stack.callback(snapshots.close)
-    writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
-    stack.callback(writer.close)
-    settings, num_steps = config.train, config.train.num_steps
-    snapshots_every = config.ema.snapshot_every_steps if config.ema.power_stds else 0
-    every = Every(settings.eval_every_steps, config.checkpoint.every_steps, snapshots_every)
-    meter = Meter(writer, settings.log_every_steps, settings.batch_size, start, num_steps)
-    stack.callback(meter.close)
-    placed = meter.waits_for(parallel.prefetch(batches, runner.put_batch))
-    try:
-      for step in range(start + 1, num_steps + 1):
-        state, metrics = runner.step(state, next(placed))
-        meter.push(step, metrics, runner.get_metrics)
-        now = due(step, num_steps, every, stop.agreed(step))
-        if now.evaluation or now.save:
-          with meter.pause():
-            current, scores = runner.get_state(state), {}
-            if now.evaluation:
-              scores = _evaluate(current, evaluations, writer, meter.take_bins(), config.eval)
-            if now.save:
-              checkpoint.save(manager, step, current, scores)
-        if now.snapshot:
-          averages = posthoc_ema.power_averages(runner.get_state(state))
-          checkpoint.save(snapshots, step, averages)
-        if now.stop:
-          manager.wait_until_finished()
-          text = '%s: stopped and saved at step %d; the same command goes on.'
-          logging.warning(text, stop.name, step)
-          return True
-    except FloatingPointError as error:
-      manager.wait_until_finished()
-      latest = checkpoint.latest_step(manager)
-      kept = f'is {workdir}/checkpoints/{latest}' if latest else 'does not exist'
-      raise FloatingPointError(f'{error}; stopped. The last good checkpoint {kept}.') from error
+  runner, meter, manager = job.runner, job.meter, job.manager
+  placed = meter.waits_for(parallel.prefetch(batches, runner.put_batch))
+  try:
+    for step in range(start + 1, num_steps + 1):
+      state, metrics = runner.step(state, next(placed))
+      meter.push(step, metrics, runner.get_metrics)
+      now = due(step, num_steps, job.every, job.stop.agreed(step))
+      if now.evaluation or now.save:
+        with meter.pause():
+          current = runner.get_state(state)
+          scores = _evaluate(job, current) if now.evaluation else {}
+          if now.save:
+            checkpoint.save(manager, step, current, scores)
+      if now.snapshot and job.snapshots:
+        averages = posthoc_ema.power_averages(runner.get_state(state))
+        checkpoint.save(job.snapshots, step, averages)
+      if now.stop:
+        manager.wait_until_finished()
+        text = '%s: stopped and saved at step %d; the same command goes on.'
+        logging.warning(text, job.stop.name, step)
+        return True
+  except FloatingPointError as error:
+    manager.wait_until_finished()
+    latest = checkpoint.latest_step(manager)
+    kept = f'is {job.workdir}/checkpoints/{latest}' if latest else 'does not exist'
+    raise FloatingPointError(f'{error}; stopped. The last good checkpoint {kept}.') from error
   return False
 
 
-def _evaluate(state, evaluations, writer, train_bins, settings) -> dict[str, float]:
+def _evaluate(job: Job, state: TrainState) -> dict[str, float]:
   """Evaluates, writes to TensorBoard, and returns the metrics by which checkpoints are ranked."""
-  found = evaluate.Result(curves={'train': train_bins})
-  result = evaluate.evaluate(state, evaluations, found)
+  found = evaluate.Result(curves={'train': job.meter.take_bins()})
+  result = evaluate.evaluate(state, job.evaluations, found)
   step = int(state.step)
-  writer.write_scalars(step, result.scalars)
+  job.writer.write_scalars(step, result.scalars)
   if result.pictures:  # on the first process
-    writer.write_images(step, {name: picture[None] for name, picture in result.pictures.items()})
-  return {'bits_per_dim': result.bounds[settings.params.split(',')[-1]].value}
+    shown = {name: picture[None] for name, picture in result.pictures.items()}
+    job.writer.write_images(step, shown)
+  return {'bits_per_dim': [*result.bounds.values()][-1].value}  # of the last of config.eval.params
 
 
 def train_batches(

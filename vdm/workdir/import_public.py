@@ -54,25 +54,26 @@ _RENAMES = (
 )
 
 
-def convert(config: ConfigDict, model: build.Model, public: dict) -> dict[str, Any]:
-  """The public code's parameters as ours, the same function of (z, t) and of t.
+def convert(public: dict, params: Any, model: ConfigDict, schedule: str) -> dict[str, Any]:
+  """Returns the public code's parameters as ours, the same function of (z, t) and of t.
 
   Args:
-    config: the config that `model` was built from; it must describe the public network.
-    model: what the parameters are for.
     public: {'score_model': ..., 'gamma': ...}, nested dictionaries of arrays.
+    params: ours, of any values or abstract.
+    model: config.model, which must describe the public network.
+    schedule: config.schedule.name.
 
   Returns:
     {'network': ..., 'schedule': ...} of float32 arrays.
 
   Raises:
-    ValueError: `config` is of another model, or a leaf is missing, left over, of another shape or
+    ValueError: the config is of another model, or a leaf is missing, left over, of another shape or
       not finite; the message names it.
   """
   leaves = {path: np.asarray(leaf) for path, leaf in _flat(public).items()}
-  _check_settings(config.model, config.schedule.name, leaves)
-  schedule = {'learned_endpoints': _end_points, 'learned_net': _net}[config.schedule.name](leaves)
-  ours = {f'schedule/{name}': leaf for name, leaf in schedule.items()}
+  _check_settings(model, schedule, leaves)
+  of_schedule = {'learned_endpoints': _end_points, 'learned_net': _net}[schedule](leaves)
+  ours = {f'schedule/{name}': leaf for name, leaf in of_schedule.items()}
   origin: dict[str, str] = {}
   for path, leaf in leaves.items():
     if not path.startswith('gamma/'):
@@ -85,7 +86,7 @@ def convert(config: ConfigDict, model: build.Model, public: dict) -> dict[str, A
       ours[name], origin[name] = leaf, path
 
   remedy = 'is this a checkpoint of google-research/vdm for this config.model and config.data?'
-  wanted = _flat(jax.eval_shape(model.init, jax.random.key(0)))
+  wanted = _flat(params)
   for name in wanted.keys() - ours.keys():
     raise ValueError(f'the checkpoint holds nothing for {name}, {wanted[name].shape}; {remedy}')
   for name, leaf in ours.items():
@@ -227,15 +228,17 @@ def run(config: ConfigDict, workdir: os.PathLike | str, checkpoint_path: str) ->
   model = build.model(config)
   build.check_devices(config, jax.device_count())
   public = read(path)
-  params, ema_params = (convert(config, model, public[k]) for k in ('params', 'ema_params'))
-
+  mesh, init = parallel.make_mesh(config.parallel.fsdp), build.init_state(config, model)
+  abstract = parallel.abstract_state(mesh, init)
+  params, ema_params = (
+    convert(public[name], abstract.params, config.model, config.schedule.name)
+    for name in ('params', 'ema_params')
+  )
   config_file.open_workdir(workdir, config)
-  mesh = parallel.make_mesh(config.parallel.fsdp)
-  abstract = parallel.abstract_state(mesh, build.init_state(config, model))
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
   def fill(params, ema_params):
-    state = build.create_state(config, model, params)
+    state = init(params)
     averages = dict.fromkeys(state.averages, ema_params)
     return state.replace(step=jnp.int32(public['step']), averages=averages)
 

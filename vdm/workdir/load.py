@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build
+from vdm.build.state import TrainState
 from vdm.errors import require
 from vdm.system import files, hosts, parallel
 from vdm.workdir import released
@@ -32,7 +33,8 @@ class Run(NamedTuple):
   config: ConfigDict  # its own, but for what reading may choose
   model: build.Model
   mesh: Mesh
-  state: Any
+  state: TrainState
+  workdir: os.PathLike | str
 
 
 def read_run(
@@ -64,39 +66,32 @@ def read_run(
   model = build.model(own)
   build.check_devices(own, jax.device_count())
   mesh = parallel.make_mesh(own.parallel.fsdp)
-  return Run(own, model, mesh, _state(workdir, own, model, mesh, step))
+  state = _state(workdir, build.init_state(own, model), mesh, step)
+  return Run(own, model, mesh, state, workdir)
 
 
-def read_guide(config: ConfigDict, model: build.Model, mesh: Mesh) -> tuple[build.Model, Any]:
-  """The model and newest state of the run config.sample.guidance.checkpoint, by its own config.
+def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Model, TrainState]:
+  """Returns the model and newest state of the run that guides `model`, by its own config.
 
   Raises:
     ValueError: there is no such run, it cannot be restored, or its network is of another kind or
-      makes other images than the model of `config`.
+      makes other images than `model`.
   """
-  workdir = config.sample.guidance.checkpoint
   folder = epath.Path(workdir)
   if not ((folder / CONFIG).exists() and _holds_run(folder)):
     raise ValueError(
       f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
       f'with {CONFIG} and checkpoints; train it first, or name another.'
     )
-  guide_config = own_config(workdir, config)
-  own, other = config.model.name, guide_config.model.name
+  config = own_config(workdir)
+  guide = build.model(config)
   field, remedy = 'config.sample.guidance.checkpoint', 'name another run'
   # A guide is to make the model's own mistakes, only more of them (arXiv 2406.02507, section 3).
-  require(own == other, field, workdir, f'a run of model.name={own!r}, not {other!r}', remedy)
-  guide = build.model(guide_config)
-  values, others = config.data.num_values, guide_config.data.num_values
-  require(
-    (guide.image_shape, others) == (model.image_shape, values),
-    field,
-    workdir,
-    f'a model of {values} values and images {model.image_shape}, '
-    f'not {others} and {guide.image_shape}',
-    remedy,
-  )
-  return guide, _state(workdir, guide_config, guide, mesh, 'newest')
+  kind = f'a run of model.name={model.network!r}, not {guide.network!r}'
+  require(guide.network == model.network, field, workdir, kind, remedy)
+  own, other = (f'{m.decoder.units} and images {m.image_shape}' for m in (model, guide))
+  require(own == other, field, workdir, f'a model of {own}, not {other}', remedy)
+  return guide, _state(workdir, build.init_state(config, guide), mesh, 'newest')
 
 
 def _holds_run(workdir: os.PathLike | str) -> bool:
@@ -104,12 +99,10 @@ def _holds_run(workdir: os.PathLike | str) -> bool:
   return (epath.Path(workdir) / 'checkpoints').exists() or released.exists(workdir)
 
 
-def _state(
-  workdir: os.PathLike | str, config: ConfigDict, model: build.Model, mesh: Mesh, step: str
-) -> Any:
+def _state(workdir: os.PathLike | str, init: build.InitState, mesh: Mesh, step: str) -> TrainState:
   """The state at `step`, which is 'newest', 'best' or a number; a released model has but one."""
   if released.exists(workdir):
-    state = released.read(workdir, config, model, mesh)
+    state = released.read(workdir, init, mesh)
     if step not in ('newest', 'best', str(int(state.step))):
       raise ValueError(f'--step={step} is not there: {workdir} was released at {int(state.step)}.')
     return state
@@ -125,7 +118,7 @@ def _state(
       raise ValueError(f'--step=best is not known: {there}, none of them evaluated; choose one.')
     best = 'none was evaluated' if lowest is None else f'the best by bits/dim is {lowest}'
     logging.info('%s: step %d of %s; %s', workdir, named[step], ', '.join(map(str, steps)), best)
-    abstract = parallel.abstract_state(mesh, build.init_state(config, model))
+    abstract = parallel.abstract_state(mesh, init)
     restored = restore(reader, abstract, named[step])
     assert restored is not None  # a step that is not there was refused above
     return restored[0]

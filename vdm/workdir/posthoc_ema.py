@@ -1,13 +1,12 @@
 """Averages of any length after training, from stored ones (EDM2, section 3.2)."""
 
-import os
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from etils import epath
-from ml_collections import ConfigDict
 
 from vdm import build
 from vdm.build.state import TrainState
@@ -15,7 +14,7 @@ from vdm.diffusion import averages
 from vdm.errors import require
 from vdm.system import parallel
 from vdm.workdir import checkpoint, config_file
-from vdm.workdir.load import read_run
+from vdm.workdir.load import Run
 
 FOLDER = 'snapshots'
 
@@ -25,7 +24,7 @@ def power_averages(state: TrainState) -> dict:
   return {name: average for name, average in state.averages.items() if name.startswith('std_')}
 
 
-def run(config: ConfigDict, workdir: os.PathLike | str) -> int:
+def run(of: Run) -> int:
   """--mode=reconstruct: a workdir whose average has the length config.ema.reconstruct_std.
 
   It is called <workdir>_std<length>, holds the newest state with that average in the place of
@@ -34,8 +33,8 @@ def run(config: ConfigDict, workdir: os.PathLike | str) -> int:
   Raises:
     ValueError: the run stored no power-function averages.
   """
+  config, state, workdir = of.config, of.state, of.workdir
   std = config.ema.reconstruct_std
-  config, model, mesh, state = read_run(config, workdir)
   averages.exponent(std)
   require(
     len(power_averages(state)) > 0 and (epath.Path(workdir) / FOLDER).exists(),
@@ -44,7 +43,7 @@ def run(config: ConfigDict, workdir: os.PathLike | str) -> int:
     'two lengths, such as (0.05, 0.1), in a run that stored snapshots',
     'train with config.ema.snapshot_every_steps at about a fiftieth of the run',
   )
-  abstract = power_averages(parallel.abstract_state(mesh, build.init_state(config, model)))
+  abstract = power_averages(parallel.abstract_state(of.mesh, build.init_state(config, of.model)))
   names, stds = zip(*((f'std_{s:g}', s) for s in config.ema.power_stds), strict=True)
   with checkpoint.manager(workdir, folder=FOLDER) as reader:
     steps = [step for step in sorted(reader.all_steps()) if step <= int(state.step)]
@@ -64,7 +63,7 @@ def run(config: ConfigDict, workdir: os.PathLike | str) -> int:
   config_file.open_workdir(out, config)
   with checkpoint.manager(out, config.checkpoint.keep) as writer:
     checkpoint.save(
-      writer, int(state.step), state.replace(averages=state.averages | {'ema': total})
+      writer, int(state.step), dataclasses.replace(state, averages=state.averages | {'ema': total})
     )
   logging.info(
     '%s: step %d, the average of length %g from %d snapshots; evaluate it with --workdir=%s',

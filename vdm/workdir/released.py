@@ -15,7 +15,6 @@ import numpy as np
 from etils import epath
 from flax import traverse_util
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from vdm import build
 from vdm.build.state import TrainState
@@ -54,15 +53,13 @@ def exists(folder: os.PathLike | str) -> bool:
   return (epath.Path(folder) / PARAMS).exists()
 
 
-def read(
-  folder: os.PathLike | str, config: ConfigDict, model: build.Model, mesh: Mesh
-) -> TrainState:
+def read(folder: os.PathLike | str, init: build.InitState, mesh: Mesh) -> TrainState:
   """Returns a state with the released parameters, also as each of its averages.
 
   Raises:
-    ValueError: the file is damaged, or is of another model than `config` describes.
+    ValueError: the file is damaged, or is of another model than `init` makes the state of.
   """
-  path, init = epath.Path(folder) / PARAMS, build.init_state(config, model)
+  path = epath.Path(folder) / PARAMS
   abstract = parallel.abstract_state(mesh, init)
   try:
     with np.load(io.BytesIO(path.read_bytes())) as file:
@@ -83,7 +80,6 @@ def read(
   params = {'schedule': {}} | traverse_util.unflatten_dict(arrays, sep='/')
 
   def state():
-    given = blocks.stack(params, stacked)
-    return build.create_state(config, model, given).replace(step=jnp.int32(step))
+    return init(blocks.stack(params, stacked)).replace(step=jnp.int32(step))
 
   return parallel.initial_state(mesh, state)
