@@ -129,13 +129,15 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
       (workdir / 'cards' / f'fd_classifier_ema_step{step}.json').write_text(json.dumps(card))
     return 0
 
-  def score(config, workdir, steps):
+  def score(run, steps):
+    config, workdir = run
     result = dict(
       fd_pixels={2: 1.0, 4: 0.5 + config.seed}, log_snr=[3.0, 0.0, -3.0], weight=[1.0, 1.0, 1.0]
     )
     (workdir / ablate.SCORES).write_text(json.dumps(result))
 
   monkeypatch.setattr(ablate.loop, 'train', train)
+  monkeypatch.setattr(ablate, 'read_run', lambda config, workdir: (config, workdir))
   monkeypatch.setattr(ablate, 'score', score)
   monkeypatch.setattr(ablate.writers, 'read_scalars', lambda path, tag: {1: 3.0, 2: 2.0})
   ablate.flags.FLAGS.mark_as_parsed()

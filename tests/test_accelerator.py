@@ -112,6 +112,7 @@ def test_every_case_of_correctness_is_a_model(name):
   assert jax.tree.leaves(jax.eval_shape(model.init, jax.random.key(0)))
 
 
+@pytest.mark.slow
 def test_relative_errors_are_none_of_equal_programs_and_small_of_bfloat16():
   """A CPU beside itself: its bits agree in float32, and bfloat16 has its eight of them."""
   found = correctness.relative_errors('digits', {'model.name': 'mlp'}, jax.devices('cpu')[0])

@@ -165,6 +165,7 @@ def test_output_and_residual_branches_start_at_zero():
   assert out.dtype == jnp.float32
 
 
+@pytest.mark.slow
 def test_conditions_and_gradients(key):
   """Noise level and label change the output, examples are independent; slopes are right."""
   network = ADMUNet(**SMALL, num_classes=3, residual=True, remat=True)

@@ -62,6 +62,7 @@ def quick_compilation():
   jax.config.update('jax_disable_most_optimizations', False)
 
 
+@pytest.mark.slow
 def test_measure(train_step, config, quick_compilation, monkeypatch):
   make_parts, compiled = train_step.make_parts, {}
 
@@ -116,6 +117,7 @@ def test_data_takes_whole_groups_of_batches(benchmark, config):
   assert re.fullmatch(SPAN, data.measure(config, repeats=2, seconds=0.0, warm=True))
 
 
+@pytest.mark.slow
 def test_checkpoint_writes_all_bytes_and_leaves_nothing(benchmark, config, tmp_path):
   text = benchmark('checkpoint').measure(config, repeats=1, directory=tmp_path)
   size, files = map(float, re.search(r': ([\d.]+) GB in \d+ arrays, ([\d.]+) GB', text).groups())

@@ -173,6 +173,7 @@ def test_a_loop_is_for_accelerators(monkeypatch):
     build.model(config_of('yes'))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation):
   """Sharded, bit for bit, either way; and training goes on from it."""
   mesh = parallel.make_mesh(fsdp=2)

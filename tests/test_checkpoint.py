@@ -407,6 +407,7 @@ for workdir, kill_after in zip(sys.argv[1:], (None, 0.01, 0.04, 0.1), strict=Tru
 """
 
 
+@pytest.mark.slow
 def test_a_save_that_is_cut_off_loses_nothing(tmp_path):
   workdirs = [tmp_path / str(n) for n in range(4)]
   saver = start(SAVER, *workdirs)
@@ -489,6 +490,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
   assert same(state, {'sharded': 2 + jnp.arange(4000.0), 'whole': 2 + jnp.arange(3)})
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_its_main_average_beside_the_others_is_read(tmp_path):
   """As version 0.1 wrote them until averages were one dict; with further averages, in both."""
   config = default.get_config('debug')

@@ -15,6 +15,12 @@ from vdm.system import parallel, runners
 from vdm.training.step import make_train_step
 
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
+QUICK = ('digits', 'digits_pp', 'fashion_mnist_uvit')
+
+
+def each(names):
+  """Returns the names as cases, but for a few of which the tests are slow ones."""
+  return [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in names]
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +42,7 @@ def batch_of(config, size):
   }
 
 
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', each(NAMES))
 def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   config = load(name)
   assert config.is_locked and config.name == name
@@ -62,7 +68,7 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
 
 
 # imagenet256 and 512 shrink to what imagenet128 does, but for their images
-@pytest.mark.parametrize('name', [n for n in NAMES if n not in ('imagenet256', 'imagenet512')])
+@pytest.mark.parametrize('name', each(n for n in NAMES if n not in ('imagenet256', 'imagenet512')))
 def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   config = load(name, 'debug')
   assert config.name == f'{name}_debug'
@@ -91,6 +97,7 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   assert images.min() >= 0 and images.max() < config.data.num_values
 
 
+@pytest.mark.slow
 def test_vdm_configs_have_the_published_numbers_of_parameters(monkeypatch):
   """The public code's, less 4 x width for its augmentation flag where a config has none."""
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1])

@@ -23,6 +23,7 @@ def config_of(**settings):
   return config
 
 
+@pytest.mark.slow
 def test_the_data_itself_is_at_distance_zero(tmp_path):
   """1,437 of them: the sampler gives whole batches, of which the last is cut."""
   config = config_of(batch_size=100, halves=0)
@@ -73,6 +74,7 @@ def test_bad_settings_are_refused(settings, message):
     build.check_config(config_of(**settings))
 
 
+@pytest.mark.slow
 def test_too_few_samples_are_refused_before_any_is_drawn(tmp_path):
   config = config_of(allow_few=False)
   model, mesh = build.model(config), parallel.make_mesh()
@@ -81,6 +83,7 @@ def test_too_few_samples_are_refused_before_any_is_drawn(tmp_path):
     make_scorer(of, config.fid, config.sample, config.data, 8)
 
 
+@pytest.mark.slow
 def test_a_sampler_draws_as_many_as_it_is_asked_for():
   config = default.get_config('debug')
   model, mesh = build.model(config), parallel.make_mesh()

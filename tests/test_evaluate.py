@@ -142,6 +142,7 @@ def test_discrete_bound_is_above_the_continuous_one_and_tends_to_it():
   assert abs(many.value - continuous.value) < 4 * continuous.stderr + 0.05
 
 
+@pytest.mark.slow
 def test_standard_error_is_that_of_repeated_evaluations():
   mean, covariance = gaussian_data()
   images, _ = quantised(mean, covariance, 600)

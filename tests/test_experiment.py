@@ -20,6 +20,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {'train.num_steps': 6, 'train.eval_every_steps': 6, 'model.dropout': 0.0}
 
 
+pytestmark = pytest.mark.xdist_group('experiment')  # one worker makes what they share
+
+
 @pytest.fixture(scope='module')
 def exp():
   return vdm.Experiment('digits:debug', SMALL)
@@ -148,6 +151,7 @@ def test_samples_take_objects_and_seeds(exp, trained):
   np.testing.assert_array_equal(images, by_name.sample(trained, 5))
 
 
+@pytest.mark.slow
 def test_labels_and_guidance():
   settings = {'model.class_conditional': True, 'train.label_dropout': 0.1, 'sample.num_steps': 3}
   exp = vdm.Experiment('digits:debug', settings)
@@ -171,6 +175,7 @@ def test_guidance_needs_a_model_that_was_trained_for_it(exp, trained):
     exp.sample(trained, 1, guidance=2.0)
 
 
+@pytest.mark.slow
 def test_denoiser_and_schedule_are_those_of_the_maths(exp, trained):
   schedule, denoiser = exp.schedule(trained), exp.denoiser(trained)
   log_snr = schedule(jnp.array([0.1, 0.9]))

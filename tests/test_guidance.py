@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from vdm.configs import default
 
 from vdm import build
@@ -247,9 +246,9 @@ def test_a_model_guided_by_itself_is_itself(run_and_state, rank_promotion_allowe
 def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
   workdir, _ = run_and_state
 
-  def guidance_of(config):
-    mesh = parallel.make_mesh()
-    return make_guidance(config.sample.guidance, config.schedule, build.model(config), mesh)
+  def guidance_of(config, **change):
+    model, mesh = build.model(config)._replace(**change), parallel.make_mesh()
+    return make_guidance(config.sample.guidance, config.schedule, model, mesh)
 
   config = config_of(kind='auto', checkpoint=str(tmp_path))
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* must be the workdir of a run'):
@@ -262,9 +261,8 @@ def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
   config = config_of(kind='auto', checkpoint=str(workdir), log_snr_max=-8.0, log_snr_min=-9.0)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* overlap nowhere, -5 to -8;'):
     guidance_of(config)
-  config.model = ConfigDict(config.model.to_dict() | dict(name='mlp'))
   with pytest.raises(ValueError, match=r"guidance.checkpoint=.* model.name='mlp', not 'vdm_unet'"):
-    guidance_of(config)
+    guidance_of(config, network='mlp')
 
 
 def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):

@@ -247,6 +247,7 @@ def names(tree):
   return sorted(flax.traverse_util.flatten_dict(tree, sep='/', keep_empty_nodes=True))
 
 
+@pytest.mark.slow
 def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path):
   """The averaged parameters of the newest checkpoint, through a workdir, on 16 images."""
   config = config_of('scalar')
@@ -286,6 +287,7 @@ def test_an_imported_run_has_the_bits_per_dim_that_the_public_code_says(tmp_path
   np.testing.assert_allclose(recon, PUBLIC['bpd/terms'][0], rtol=0.03)
 
 
+@pytest.mark.slow
 def test_an_import_of_a_narrow_network_sets_its_groups(tmp_path):
   public = public_params('scalar', 1, 32)
   save(tmp_path / 'public', public, public, 3)

@@ -193,6 +193,7 @@ def test_more_importance_samples_tighten_the_bound(small_tables):
   assert np.std(noise[0] - noise[1]) < 0.5 * np.std(noise[0])
 
 
+@pytest.mark.slow
 def test_bound_with_decoder_and_ode_agree_on_data_of_the_grid(small_tables):
   continuous, fine, coarse, truncated, uniform = (row.difference() for row in small_tables['grid'])
   assert abs(continuous[0]) < 4 * continuous[1] + 0.01

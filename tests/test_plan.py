@@ -290,6 +290,7 @@ def cells_of(text, label):
   return [cell.strip() for cell in line.split('|')[2:-1]]
 
 
+@pytest.mark.slow
 def test_plan_for_gpus_writes_nothing(capsys, tmp_path, monkeypatch, rank_promotion_allowed):
   monkeypatch.chdir(tmp_path)
   assert plan.run(digits(), 'h100:8', 2) == 0

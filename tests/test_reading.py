@@ -22,6 +22,9 @@ from vdm.workdir.load import read_run
 ROOT = pathlib.Path(__file__).parents[1]
 
 
+pytestmark = pytest.mark.xdist_group('reading')  # one worker makes what they share
+
+
 @pytest.fixture(autouse=True)
 def _libraries(rank_promotion_allowed):
   pass
@@ -56,6 +59,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('change', OTHERS)
 def test_eval_and_sample_leave_no_trace_and_read_by_the_runs_own_config(
   change, finished, tmp_path, caplog
@@ -75,6 +79,7 @@ def test_eval_and_sample_leave_no_trace_and_read_by_the_runs_own_config(
   assert {path.name for path in tmp_path.iterdir()} == {'cards', 'plots', 'samples'}
 
 
+@pytest.mark.slow
 def test_what_is_evaluated_and_drawn_is_as_given(finished, tmp_path):
   config = config_of(**{'eval.draws': 3, 'eval.seed': 7, 'sample.num_images': 5})
   assert evaluate.run(read_run(config, finished), out=tmp_path) == 0
@@ -103,6 +108,7 @@ def test_no_evaluation_takes_the_place_of_another(finished, tmp_path):
   assert len(list((tmp_path / 'cards').iterdir())) == 2 * number  # the same number again
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step, read', [('newest', 4), ('2', 2), ('4', 4), ('best', None)])
 def test_any_step_is_read_and_the_log_says_which_is_the_best(
   step, read, finished, tmp_path, caplog
@@ -130,6 +136,7 @@ def test_a_step_that_is_not_there_is_refused_with_those_that_are(step, finished)
   )
 
 
+@pytest.mark.slow
 def test_the_best_is_not_known_where_none_was_evaluated(tmp_path):
   config = config_of(**{'train.eval_every_steps': 4, 'checkpoint.every_steps': 1})
   config.train.num_steps = 2

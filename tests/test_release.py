@@ -15,6 +15,8 @@ from vdm.training import loop
 from vdm.workdir import release, released
 from vdm.workdir.load import read_run
 
+pytestmark = pytest.mark.xdist_group('release')  # one worker makes what they share
+
 
 @pytest.fixture(autouse=True)
 def _libraries(rank_promotion_allowed):
@@ -73,6 +75,7 @@ def test_it_is_evaluated_and_sampled_from_like_a_run(folders, tmp_path):
   assert (folder / 'params.npz').stat().st_size < whole / 5
 
 
+@pytest.mark.slow
 def test_it_cannot_be_trained_on_and_has_one_step(folders):
   _, folder = folders
   with pytest.raises(ValueError, match='holds a released model, which has no optimizer'):
@@ -96,6 +99,7 @@ def damaged(arrays, name):
   return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['missing', 'shape', 'more', 'nan', 'no step', 'cut', 'no zip'])
 def test_damage_is_one_line_with_the_files_name(folders, tmp_path, name):
   config, path = config_of(), tmp_path / 'params.npz'

@@ -25,6 +25,8 @@ from vdm.training.step import loss, make_train_step, recipe
 from vdm.workdir import posthoc_ema
 from vdm.workdir.load import read_run
 
+pytestmark = pytest.mark.xdist_group('train')  # one worker makes what they share
+
 
 @pytest.fixture(autouse=True)
 def _libraries(rank_promotion_allowed):
@@ -86,6 +88,7 @@ def test_a_run_leaves_checkpoints_cards_samples_plots_and_tensorboard(straight):
   assert card['config']['model']['width'] == config_of().model.width
 
 
+@pytest.mark.slow
 def test_a_run_writes_its_speed_and_its_wait_for_data(straight):
   from tensorboard.backend.event_processing import event_accumulator
   from tensorboard.util.tensor_util import make_ndarray
@@ -179,6 +182,7 @@ def test_a_terminal_may_hang_up_more_than_once_and_nohup_stays(not_under_nohup):
   stop.restore()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'term, poison',
   [
@@ -250,11 +254,13 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
   assert stored['images'].dtype == np.uint8 and stored['images'].max() < 17
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_config_is_refused(straight):
   with pytest.raises(ValueError, match=r'config.model.width=16.*not 24'):
     loop.train(config_of(model__width=24), straight)
 
 
+@pytest.mark.slow
 def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   config = config_of(model__augmentation_flag=True, data__flip=True, data__rotate=True)
   model, seen = build.model(config), []
@@ -290,6 +296,7 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
     assert seen[-1] is given
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', NETWORKS)
 @pytest.mark.parametrize('rate', [None, 0.3])
 def test_dropout_is_on_in_training_alone_at_the_rate_of_the_network(name, rate):
@@ -370,6 +377,7 @@ def test_training_lowers_the_loss_on_digits(tmp_path):
   assert np.mean(losses[-20:]) < 3.9 and np.mean(losses[:5]) > 4.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('std', [0.05, 0.1])
 def test_a_stored_length_is_reconstructed_as_it_was_tracked(straight, std):
   config = config_of(ema__reconstruct_std=std)
@@ -386,6 +394,7 @@ def test_a_stored_length_is_reconstructed_as_it_was_tracked(straight, std):
   assert_equal_bit_for_bit(made.params, tracked.params)
 
 
+@pytest.mark.slow
 def test_reconstruction_needs_snapshots_of_the_run_whatever_the_config_given(tmp_path):
   config = config_of(ema__power_stds=(), ema__snapshot_every_steps=0, train__num_steps=2)
   assert loop.train(config, tmp_path) == 0
