@@ -20,9 +20,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {'train.num_steps': 6, 'train.eval_every_steps': 6, 'model.dropout': 0.0}
 
 
-pytestmark = pytest.mark.xdist_group('experiment')  # one worker makes what they share
-
-
 @pytest.fixture(scope='module')
 def exp():
   return vdm.Experiment('digits:debug', SMALL)

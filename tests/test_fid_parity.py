@@ -13,7 +13,6 @@ FEATURES = ('features', 'spatial', 'logits')
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('fid_parity')
 def test_features_and_metrics_agree_at_every_size(monkeypatch, rank_promotion_allowed):
   monkeypatch.syspath_prepend(pathlib.Path(__file__).parents[1])
   parity = importlib.import_module('benchmarks.fid_parity')

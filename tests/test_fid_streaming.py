@@ -94,7 +94,6 @@ def test_images_that_are_not_what_was_said_are_refused():
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('multihost')
 def test_two_processes_are_one(expected):
   with socket.socket() as probe:
     probe.bind(('localhost', 0))

@@ -134,7 +134,6 @@ def one(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('multihost')
 @pytest.mark.parametrize(
   ('num_processes', 'devices', 'mode'), [(2, 4, 'jit'), (1, 8, 'jit'), (2, 2, 'pmap')]
 )
@@ -165,7 +164,6 @@ def test_many_processes_and_devices_are_one_process_of_one(
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('multihost')
 def test_two_processes_draw_the_shard_that_one_lacks_and_the_first_writes_it(one, tmp_path):
   two, settings = tmp_path / 'two', ['--mode=sample', '--config.sample.num_images=12']
   finish(start(one, 1, 1, *settings))
@@ -180,7 +178,6 @@ def test_two_processes_draw_the_shard_that_one_lacks_and_the_first_writes_it(one
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('multihost')
 def test_a_lost_process_ends_the_other_in_time_and_with_a_message(tmp_path):
   left, lost = start(tmp_path, 2, 1, *ENDLESS, '--heartbeat_seconds=5')
   wait_for_steps(left, 2)
@@ -191,7 +188,6 @@ def test_a_lost_process_ends_the_other_in_time_and_with_a_message(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group('multihost')
 def test_sigterm_to_one_process_of_a_slurm_job_saves_on_both_and_one_process_goes_on(tmp_path):
   first, second = start(tmp_path, 2, 1, *ENDLESS, slurm=True)
   wait_for_steps(first, 2)

@@ -22,9 +22,6 @@ from vdm.workdir.load import read_run
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-pytestmark = pytest.mark.xdist_group('reading')  # one worker makes what they share
-
-
 @pytest.fixture(autouse=True)
 def _libraries(rank_promotion_allowed):
   pass

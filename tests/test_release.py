@@ -15,8 +15,6 @@ from vdm.training import loop
 from vdm.workdir import release, released
 from vdm.workdir.load import read_run
 
-pytestmark = pytest.mark.xdist_group('release')  # one worker makes what they share
-
 
 @pytest.fixture(autouse=True)
 def _libraries(rank_promotion_allowed):

@@ -25,8 +25,6 @@ from vdm.training.step import loss, make_train_step, recipe
 from vdm.workdir import posthoc_ema
 from vdm.workdir.load import read_run
 
-pytestmark = pytest.mark.xdist_group('train')  # one worker makes what they share
-
 
 @pytest.fixture(autouse=True)
 def _libraries(rank_promotion_allowed):
