@@ -106,6 +106,10 @@ def get_config(arg=''):
       num_steps=1000,
       num_timesteps=0,  # T of the discrete-time loss; 0: continuous time
       microbatches=1,  # gradients are accumulated over this many parts of the batch
+      # where a loss or gradient is not finite: 'stop', or 'skip' the step, which then changes
+      # nothing, at most most_skipped times in a row
+      on_nan='stop',
+      most_skipped=10,
       label_dropout=0.0,  # share of labels withheld, for classifier-free guidance; usual: 0.1
       log_every_steps=100,
       eval_every_steps=500,

@@ -62,6 +62,7 @@ def module(folder, name, text):
   return accelerator.Part(name, name, (), 60, (('PYTHONPATH', str(folder)),))
 
 
+@pytest.mark.slow
 def test_a_part_is_stopped_at_its_limit_and_what_it_has_printed_is_kept(tmp_path):
   text = 'import time\nprint("{\\"a\\": 1}", flush=True)\ntime.sleep(60)'
   result = accelerator.run(module(tmp_path, 'slow', text), 3)

@@ -38,7 +38,7 @@ def make_state(seed=0, width=128):
     'dense': {'kernel': jax.random.normal(keys[0], (8, width)), 'bias': jnp.zeros((width,))},
     'half': jax.random.normal(keys[1], (16, 3), jnp.bfloat16),
     'bits': jax.random.bits(keys[2], (4,)),
-    'odd': jnp.array([jnp.nan, -0.0, jnp.inf, 1e-42]),
+    'odd': jnp.array([-0.0, 3e38, 1e-42]),
     'flag': jnp.array(True),
     'nothing': None,
   }
@@ -244,6 +244,53 @@ def test_a_step_is_saved_once(tmp_path):
 def test_keep_must_be_positive(tmp_path):
   with pytest.raises(ValueError, match=r'config\.checkpoint\.keep=0 must be at least 1'):
     checkpoint.manager(tmp_path, 0)
+
+
+# What is not finite.
+
+
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('tree', ['params', 'averages.ema', 'averages.std_0.05', 'opt_state'])
+def test_a_state_that_is_not_finite_is_not_saved(tree, bad, tmp_path):
+  state = {
+    'params': {'kernel': jnp.zeros((3, 5), jnp.bfloat16)},
+    'averages': {'ema': {'kernel': jnp.zeros(7)}, 'std_0.05': {'kernel': jnp.zeros(7)}},
+    'opt_state': (jnp.int32(1), jnp.zeros((2, 2))),
+  }
+  assert checkpoint.not_finite(state) == []
+  paths = {'params': ('params', 'kernel'), 'opt_state': ('opt_state', 1)}
+  *way, last = paths.get(tree, ('averages', tree.removeprefix('averages.'), 'kernel'))
+  node = state
+  for name in way:
+    node = node[name]
+  value = node[last].at[-1].set(bad)
+  if tree == 'opt_state':
+    state['opt_state'] = (state['opt_state'][0], value)
+  else:
+    node[last] = value
+  manager = checkpoint.manager(tmp_path, 1)
+  with pytest.raises(FloatingPointError, match=rf'^step 4: {tree} not finite$'):
+    checkpoint.save(manager, 4, state)
+  assert checkpoint.latest_step(manager) is None
+
+
+def test_one_that_was_saved_all_the_same_is_passed_over(tmp_path, monkeypatch):
+  good = {'params': jnp.ones(3)}
+  monkeypatch.setattr(checkpoint, 'require_finite', lambda *_: None)
+  save_all(tmp_path, {1: (good, None), 2: ({'params': good['params'] * jnp.nan}, None)})
+  manager = checkpoint.manager(tmp_path, 9)
+  assert checkpoint.restore(manager, abstract(good))[1] == 1
+  assert (tmp_path / 'checkpoints/2.corrupt').exists()
+
+
+def test_scores_may_come_later(tmp_path):
+  state = make_state()
+  save_all(tmp_path, {1: (state, 5.0), 2: (state, None)})
+  manager = checkpoint.manager(tmp_path, 9)
+  assert checkpoint.is_scored(manager, 1) and not checkpoint.is_scored(manager, 2)
+  checkpoint.score(manager, 2, {'bits_per_dim': 4.0})
+  assert checkpoint.is_scored(manager, 2) and checkpoint.best_step(manager) == 2
+  assert same(checkpoint.restore(manager, abstract(state), 2)[0], state)
 
 
 # What is broken.

@@ -126,6 +126,7 @@ def test_interior_of_a_schedule_gets_no_gradient_of_the_mean():
   np.testing.assert_allclose(jax.grad(loss)(2.0), 0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('weighting', ['elbo', 'sigmoid'])
 def test_interior_gradient_is_that_of_the_mean_square(weighting, key):
   """One backward pass of the mean loss against automatic differentiation of mean(loss^2)."""

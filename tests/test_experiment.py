@@ -54,6 +54,7 @@ def test_fitting_is_what_the_command_does(exp, trained, tmp_path, rank_promotion
   np.testing.assert_allclose(found.value, json.loads(card.read_text())['value'], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_state_stays_usable_and_fitting_goes_on(exp, trained):
   start = exp.init()
   middle = [state for state, _ in exp.fit(start, steps=3)][-1]

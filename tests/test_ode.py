@@ -245,6 +245,7 @@ def score(exact, batch_size=16, **settings):
   return result, -log_mass / (4 * math.log(2))
 
 
+@pytest.mark.slow
 def test_evaluation_counts_every_image_once_whatever_the_batch_size(exact):
   small, bits = score(exact, batch_size=16)
   large, _ = score(exact, batch_size=48)

@@ -123,6 +123,7 @@ def test_any_step_is_read_and_the_log_says_which_is_the_best(
   assert len(list(tmp_path.glob(f'samples/step{read:08d}_*.png'))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('step', ['3', 'last', '-1', ''])
 def test_a_step_that_is_not_there_is_refused_with_those_that_are(step, finished):
   with pytest.raises(ValueError) as error:
@@ -145,6 +146,7 @@ def test_the_best_is_not_known_where_none_was_evaluated(tmp_path):
   assert evaluate.run(read_run(config, tmp_path, '1')) == 0
 
 
+@pytest.mark.slow
 def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
   """And a config of another network does not lend it leaves."""
   (tmp_path / 'run').symlink_to(finished)
@@ -163,6 +165,7 @@ def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
   assert read.data.num_bits == 0 and 'remat' not in read.model and read.model.name == 'vdm_unet'
 
 
+@pytest.mark.slow
 def test_a_workdir_without_a_config_is_refused(finished, tmp_path):
   (tmp_path / 'checkpoints').symlink_to(finished / 'checkpoints')
   with pytest.raises(ValueError, match=r'config.json that cannot be read \(No such file'):
@@ -214,6 +217,7 @@ def test_flags_of_reading_are_refused_elsewhere(flag, mode, tmp_path):
   assert done.stderr == f'{flag} is for --mode=eval, sample and release; leave it out.\n'
 
 
+@pytest.mark.slow
 def test_a_plan_writes_nothing(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   assert plan.run(config_of(), '', 0) == 0

@@ -6,6 +6,7 @@ import pytest
 from vdm.diffusion import times
 
 
+@pytest.mark.slow
 def test_one_time_in_each_stratum_for_every_batch_size():
   draw = jax.jit(times.stratified)
   for size in range(1, 129):

@@ -19,8 +19,9 @@ from vdm.evaluation import evaluate
 from vdm.nn import NETWORKS, layers
 from vdm.nn.conditioning import Conditioning
 from vdm.sampling import run as run_lib
-from vdm.system import hosts, parallel, runners
+from vdm.system import parallel, runners, stopping
 from vdm.training import loop
+from vdm.training import step as step_lib
 from vdm.training.step import loss, make_train_step, recipe
 from vdm.workdir import posthoc_ema
 from vdm.workdir.load import read_run
@@ -150,34 +151,13 @@ def test_a_signal_saves_and_the_next_start_ends_as_if_uninterrupted(
 
   loop.make_train_step = step_then_signal
   try:
-    assert loop.train(config, tmp_path) == loop.EXIT_PREEMPTED
+    assert loop.train(config, tmp_path) == stopping.EXIT_PREEMPTED
   finally:
     loop.make_train_step = original
   assert len(sent) == 1
   assert 1 <= int(final_state(config, tmp_path).step) < 4
   assert loop.train(config, tmp_path) == 0
   assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config_of(), straight))
-
-
-def test_handlers_are_the_old_ones_after_a_run():
-  numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-  before = [signal.getsignal(number) for number in numbers]
-  stop = hosts.StopSignal()
-  assert [signal.getsignal(number) for number in numbers] != before
-  stop.restore()
-  assert [signal.getsignal(number) for number in numbers] == before
-
-
-def test_a_terminal_may_hang_up_more_than_once_and_nohup_stays(not_under_nohup):
-  stop = hosts.StopSignal()
-  for _ in range(3):
-    signal.raise_signal(signal.SIGHUP)
-  assert stop.agreed(1) and stop.name == 'SIGHUP'
-  stop.restore()
-  signal.signal(signal.SIGHUP, signal.SIG_IGN)
-  stop = hosts.StopSignal()
-  assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-  stop.restore()
 
 
 @pytest.mark.slow
@@ -215,6 +195,87 @@ def test_a_value_that_is_not_finite_stops_the_run_and_names_the_term(term, poiso
   finally:
     build.init_state = original
   assert not (tmp_path / 'checkpoints' / '2').exists()
+
+
+def poison_gradients(monkeypatch, *steps):
+  """Makes gradients NaN in the updates of these numbers, from 0 on."""
+  original = step_lib.gradients
+
+  def poisoned(recipe, state, *args):
+    grads, metrics = original(recipe, state, *args)
+    factor = jnp.where(jnp.isin(state.step, jnp.array(steps)), jnp.nan, 1.0)
+    return jax.tree.map(lambda g: g * factor, grads), metrics
+
+  monkeypatch.setattr(step_lib, 'gradients', poisoned)
+
+
+@pytest.mark.slow
+def test_a_step_that_is_skipped_changes_nothing(tmp_path, monkeypatch, caplog):
+  poison_gradients(monkeypatch, 1, 2)
+  config = config_of(train__on_nan='skip', train__most_skipped=2, checkpoint__every_steps=1)
+  config.checkpoint.keep = 9
+  with caplog.at_level('WARNING'):
+    assert loop.train(config, tmp_path) == 0
+  assert caplog.text.count('the step is skipped') == 2 and '2 in a row' in caplog.text
+  states = [read_run(config, tmp_path, str(step)).state for step in (1, 2, 3, 4)]
+  for state in states[1:3]:
+    assert_equal_bit_for_bit(state.replace(step=states[0].step), states[0])
+  kernel = lambda state: jax.tree.leaves(state.params['network'])[-1]
+  assert (kernel(states[3]) != kernel(states[2])).any()
+
+
+@pytest.mark.slow
+def test_too_many_skipped_steps_stop_the_run(tmp_path, monkeypatch):
+  poison_gradients(monkeypatch, 1, 2)
+  config = config_of(train__on_nan='skip', train__most_skipped=1, checkpoint__every_steps=1)
+  message = r'step 3: grad_norm is nan, 2 in a row; stopped. The last good checkpoint is .*/2\.'
+  with pytest.raises(FloatingPointError, match=message):
+    loop.train(config, tmp_path)
+
+
+PLACES = {
+  'params': lambda state: state.replace(params=poisoned(state.params)),
+  'averages.ema': lambda state: state.replace(
+    averages=state.averages | {'ema': poisoned(state.averages['ema'])}
+  ),
+  'averages.std_0.1': lambda state: state.replace(
+    averages=state.averages | {'std_0.1': poisoned(state.averages['std_0.1'])}
+  ),
+  'opt_state': lambda state: state.replace(opt_state=poisoned(state.opt_state)),
+}
+
+
+def poisoned(tree):
+  last = lambda a: a.ravel().at[-1].set(jnp.nan).reshape(a.shape) if a.dtype == 'float32' else a
+  return jax.tree.map(last, tree)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('place', PLACES)
+def test_what_is_not_finite_is_never_saved_and_the_same_command_goes_on(
+  place, straight, tmp_path, monkeypatch
+):
+  """After the update of step 3, behind the metrics of its loss."""
+  original = loop.make_train_step
+
+  def with_fault(*args):
+    step = original(*args)
+
+    def run(state, batch, axis_name=None):
+      after, metrics = step(state, batch, axis_name)
+      bad = PLACES[place](after)
+      return jax.tree.map(lambda a, b: jnp.where(after.step == 3, b, a), after, bad), metrics
+
+    return run
+
+  config = config_of(checkpoint__every_steps=1)
+  monkeypatch.setattr(loop, 'make_train_step', with_fault)
+  message = rf'step 3: .*{place}.* not finite; stopped. The last good checkpoint is .*/2\.'
+  with pytest.raises(FloatingPointError, match=message):
+    loop.train(config, tmp_path)
+  monkeypatch.setattr(loop, 'make_train_step', original)  # a fault of the machine
+  assert loop.train(config, tmp_path) == 0
+  assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config_of(), straight))
 
 
 @pytest.mark.slow

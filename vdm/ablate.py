@@ -18,7 +18,6 @@ import json
 import math
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -291,9 +290,6 @@ def _share(indices: list[int]) -> int:
     for hand in hands
     if hand
   ]
-  for number in (s for s in signal.Signals if s.name in ('SIGTERM', 'SIGHUP')):
-    if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-      signal.signal(number, lambda *_: sys.exit(hosts.EXIT_PREEMPTED))
   try:
     return next((status for status in [child.wait() for child in children] if status), 0)
   finally:

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 
 import vdm
 from vdm.system.files import packaged_configs
+from vdm.system.stopping import stop
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where everything is written; runs/<config.name>.')
@@ -37,10 +38,15 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 )
 
 
+# What JAX says where it has lost another process of the job.
+LOST = re.compile(r'Gloo|UNAVAILABLE|[Cc]onnection|heartbeat|unhealthy|another task died')
+
+
 def in_one_line(
   command: Callable,
   base: Callable[[Any], Any] = lambda config: config,
   works_on: Callable[[Any, int], bool] | None = None,
+  stops_together: bool = False,
 ):
   """Exits with the status of command(config, workdir), or with the one line of what it refused.
 
@@ -48,18 +54,31 @@ def in_one_line(
     command: returns an exit status.
     base: the part of the config whose name is the default workdir's.
     works_on: whether `command` can run with (config, number of devices); build.works_on if None.
+    stops_together: whether `command` asks `stop.agreed`, so that a signal to one process of a job
+      ends all; else it ends the one.
   """
+  stop.listen()
+  import jax
+
   from vdm import build
   from vdm.system import hosts
 
   try:
+    jax.config.update('jax_enable_preemption_service', stops_together)
     hosts.initialize(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
     )
     config = _CONFIG.value
     hosts.use_cores(functools.partial(works_on or build.works_on, config))
     workdir = epath.Path(_WORKDIR.value or f'runs/{base(config).name}')
-    sys.exit(command(config, workdir))
+    status = command(config, workdir)
+    stop.close()
+    sys.exit(status)
+  except jax.errors.JaxRuntimeError as error:
+    if jax.process_count() == 1 or not LOST.search(str(error)):
+      raise
+    print(f'another process of the job was lost: {str(error).splitlines()[0]}', file=sys.stderr)
+    os._exit(hosts.EXIT_LOST)  # an orderly end would wait for the other
   except (ValueError, FloatingPointError) as error:
     # What our own code refused is one line; what broke inside a library keeps its traceback.
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)

@@ -43,7 +43,7 @@ RULES = (
     'train.eval_every_steps eval.batch_size eval.draws sample.num_images sample.preview_images '
     'sample.batch_size sample.num_steps checkpoint.every_steps checkpoint.keep fid.batch_size '
     'fid.num_images fid.train_images data.num_values parallel.fsdp optimizer.learning_rate '
-    'ema.halflife_images',
+    'ema.halflife_images train.most_skipped',
     POSITIVE,
   ),
   (
@@ -62,6 +62,7 @@ RULES = (
   ),
   ('data.num_values', _at_least(2, '256 for 8-bit pixels')),
   ('parallel.mode', _one_of('jit', 'pmap')),
+  ('train.on_nan', _one_of('stop', 'skip')),
   ('model.condition_on', _one_of('live', 'configured')),
   ('optimizer.decay', _one_of('constant', 'cosine')),
   ('eval.likelihood', _one_of('elbo', 'ode', 'elbo,ode')),

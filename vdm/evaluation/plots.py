@@ -35,6 +35,8 @@ def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pa
 def filled(bins: np.ndarray) -> np.ndarray:
   """Bins with those that nothing fell into interpolated."""
   number, seen = np.arange(len(bins)), np.isfinite(bins)
+  if not seen.any():
+    return bins
   return np.interp(number, number[seen], bins[seen])
 
 

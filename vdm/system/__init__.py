@@ -2,6 +2,7 @@
 
 ORDER = (
   'packages',
+  'stopping',
   'files',
   'logs',
   'writers',

@@ -1,13 +1,11 @@
-"""The processes and cores of a job: how they join, what they keep compiled, when they stop."""
+"""The processes and cores of a job: how they join, and what they keep compiled."""
 
 import os
-import signal
 from collections.abc import Callable
 
 import jax
 from absl import logging
 from etils import epath
-from jax.experimental import multihost_utils
 
 from vdm.system import files
 
@@ -18,7 +16,7 @@ CPU_FLAGS = {
   # with it, two devices may meet collectives in different orders, and wait for each other for ever
   '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
 }
-EXIT_PREEMPTED = 75  # saved after SIGTERM, not done: run the same command again
+EXIT_LOST = 134  # as JAX ends a process whose job has lost another one
 
 
 def initialize(
@@ -115,37 +113,3 @@ def keep_compiled(directory: epath.Path):
   """
   if not jax.config.jax_compilation_cache_dir:
     jax.config.update('jax_compilation_cache_dir', str(files.absolute(directory)))
-
-
-class StopSignal:
-  """Notes SIGTERM, Ctrl-C and SIGHUP, for the loop to save and stop.
-
-  A second SIGTERM or Ctrl-C acts at once. A terminal that closes sends SIGHUP more than once, and
-  under nohup it is to be ignored. In a job of several processes JAX has a SIGTERM handler of its
-  own, which tells all hosts.
-  """
-
-  def __init__(self):
-    self.name = 'preemption notice'
-    self.noted = False
-    signals = []
-    if jax.process_count() == 1:
-      hangup = [s for s in signal.Signals if s.name == 'SIGHUP']  # not on Windows
-      kept = [s for s in hangup if signal.getsignal(s) != signal.SIG_IGN]
-      signals = [signal.SIGTERM, signal.SIGINT, *kept]
-    self._old = {s: signal.signal(s, self._note) for s in signals}
-
-  def _note(self, number, _):
-    self.name, self.noted = signal.Signals(number).name, True
-    for again in (signal.SIGTERM, signal.SIGINT):
-      signal.signal(again, self._old[again])
-
-  def restore(self):
-    for number, handler in self._old.items():
-      signal.signal(number, handler)
-
-  def agreed(self, step: int) -> bool:
-    """Whether to stop after `step`: the same answer on every host."""
-    if jax.process_count() > 1:
-      return multihost_utils.reached_preemption_sync_point(step)
-    return self.noted

@@ -14,7 +14,7 @@ from vdm import build, cards, data
 from vdm.build.state import TrainState
 from vdm.evaluation import evaluate
 from vdm.system import parallel, profile, runners, writers
-from vdm.system.hosts import EXIT_PREEMPTED, StopSignal
+from vdm.system.stopping import EXIT_PREEMPTED, Stop, Stopped, stop
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
 from vdm.workdir import checkpoint, config_file, posthoc_ema
@@ -61,7 +61,7 @@ class Job(NamedTuple):
   writer: writers.MetricWriter
   meter: Meter
   every: Every
-  stop: StopSignal
+  stop: Stop
 
 
 def train(config: ConfigDict, workdir: pathlib.Path) -> int:
@@ -79,13 +79,17 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   evaluations = evaluate.in_training(config, model, mesh, workdir)
   config_file.open_workdir(workdir, config)  # the first thing that is written
   with contextlib.ExitStack() as stack:
-    stop = StopSignal()
-    stack.callback(stop.restore)  # once the last save is written
+    stack.enter_context(stop.listening())
     manager = stack.enter_context(checkpoint.manager(workdir, config.checkpoint.keep))
     init = build.init_state(config, model)
     abstract = parallel.abstract_state(mesh, init)
     state, start = checkpoint.restore(manager, abstract) or (None, 0)
-    if start < num_steps:
+    every = Every(
+      settings.eval_every_steps, config.checkpoint.every_steps, config.ema.snapshot_every_steps
+    )
+    owed = start > 0 and due(start, num_steps, every, False).evaluation
+    owed = owed and not checkpoint.is_scored(manager, start)  # it was stopped meanwhile
+    if start < num_steps or owed:
       num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
       head = f'{workdir}: step {start} of {num_steps}, {num_params:,} parameters'
       logging.info('%s, %d device(s)', head, jax.device_count())
@@ -93,17 +97,21 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
       runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
       runner = runner._replace(step=profile.traced(runner.step, traced, start, workdir))
       state = runner.put_state(state or parallel.initial_state(mesh, init))
-      snapshots, of_snapshots = None, config.ema.snapshot_every_steps
-      if of_snapshots and config.ema.power_stds:
+      snapshots = None
+      if every.snapshot and config.ema.power_stds:
         snapshots = checkpoint.manager(workdir, num_steps, posthoc_ema.FOLDER)
         stack.callback(snapshots.close)
       writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
       stack.callback(writer.close)
-      meter = Meter(writer, settings.log_every_steps, settings.batch_size, start, num_steps)
+      most_skipped = settings.most_skipped if settings.on_nan == 'skip' else 0
+      meter = Meter(
+        writer, settings.log_every_steps, settings.batch_size, start, num_steps, most_skipped
+      )
       stack.callback(meter.close)
-      every = Every(settings.eval_every_steps, config.checkpoint.every_steps, of_snapshots)
       job = Job(workdir, runner, evaluations, manager, snapshots, writer, meter, every, stop)
       batches = train_batches(source, settings.batch_size, config.seed, start)
+      if owed:
+        checkpoint.score(manager, start, _evaluate(job, runner.get_state(state)))
       if _take_steps(job, state, batches, start, num_steps):
         return EXIT_PREEMPTED
   at = '' if start < num_steps else f', at step {start}'
@@ -120,22 +128,19 @@ def _take_steps(
   try:
     for step in range(start + 1, num_steps + 1):
       state, metrics = runner.step(state, next(placed))
+      job.stop.defer()
       meter.push(step, metrics, runner.get_metrics)
-      now = due(step, num_steps, job.every, job.stop.agreed(step))
-      if now.evaluation or now.save:
+      now = due(step, num_steps, job.every, job.stop.agreed())
+      if now.evaluation or now.save or now.snapshot:
         with meter.pause():
-          current = runner.get_state(state)
-          scores = _evaluate(job, current) if now.evaluation else {}
-          if now.save:
-            checkpoint.save(manager, step, current, scores)
-      if now.snapshot and job.snapshots:
-        averages = posthoc_ema.power_averages(runner.get_state(state))
-        checkpoint.save(job.snapshots, step, averages)
+          _evaluate_and_save(job, step, runner.get_state(state), now)
       if now.stop:
-        manager.wait_until_finished()
-        text = '%s: stopped and saved at step %d; the same command goes on.'
-        logging.warning(text, job.stop.name, step)
+        _say_stopped(job, step)
         return True
+    manager.wait_until_finished()
+  except Stopped:  # in an evaluation, with the state saved
+    _say_stopped(job, step)
+    return True
   except FloatingPointError as error:
     manager.wait_until_finished()
     latest = checkpoint.latest_step(manager)
@@ -144,9 +149,34 @@ def _take_steps(
   return False
 
 
+def _say_stopped(job: Job, step: int):
+  """Waits for the last save, and says that the run was stopped."""
+  job.manager.wait_until_finished()
+  text = '%s: stopped and saved at step %d; the same command goes on.'
+  logging.warning(text, job.stop.name, step)
+
+
+def _evaluate_and_save(job: Job, step: int, state: TrainState, now: Due):
+  """Evaluates and saves, as is due; whatever ends an evaluation, the state is saved."""
+  checkpoint.require_finite(state, step)
+  if now.snapshot and job.snapshots:
+    checkpoint.save(job.snapshots, step, posthoc_ema.power_averages(state))
+  scores: dict[str, float] = {}
+  try:
+    if now.evaluation:
+      with job.stop.raising():
+        scores = _evaluate(job, state)
+  except BaseException:
+    checkpoint.save(job.manager, step, state)
+    raise
+  if now.save:
+    checkpoint.save(job.manager, step, state, scores)
+
+
 def _evaluate(job: Job, state: TrainState) -> dict[str, float]:
   """Evaluates, writes to TensorBoard, and returns the metrics by which checkpoints are ranked."""
-  found = evaluate.Result(curves={'train': job.meter.take_bins()})
+  bins = job.meter.take_bins()
+  found = evaluate.Result(curves={} if bins is None else {'train': bins})
   result = evaluate.evaluate(state, job.evaluations, found)
   step = int(state.step)
   job.writer.write_scalars(step, result.scalars)

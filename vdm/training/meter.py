@@ -15,6 +15,8 @@ from vdm.system.logs import console
 from vdm.system.writers import MetricWriter
 from vdm.training.step import StepMetrics
 
+TERMS = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm')  # have to be finite
+
 
 class Meter:
   """Averages of the steps' metrics, written every `every` steps, and the progress line.
@@ -24,8 +26,27 @@ class Meter:
   compute meanwhile, and stand still for want of data only where it nears 1.
   """
 
-  def __init__(self, writer: MetricWriter, every: int, batch_size: int, start: int, total: int):
+  def __init__(
+    self,
+    writer: MetricWriter,
+    every: int,
+    batch_size: int,
+    start: int,
+    total: int,
+    most_skipped: int = 0,
+  ):
+    """Starts the progress line.
+
+    Args:
+      writer: of the averages.
+      every: steps between two of them.
+      batch_size: images per step.
+      start: the step that the run goes on from.
+      total: steps of the run.
+      most_skipped: steps without an update that may follow each other.
+    """
     self._writer, self._every, self._batch_size = writer, every, batch_size
+    self._most_skipped, self._skipped = most_skipped, 0
     self._start, self._total = start, total
     self._pending, self._window, self._bins = None, [], []
     self._begin = self._clock = None  # set after the first step, which compiles
@@ -60,9 +81,8 @@ class Meter:
     step, metrics, fetch = self._pending
     self._pending = None
     metrics = fetch(metrics)
-    for name in ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm'):
-      if not np.isfinite(metrics.scalars[name]):
-        raise FloatingPointError(f'step {step}: {name} is {metrics.scalars[name]}')
+    if self._is_skipped(step, metrics.scalars):
+      return
     now = time.monotonic()
     if self._begin is None:
       self._begin, self._clock, self._waited = now, now, 0.0
@@ -75,6 +95,23 @@ class Meter:
     self._line.update(self._task, description=f'step {step}', completed=step, status=status)
     if step % self._every == 0:
       self._write(step, now, left)
+
+  def _is_skipped(self, step: int, scalars: dict[str, Any]) -> bool:
+    """Returns whether the step made no update because a term was not finite.
+
+    Raises:
+      FloatingPointError: a term is not finite, and too many steps before were skipped.
+    """
+    wrong = [name for name in TERMS if not np.isfinite(scalars[name])]
+    self._skipped = self._skipped + 1 if wrong else 0
+    if not wrong:
+      return False
+    says = f'step {step}: {wrong[0]} is {scalars[wrong[0]]}'
+    if self._skipped > self._most_skipped:
+      raise FloatingPointError(says + (f', {self._skipped} in a row' if self._most_skipped else ''))
+    logging.warning('%s; the step is skipped, %d in a row', says, self._skipped)
+    self._writer.write_scalars(step, {'train/skipped_in_a_row': float(self._skipped)})
+    return True
 
   @contextlib.contextmanager
   def pause(self):
@@ -120,8 +157,13 @@ class Meter:
     )
     self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
 
-  def take_bins(self) -> np.ndarray:
-    """Bits/dim per unit of log-SNR in each bin since the last call; nan where no example fell."""
+  def take_bins(self) -> np.ndarray | None:
+    """Bits/dim per unit of log-SNR in each bin since the last call; nan where no example fell.
+
+    None if there was no step.
+    """
+    if not self._bins:
+      return None
     sums, counts = (sum(bins[k] for bins in self._bins) for k in ('sum', 'count'))
     self._bins = []
     with np.errstate(invalid='ignore'):

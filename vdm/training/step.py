@@ -37,6 +37,7 @@ class Recipe(NamedTuple):
   label_dropout: float
   flip: bool
   rotate: bool
+  skips_nan: bool  # whether a step with a loss or gradient that is not finite changes nothing
 
   def learns_interior(self, params: dict) -> bool:
     """Whether the variance of the loss trains the schedule's interior, and the bound does not.
@@ -69,6 +70,7 @@ def recipe(config: ConfigDict, model: build.Model) -> Recipe:
     label_dropout=train.label_dropout,
     flip=config.data.flip,
     rotate=config.data.rotate,
+    skips_nan=train.on_nan == 'skip',
   )
 
 
@@ -211,13 +213,17 @@ def train_step(
     grads, metrics = jax.lax.pmean((grads, metrics), axis_name)
 
   scalars = metrics.scalars | {'grad_norm': optax.tree.norm(grads)}
-  adaptive = recipe.model.adaptive
+  after, adaptive = state, recipe.model.adaptive
   if adaptive:
     scalars['square_reduction_predicted'] = predicted_reduction(adaptive.density(state.adaptive))
     hits = jax.tree.map(lambda a: a * recipe.batch_size, metrics.hits)
-    state = state.replace(adaptive=adaptive.update(state.adaptive, hits))
-  state = apply_gradients(state, grads, recipe.optimizer, recipe.decays(state.step))
-  return state, metrics._replace(scalars=scalars, hits=())
+    after = state.replace(adaptive=adaptive.update(state.adaptive, hits))
+  after = apply_gradients(after, grads, recipe.optimizer, recipe.decays(state.step))
+  if recipe.skips_nan:
+    good = jnp.isfinite(scalars['loss']) & jnp.isfinite(scalars['grad_norm'])
+    kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)
+    after = kept.replace(step=after.step)
+  return after, metrics._replace(scalars=scalars, hits=())
 
 
 def make_train_step(

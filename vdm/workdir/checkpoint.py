@@ -76,9 +76,13 @@ def save(
     step: the training steps done.
     state: a pytree of arrays, the same on every process.
     metrics: of this very state; 'bits_per_dim' decides which checkpoint is the best.
+
+  Raises:
+    FloatingPointError: the state is not finite.
   """
   if step in manager.all_steps():
     return False
+  require_finite(state, step)
   metrics = {name: float(value) for name, value in (metrics or {}).items()}
   metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # for JSON
   leaves = {
@@ -95,6 +99,48 @@ def save(
     metrics=metrics,
     force=True,  # at any step: the caller's loop knows when
   )
+
+
+def require_finite(state: Any, step: int):
+  """Refuses a state that holds values that are not finite; what it asks for is a scalar per tree.
+
+  Raises:
+    FloatingPointError: the message names the trees, such as 'params' or 'averages.ema'.
+  """
+  bad = not_finite(state)
+  if bad:
+    raise FloatingPointError(f'step {step}: {" and ".join(bad)} not finite')
+
+
+def not_finite(state: Any) -> list[str]:
+  """Returns the names of the trees of a state that hold values that are not finite."""
+  finite = jax.device_get(_finite(state))
+  return [name for name, good in finite.items() if not good]
+
+
+@jax.jit
+def _finite(state: Any) -> dict[str, jax.Array]:
+  """Returns whether all values of each tree are finite: of a state's fields, or of a dict's."""
+  trees: dict[str, list] = {}
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    if jnp.issubdtype(leaf.dtype, jnp.inexact):
+      names = [jax.tree_util.keystr((part,), simple=True) for part in path[:2]]
+      tree = '.'.join(names if names[0] == 'averages' else names[:1])
+      trees.setdefault(tree, []).append(jnp.isfinite(leaf).all())
+  return {name: jnp.stack(parts).all() for name, parts in trees.items()}
+
+
+def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
+  """Returns whether the checkpoint of `step` has the metric by which the best is chosen."""
+  return math.isfinite(_bits_per_dim(manager.directory, step))
+
+
+def score(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]):
+  """Gives the checkpoint of `step` its metrics, which were measured after it was saved."""
+  if jax.process_index() == 0:
+    path = manager.directory / str(step)
+    body = _manifest(path) | {'metrics': dict(metrics)}
+    files.write(path / 'manifest' / 'metadata', json.dumps(body | {'crc32': _crc32(body)}))
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
@@ -172,6 +218,8 @@ def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
   for name, checksum in zip(named(state), _checksums(state), strict=True):
     if manifest['leaves'][name][-1] != checksum:
       return None, f'{name} differs from its checksum'
+  if bad := not_finite(state):
+    return None, f'{" and ".join(bad)} not finite'
   return convert(state), ''
 
 

@@ -1,0 +1,139 @@
+"""Signals: at once where nothing would be lost, after a save where something would, once in all."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from vdm.system import stopping
+
+ROOT = pathlib.Path(__file__).parents[1]
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+@pytest.fixture(autouse=True)
+def _not_under_nohup():
+  """SIGHUP as it is in a terminal, whoever runs the tests."""
+  before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+  yield
+  signal.signal(signal.SIGHUP, before)
+
+
+def test_handlers_are_the_old_ones_after_listening():
+  before = [signal.getsignal(number) for number in SIGNALS]
+  with stopping.Stop().listening():
+    assert [signal.getsignal(number) for number in SIGNALS] != before
+  assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize('number', SIGNALS)
+def test_with_nothing_to_lose_it_ends_at_once(number, capfd):
+  with stopping.Stop().listening(), pytest.raises(stopping.Stopped) as stopped:
+    signal.raise_signal(number)
+  assert stopped.value.code == 75
+  assert capfd.readouterr().err == f'{number.name}: stopped; the same command goes on.\n'
+
+
+def test_a_storm_is_noted_once_and_does_not_end_what_saves():
+  with stopping.Stop().listening() as stop:
+    stop.defer()
+    assert not stop.agreed()
+    for number in (signal.SIGHUP, *SIGNALS, *SIGNALS):
+      signal.raise_signal(number)
+    assert stop.agreed() and stop.name == 'SIGHUP'
+
+
+def test_inside_an_evaluation_it_is_raised_and_noted():
+  with stopping.Stop().listening() as stop:
+    stop.defer()
+    with pytest.raises(stopping.Stopped), stop.raising():
+      signal.raise_signal(signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.agreed()
+    with pytest.raises(stopping.Stopped), stop.raising():
+      raise AssertionError('entered')
+
+
+def test_after_the_end_nothing_is_raised():
+  with stopping.Stop().listening() as stop:
+    stop.close()
+    for number in SIGNALS:
+      signal.raise_signal(number)
+
+
+def test_nohup_stays():
+  signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  with stopping.Stop().listening():
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_a_second_ctrl_c_after_some_seconds_acts_at_once():
+  code = (
+    'import signal, time\n'
+    'from vdm.system import stopping\n'
+    'stopping.PATIENCE = 0.1\n'
+    'stopping.stop.listen()\n'
+    'stopping.stop.defer()\n'
+    'for pause in (0, 0, 0.2):\n'
+    '  time.sleep(pause)\n'
+    '  signal.raise_signal(signal.SIGINT)\n'
+    '  print("goes on", flush=True)\n'
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+  assert run.returncode == stopping.EXIT_INTERRUPTED
+  assert run.stdout == 'goes on\n' * 2 and 'without what was not saved' in run.stderr
+
+
+def start(workdir, *more):
+  """Starts a run of digits:debug that only a signal ends."""
+  command = [sys.executable, '-m', 'vdm.main', '--config=configs/digits.py:debug']
+  command += [f'--workdir={workdir}', '--config.train.num_steps=1000000']
+  command += ['--config.optimizer.decay=constant', '--config.train.log_every_steps=1', *more]
+  pipe = subprocess.PIPE
+  return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(process, text):
+  """Returns the lines up to the one that has the text."""
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if re.search(text, line):
+      return lines
+  raise AssertionError(''.join(lines))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seconds', [0.3, 1.0, 2.5])
+def test_during_start_up_it_ends_in_one_line(seconds, tmp_path):
+  process = start(tmp_path)
+  time.sleep(seconds)
+  process.send_signal(signal.SIGTERM)
+  text = process.communicate(timeout=120)[0]
+  assert process.returncode == 75 and 'Traceback' not in text, text
+  assert re.search(r'stopped(; | and saved at step \d+; )the same command goes on', text), text
+
+
+@pytest.mark.slow
+def test_a_storm_in_training_or_an_evaluation_saves_and_the_evaluation_is_made_up(tmp_path):
+  often = ('--config.train.eval_every_steps=2', '--config.checkpoint.every_steps=1000000')
+  process = start(tmp_path, *often)
+  wait_for(process, 'step 2: ')  # in the evaluation, or soon
+  for number in (*SIGNALS, *SIGNALS):
+    process.send_signal(number)
+    time.sleep(0.05)
+  text = process.communicate(timeout=120)[0]
+  assert process.returncode == 75 and 'Traceback' not in text, text
+  step = int(re.search(r'stopped and saved at step (\d+)', text)[1])
+  assert sorted(os.listdir(tmp_path / 'checkpoints')) == [str(step)]
+  process = start(tmp_path, *often)
+  wait_for(process, f'step {step + 4}: ')
+  process.send_signal(signal.SIGINT)
+  assert process.wait(timeout=120) == 75
+  cards = {int(path.stem[-8:]) for path in (tmp_path / 'cards').glob('*.json')}
+  assert {2, 4} <= cards  # none is left out

@@ -1,0 +1,146 @@
+"""How SIGTERM, SIGHUP and Ctrl-C end a process: at once, or when nothing would be lost.
+
+A signal that comes while there is nothing to lose ends the process with EXIT_PREEMPTED. Training
+defers it from its first step on: the loop asks `agreed` after every step, saves, and ends with the
+same status. What comes after the first signal changes nothing, as schedulers send several; only a
+Ctrl-C some seconds after another one acts at once.
+
+In a job of several processes JAX tells all of them of a SIGTERM to one. Other signals become that.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+EXIT_PREEMPTED = 75  # not done, and nothing lost: run the same command again
+EXIT_INTERRUPTED = 130  # a second Ctrl-C
+PATIENCE = 2.0  # seconds after which a second Ctrl-C is meant as one
+
+
+class Stopped(SystemExit):
+  """Ends the process with EXIT_PREEMPTED wherever it is raised."""
+
+
+class Stop:
+  """Whether this process was asked to end. There is one per process: `stop`."""
+
+  def __init__(self):
+    self._reset()
+    self._handlers = {}
+
+  def _reset(self):
+    self.name = ''  # of the first signal
+    self._deferred = False
+    self._interrupted = 0.0  # the time of the first Ctrl-C
+    self._calls = 0
+
+  def listen(self):
+    """Takes the signals over; what `nohup` has the process ignore stays ignored."""
+    if self._handlers or threading.current_thread() is not threading.main_thread():
+      return
+    self._reset()
+    hangup = [s for s in signal.Signals if s.name == 'SIGHUP']  # which Windows lacks
+    kept = [s for s in hangup if signal.getsignal(s) != signal.SIG_IGN]
+    numbers = (signal.SIGTERM, signal.SIGINT, *kept)
+    self._handlers = {number: signal.signal(number, self._note) for number in numbers}
+    sys.unraisablehook = self._swallowed
+
+  @contextlib.contextmanager
+  def listening(self) -> Iterator['Stop']:
+    """Takes the signals over and gives them back at the end, unless the process has done so."""
+    ours = not self._handlers
+    self.listen()
+    try:
+      yield self
+    finally:
+      self._deferred = False
+      if ours:
+        for number, handler in self._handlers.items():
+          signal.signal(number, handler)
+        self._handlers, sys.unraisablehook = {}, sys.__unraisablehook__
+
+  def defer(self):
+    """Has signals only noted from now on, as there is something to lose."""
+    self._deferred = True
+
+  @contextlib.contextmanager
+  def raising(self) -> Iterator[None]:
+    """Raises `Stopped` where a signal comes inside, or has come before.
+
+    Not in a job of several processes, of which one cannot leave alone.
+    """
+    if _is_one_of_several():
+      yield
+      return
+    deferred, self._deferred = self._deferred, False
+    try:
+      if self.name:
+        raise Stopped(EXIT_PREEMPTED)
+      yield
+    finally:
+      self._deferred = deferred
+
+  def agreed(self) -> bool:
+    """Returns whether to stop here; to be called as often on every process, and as often true."""
+    if not _is_one_of_several():
+      return bool(self.name)
+    from jax.experimental import multihost_utils
+
+    self._calls += 1  # what JAX agrees on is a number of calls, from 1 on in every process
+    if not multihost_utils.reached_preemption_sync_point(self._calls):
+      return False
+    self.name = self.name or 'SIGTERM to one of the processes'
+    return True
+
+  def close(self):
+    """Has further signals ignored: all is written, and the process ends by itself."""
+    self.name = self.name or 'the end'
+
+  def _swallowed(self, what):
+    """Ends the process where a callback of a library has swallowed `Stopped`."""
+    if what.exc_type is not Stopped:
+      sys.__unraisablehook__(what)
+    elif not self._deferred:
+      os._exit(EXIT_PREEMPTED)
+
+  def _note(self, number, _):
+    name, now = signal.Signals(number).name, time.monotonic()
+    if number == signal.SIGINT:
+      if self._interrupted and now - self._interrupted > PATIENCE:
+        _say('Ctrl-C again: ended at once, without what was not saved yet.')
+        os._exit(EXIT_INTERRUPTED)
+      self._interrupted = self._interrupted or now
+    if _is_one_of_several() and number != signal.SIGTERM:
+      os.kill(os.getpid(), signal.SIGTERM)  # which JAX handles, and tells all processes
+      return
+    if self.name:
+      return
+    self.name = name
+    if self._deferred:
+      _say(f'{name}: to be saved after this step.')
+      return
+    _say(f'{name}: stopped; the same command goes on.')
+    if _is_one_of_several():  # where leaving would wait for the others
+      os._exit(EXIT_PREEMPTED)
+    raise Stopped(EXIT_PREEMPTED)
+
+
+def _is_one_of_several() -> bool:
+  jax = sys.modules.get('jax')  # before it is imported there is no job
+  return bool(jax) and hasattr(jax, 'distributed') and _joined(jax)
+
+
+def _joined(jax) -> bool:
+  return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def _say(text: str):
+  """Writes a line to standard error, also where a handler has interrupted another write."""
+  os.write(2, f'{text}\n'.encode())
+
+
+stop = Stop()
