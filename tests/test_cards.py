@@ -161,9 +161,9 @@ def test_the_command_prints_an_aligned_table_and_says_what_may_be_compared(tmp_p
 @pytest.mark.parametrize(
   ('content', 'message'),
   [
-    (None, 'cannot be read (No such file or directory); give a JSON file.'),
-    ('# vdm', 'is not JSON (Expecting value: line 1 column 1 (char 0)); give a number card.'),
-    ('[1, 2]', "is not a number card: it has no metric; see a run's cards folder."),
+    (None, 'cannot be read (No such file or directory); give a number card.'),
+    ('# vdm', 'cannot be read (Expecting value: line 1 column 1 (char 0)); give a number card.'),
+    ('[1, 2]', 'cannot be read (it holds a list, no object); give a number card.'),
     ({'metric': 'fid'}, "is not a number card: it has no value; see a run's cards folder."),
     ({'metric': 'fid', 'value': 'low'}, 'is not a number card: it has no value'),
   ],
@@ -213,7 +213,7 @@ def test_the_last_result_is_that_of_the_newest_step_and_the_whole_split(tmp_path
     'ema parameters, continuous-time ELBO, all 10,000 images of validation, 4 draws, seed 0: '
     f'2.6600 +- 0.0040 bits/dim at step 200, the best is 2.6500 at 100 of 2 ({newest}).'
   )
-  assert 'bits_per_dim_cut_step00000300.json is not JSON' in caplog.text
+  assert 'bits_per_dim_cut_step00000300.json cannot be read' in caplog.text
   alone = tmp_path / 'alone'
   write_result(alone, 'one', stderr=None, draws_per_image=1)
   assert ', 1 draw, seed 0: 2.6500 bits/dim at step 100, the best of 1 (' in cards.last_result(

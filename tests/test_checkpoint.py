@@ -158,7 +158,7 @@ def test_missing_and_new_leaves_are_refused(tmp_path):
 
 def test_a_broken_config_is_refused(tmp_path):
   (tmp_path / 'config.json').write_text('{"name": ')
-  assert 'config.json that cannot be read' in refusal(tmp_path, get_config())
+  assert 'config.json cannot be read' in refusal(tmp_path, get_config())
 
 
 def test_unwritable_workdir(tmp_path):

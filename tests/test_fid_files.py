@@ -78,7 +78,7 @@ def test_bad_images_are_refused_by_name(tmp_path, caplog):
   save(folder, pictures(0))
   whole = (folder / '003.png').read_bytes()
   (folder / '003.png').write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match=r'003.png cannot be decoded .*; write it again'):
+  with pytest.raises(ValueError, match=r'003.png cannot be read .*; write it again'):
     images.load(str(folder))
   Image.fromarray(pictures(0, 1, (9, 8, 3))[0]).save(folder / '003.png')
   with pytest.raises(ValueError, match=r'003.png is \(9, 8, 3\), but .*000.png \(8, 8, 3\)'):
@@ -95,7 +95,7 @@ def test_bad_images_are_refused_by_name(tmp_path, caplog):
   with pytest.raises(ValueError, match=r'arr_0 of float64 .*, must be uint8'):
     images.load(str(tmp_path / 'float.npz'))
   (tmp_path / 'cut.npz').write_bytes(b'PK nonsense')
-  with pytest.raises(ValueError, match='is no NPZ file, or is cut short'):
+  with pytest.raises(ValueError, match=r'cannot be read \(.*; write it again'):
     images.load(str(tmp_path / 'cut.npz'))
   with caplog.at_level(logging.WARNING):
     images.load(save(tmp_path / 'jpeg', pictures(0, 3), 'jpg'))

@@ -92,7 +92,7 @@ def test_wrong_weights_are_refused_in_one_line(params, tmp_path):
     make(settings(weights=str(path)), mesh, (28, 28, 1))
   whole = path.read_bytes()
   path.write_bytes(whole[: len(whole) // 2])
-  with pytest.raises(ValueError, match='cannot be read, or is not ours; fetch'):
+  with pytest.raises(ValueError, match=r'cannot be read \(.*; fetch'):
     make(settings(weights=str(path)), mesh, shape)
   wrong = params | {'mixed/conv/kernel': params['mixed/conv/kernel'][..., 1:]}
   weights.write(path, wrong, {'name': 'inception-test'})

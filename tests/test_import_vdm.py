@@ -320,7 +320,9 @@ def test_a_file_cut_short_is_refused(tmp_path):
   assert import_public.read(path)['step'] == 1
   for cut in (whole[:-1], flax.serialization.msgpack_serialize({'step': 1}), b''):
     path.write_bytes(cut)
-    with pytest.raises(ValueError, match=f'--checkpoint={path} is no checkpoint .*copy it again'):
+    with pytest.raises(
+      ValueError, match=f'--checkpoint={path} cannot be read .*; give a whole one'
+    ):
       import_public.read(path)
 
 

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -96,6 +97,24 @@ def test_restart_goes_on_after_75_and_stops_at_any_other_status(tmp_path):
   assert run('restart.sh', 'sh', '-c', count)[0] == 4
   assert (tmp_path / 'runs').read_text() == 'x\n' * 3
   assert dry('restart.sh', '--dry_run', 'false', 'a b') == [['false', 'a b']]
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_to_restart_goes_to_the_command_and_ends_both(number, tmp_path):
+  code = (
+    'import signal, sys, time\n'
+    f'open({str(tmp_path / "runs")!r}, "a").write("x")\n'
+    'signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n'
+    'print("ready", flush=True)\n'
+    'time.sleep(60)\n'
+  )
+  command = ['bash', str(LAUNCH / 'restart.sh'), sys.executable, '-c', code]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  while process.stdout.readline() != 'ready\n':
+    pass
+  process.send_signal(number)
+  assert process.wait(timeout=30) == 75
+  assert (tmp_path / 'runs').read_text() == 'x'
 
 
 MISTAKES = {

@@ -168,7 +168,7 @@ def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
 @pytest.mark.slow
 def test_a_workdir_without_a_config_is_refused(finished, tmp_path):
   (tmp_path / 'checkpoints').symlink_to(finished / 'checkpoints')
-  with pytest.raises(ValueError, match=r'config.json that cannot be read \(No such file'):
+  with pytest.raises(ValueError, match=r'config.json cannot be read \(No such file'):
     evaluate.run(read_run(config_of(), tmp_path))
   assert [path.name for path in tmp_path.iterdir()] == ['checkpoints']
 

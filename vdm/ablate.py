@@ -14,7 +14,6 @@ called `seed` is what means and spreads are over.
 """
 
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -154,7 +153,8 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
         if cards.is_distance(scored[0]):
           values = {card['step']: card['value'] for card in scored}
           curves['distances'] |= {scored[0]['metric']: values}
-      yield {'labels': labels} | curves | json.loads((path / SCORES).read_text())
+      scores = files.read_json(path / SCORES, 'remove it to have it measured again')
+      yield {'labels': labels} | curves | scores
 
 
 def steps_to(curve: dict[int, float], loss: float) -> float:
@@ -310,7 +310,7 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
     status = _share([i for i in indices if not (workdir / folder(runs[i][0]) / SCORES).exists()])
     write_results(workdir, runs, reference)
     return status
-  hosts.keep_compiled(workdir / 'xla_cache')  # one for all: most programs are the same
+  hosts.keep_compiled()
   for number in indices:
     labels, run_config = runs[number]
     path = workdir / folder(labels)

@@ -156,6 +156,8 @@ def series(*workdirs: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((workdir / 'cards').glob('*_step*.json')):
       try:
         card = load(path)
+        with files.reading(path, 'remove it, or copy it again'):
+          description(card), int(card['step'])  # what a series is sorted and named by
       except ValueError as error:
         logging.warning('%s', error)
         continue
@@ -225,13 +227,8 @@ def load(path: os.PathLike | str) -> dict[str, Any]:
   Raises:
     ValueError: there is none.
   """
-  try:
-    # what is no JSON number, in cards of before, is as good as none
-    card = json.loads(epath.Path(path).read_text(), parse_constant=lambda _: None)
-  except OSError as error:
-    raise ValueError(f'{path} cannot be read ({error.strerror}); give a JSON file.') from error
-  except ValueError as error:
-    raise ValueError(f'{path} is not JSON ({error}); give a number card.') from error
+  # what is no JSON number, in cards of before, is as good as none
+  card = files.read_json(path, 'give a number card', parse_constant=lambda _: None)
   for field, kinds in (('metric', str), ('value', (int, float))):
     if not isinstance(_at(card, field), kinds):
       raise ValueError(f"{path} is not a number card: it has no {field}; see a run's cards folder.")

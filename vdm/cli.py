@@ -18,7 +18,7 @@ from etils import epath
 from ml_collections import config_flags
 
 import vdm
-from vdm.system.files import packaged_configs
+from vdm.system.files import load_config, packaged_configs
 from vdm.system.stopping import stop
 
 _CONFIG = config_flags.DEFINE_config_file('config', None, 'Config file, with :debug to shrink it.')
@@ -40,6 +40,19 @@ _HEARTBEAT_SECONDS = flags.DEFINE_integer(
 
 # What JAX says where it has lost another process of the job.
 LOST = re.compile(r'Gloo|UNAVAILABLE|[Cc]onnection|heartbeat|unhealthy|another task died')
+
+
+# What the system says of a file system that takes no more.
+FULL = re.compile(
+  'No space left on device|Disk quota exceeded|Read-only file system|Input/output error'
+  '|Stale file handle|Permission denied|File too large'
+)
+
+
+def _of_file(error: OSError) -> str:
+  """Returns an error of the system with the file that it is about."""
+  cause = error.strerror or str(error)
+  return f'{error.filename}: {cause}' if error.filename else cause
 
 
 def in_one_line(
@@ -74,12 +87,20 @@ def in_one_line(
     status = command(config, workdir)
     stop.close()
     sys.exit(status)
+  except OSError as error:
+    sys.exit(f'{_of_file(error)}; what was written before is whole: the same command goes on.')
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1 or not LOST.search(str(error)):
       raise
     print(f'another process of the job was lost: {str(error).splitlines()[0]}', file=sys.stderr)
     os._exit(hosts.EXIT_LOST)  # an orderly end would wait for the other
   except (ValueError, FloatingPointError) as error:
+    if full := FULL.search(str(error)):  # as Orbax says it, in a wall of text
+      where = 'of --workdir ' if _WORKDIR.value else ''
+      sys.exit(
+        f'the file system {where}refuses to write: {full[0]}; what was written before is whole: '
+        'the same command goes on.'
+      )
     # What our own code refused is one line; what broke inside a library keeps its traceback.
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
@@ -90,7 +111,10 @@ def in_one_line(
 def parse_flags(argv: list[str]) -> list[str]:
   """absl's parser, with what can go wrong in one line; finds packaged configs from anywhere."""
   try:
-    rest = flags.FLAGS([_locate(arg) for arg in _joined(argv)])
+    located = [_locate(arg) for arg in _joined(argv)]
+    for arg in located:
+      _check_file(arg)
+    rest = flags.FLAGS(located)
   except (flags.Error, AttributeError, KeyError, OSError) as error:
     text = ' '.join(str(error.args[0]).replace('\\n', ' ').replace("\\'", "'").split())
     if literal := re.search(r"invalid literal for int\(\) with base 10: '([\d.]+e\+?\d+)'", text):
@@ -101,7 +125,20 @@ def parse_flags(argv: list[str]) -> list[str]:
   asks_for_help = any(arg.startswith(('--help', '-help')) for arg in argv)
   if _CONFIG.value is None and not asks_for_help:
     sys.exit(f'--config is missing; give a file, or one of {packaged_configs()}.')
+  if rest[1:]:
+    sys.exit(f'{rest[1]!r} is no flag; flags begin with --, as in --config=FILE (see --help).')
   return rest
+
+
+def _check_file(arg: str):
+  """Refuses a config file that is none, or has no such preset, in one line."""
+  flag, _, value = arg.partition('=')
+  if flag in ('--config', '-config') and value:
+    path, _, preset = value.partition(':')
+    try:
+      load_config(path, preset)
+    except ValueError as error:
+      sys.exit(f'--{error}')
 
 
 def _joined(argv: list[str]) -> list[str]:

@@ -29,7 +29,7 @@ from vdm.sampling.labels import Labels, labels_of
 from vdm.system import parallel, runners
 from vdm.training import loop
 from vdm.training.step import make_train_step
-from vdm.workdir import checkpoint, config_file
+from vdm.workdir import checkpoint, config_file, lock
 from vdm.workdir.load import read_run
 
 
@@ -226,9 +226,11 @@ class Experiment:
     Raises:
       ValueError: the workdir is another run's, or holds that step already.
     """
-    config_file.open_workdir(workdir, self.config)
-    with checkpoint.manager(workdir, self.config.checkpoint.keep) as manager:
-      saved = checkpoint.save(manager, int(state.step), state)
+    config_file.check_writable(workdir, 'workdir', 'choose another')
+    with lock.hold(workdir):
+      config_file.open_workdir(workdir, self.config)
+      with checkpoint.manager(workdir, self.config.checkpoint.keep) as manager:
+        saved = checkpoint.save(manager, int(state.step), state)
     rule = f'one without step {int(state.step)}'
     require(saved, 'workdir', os.fspath(workdir), rule, 'choose another, or load that step')
 

@@ -1,5 +1,6 @@
 """Refuses what no run could use, before anything is compiled or written; needs no device."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,8 +22,10 @@ class Rule(NamedTuple):
   remedy: str
 
 
+MOST, MOST_SEED = 2**31 - 1, 2**63 - 1
 # leaves of config.model that every network has
 MODEL_LEAVES = ('name', 'output', 'class_conditional', 'condition_on', 'dtype')
+POWER_STDS = 'between 0 and 0.289', 'usual: (0.05, 0.1)'
 POSITIVE = Rule(lambda value: value > 0, 'positive', 'give 1 or more')
 NOT_NEGATIVE = Rule(lambda value: value >= 0, 'zero or more', 'give 0 to switch it off')
 
@@ -60,6 +63,18 @@ RULES = (
       'for 28 x 28 grey images give --config.data.image_shape=28,28,1',
     ),
   ),
+  (
+    'data.image_shape',
+    Rule(lambda shape: len(shape) == 3, 'height, width, channels', 'give three'),
+  ),
+  ('optimizer.b1 optimizer.b2', Rule(lambda b: 0 <= b < 1, 'in [0, 1)', 'usual: 0.9, 0.999')),
+  ('optimizer.eps', Rule(lambda eps: eps > 0, 'positive', 'usual: 1e-8')),
+  ('fid.halves', _at_least(0, 'give 0 for no intervals')),
+  ('ema.power_stds', Rule(lambda stds: all(0 < s < 0.289 for s in stds), *POWER_STDS)),
+  (
+    'ema.extra_halflives_images',
+    Rule(lambda halflives: all(n > 0 for n in halflives), 'positive', 'give images'),
+  ),
   ('data.num_values', _at_least(2, '256 for 8-bit pixels')),
   ('parallel.mode', _one_of('jit', 'pmap')),
   ('train.on_nan', _one_of('stop', 'skip')),
@@ -85,10 +100,18 @@ def check_config(config: ConfigDict):
   for leaf in MODEL_LEAVES:
     field, remedy = f'config.model.{leaf}', 'configs/default.py says what it is'
     require(leaf in config.model, field, None, 'given', remedy)
+  _check_numbers(config)
   for leaves, (holds, rule, remedy) in RULES:
     for leaf in leaves.split():
       value = _value(config, leaf)
       require(holds(value), f'config.{leaf}', value, rule, remedy)
+  if 'fourier_exponents' in config.model:
+    exponents = tuple(config.model.fourier_exponents)
+    good = all(isinstance(n, int) and 0 <= n <= 20 for n in exponents)
+    rule = 'integers from 0 to 20'
+    require(
+      good, 'config.model.fourier_exponents', exponents, rule, 'usual: (6, 7), or () for none'
+    )
   _check_data(config.data, is_flagged(config.model))
   _check_conditions(config.model.class_conditional, config.data, config.train.label_dropout)
   _check_training(config.train, config.fid.train_every_steps)
@@ -98,6 +121,26 @@ def check_config(config: ConfigDict):
   choices = _one_of(*discrete(config.data.num_values).dequantizations)
   value = config.eval.ode.dequantization
   require(choices.holds(value), 'config.eval.ode.dequantization', value, *choices[1:])
+
+
+def _check_numbers(tree: ConfigDict, prefix: str = 'config'):
+  """Refuses numbers that are not finite, or that the arrays they end in do not hold."""
+  for name, value in tree.items():
+    field = f'{prefix}.{name}'
+    if isinstance(value, ConfigDict):
+      _check_numbers(value, field)
+      continue
+    most = MOST_SEED if name == 'seed' else MOST
+    several = isinstance(value, tuple | list)
+    numbers = tuple(value) if several else (value,)
+    known = not several or all(isinstance(number, int | float) for number in numbers)
+    require(known, field, value, 'numbers', 'give as many as configs/default.py has')
+    for number in numbers:
+      if isinstance(number, float):
+        require(math.isfinite(number), field, value, 'finite', 'give a number')
+      elif isinstance(number, int):
+        least = 0 if name == 'seed' else -most
+        require(least <= number <= most, field, value, f'from {least} to {most}', 'give another')
 
 
 def _value(tree: Any, leaf: str) -> Any:

@@ -1,7 +1,14 @@
 """Encoded pictures as pixels, and images of any size as images of one."""
 
+import contextlib
+import warnings
+
 import numpy as np
 
+from vdm.system import files
+
+# Pillow would choose by the content, whatever the name: an EPS file goes to Ghostscript.
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'TIFF', 'BMP', 'GIF', 'PPM')
 MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}  # Pillow's, by the number of channels
 
 
@@ -19,21 +26,42 @@ def decode(file, name: str, channels: int = 0) -> np.ndarray:
   """
   from PIL import Image
 
-  with Image.open(file) as picture:
+  image = None
+  with (
+    files.reading(name, 'write it again, or remove it'),
+    _no_bomb(Image),
+    Image.open(file, formats=FORMATS) as picture,
+  ):
     kind = picture.mode
     if picture.format == 'PNG' and '16' in str(picture.tile[0][3]):  # Pillow would cut them off
       kind = 'I;16' if kind.startswith('I') else f'{kind};16'
     good = kind in ('1', 'L', 'LA', 'P', 'RGB', 'RGBA')
     if good and channels not in (2, 4) and picture.has_transparency_data:
       good = picture.convert('RGBA').getchannel('A').getextrema()[0] == 255
-    if not good:
-      raise ValueError(
-        f'{name} has pixels of kind {kind}, must be 8-bit grey or RGB without transparency; '
-        'flatten it.'
-      )
-    mode = MODES[channels or (1 if kind in ('1', 'L', 'LA') else 3)]
-    image = np.asarray(picture if picture.mode == mode else picture.convert(mode))
+    if good:
+      mode = MODES[channels or (1 if kind in ('1', 'L', 'LA') else 3)]
+      image = np.asarray(picture if picture.mode == mode else picture.convert(mode))
+  if image is None:
+    raise ValueError(
+      f'{name} has pixels of kind {kind}, must be 8-bit grey or RGB without transparency; '
+      'flatten it.'
+    )
   return image.reshape(*image.shape[:2], -1)
+
+
+@contextlib.contextmanager
+def _no_bomb(image_library):
+  """Refuses a picture that declares more pixels than Pillow takes for a sane number."""
+  with warnings.catch_warnings():
+    warnings.simplefilter('error', image_library.DecompressionBombWarning)
+    try:
+      yield
+    except (
+      image_library.DecompressionBombWarning,
+      image_library.DecompressionBombError,
+      MemoryError,
+    ) as error:
+      raise ValueError(error) from error
 
 
 def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:

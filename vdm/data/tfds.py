@@ -2,7 +2,6 @@
 
 import difflib
 import io
-import json
 import math
 import os
 
@@ -11,6 +10,7 @@ import numpy as np
 from vdm.data.identity import require_shape
 from vdm.data.pictures import centre_crop, decode
 from vdm.errors import confirm
+from vdm.system import files
 
 # Decoded images are kept in memory while the whole split fits: PNG is read at 4 000 images/s and
 # core, memory at a hundred times that.
@@ -93,6 +93,7 @@ def open_records(builder, split, field):
   fact = f'lacks {missing} in {builder.data_path}'
   confirm(not missing, field, name, fact, 'copy or prepare it again')
   channels = info.features['image'].shape[-1]
+  records = _Checked(records, f'a record of {name}, {split}, in {builder.data_path}')
 
   def image_of(record, number):
     if not encoded:
@@ -101,6 +102,26 @@ def open_records(builder, split, field):
     return decode(io.BytesIO(record['image']), name, channels)
 
   return records, image_of
+
+
+class _Checked:
+  """Records whose damage is told with the name of their data set."""
+
+  def __init__(self, records, name):
+    self._records, self._name = records, name
+
+  def __len__(self):
+    return len(self._records)
+
+  def __getitem__(self, number):
+    return self.__getitems__([number])[0]
+
+  def __getitems__(self, numbers):
+    with files.reading(self._name, 'copy or prepare it again'):
+      try:
+        return self._records.__getitems__(numbers)
+      except RuntimeError as error:  # of ArrayRecord
+        raise ValueError(error) from error
 
 
 def _root_and_name(builder):
@@ -162,6 +183,9 @@ def builder_of(name, data_dir, name_field, dir_field):
   )
   remedy = f'set {flag} or $TFDS_DATA_DIR to the directory that holds {name}, or {prepare}'
   confirm(root.exists(), dir_field, data_dir, missing, remedy)
+  folder = root / name.split(':')[0]
+  for info in (p for depth in range(3) for p in folder.glob('*/' * depth + 'dataset_info.json')):
+    files.read_json(info, 'copy or prepare it again')
   try:
     return read_only_builder.builder_from_files(name, data_dir=root)
   except (tfds.core.DatasetNotFoundError, ValueError) as error:
@@ -188,5 +212,4 @@ def builder_of(name, data_dir, name_field, dir_field):
 
 def _root_of(info):
   """The data_dir of the set with this dataset_info.json, which is in name/[config/]version."""
-  facts = json.loads(info.read_text())
-  return info.parents[3 if facts.get('configName') else 2]
+  return info.parents[3 if files.read_json(info).get('configName') else 2]

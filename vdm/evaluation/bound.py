@@ -208,6 +208,8 @@ def make_scorer(of: Study, settings: ConfigDict) -> Callable[[Any, str, int], Bi
   def score(params, name, step):
     of_host = batches(of.source, settings)
     result = evaluator(params, of_host, data.num_eval_images(of.source, settings.max_images))
+    if not math.isfinite(result.value):
+      raise FloatingPointError(f'step {step}: bits/dim of {name} parameters is {result.value}')
     path = card_path(of, settings, name, step)
     write_card(of, path, params, name, step, elbo_fields(settings, result))
     terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())

@@ -8,12 +8,13 @@ import zipfile
 
 import numpy as np
 from absl import logging
-from PIL import UnidentifiedImageError
 
 from vdm import data
+from vdm.system import files as files_lib
 
 PICTURES = {'.png', '.jpg', '.jpeg', '.bmp', '.webp'}
 LOSSY = {'.jpg', '.jpeg', '.webp'}
+AGAIN = 'write it again'
 KEYS = ('arr_0', 'images')  # ADM's name of images in an NPZ file, and ours
 
 
@@ -79,12 +80,7 @@ def _of_pictures(files):
 
 def _read_picture(file: pathlib.Path) -> np.ndarray:
   """uint8 [H, W, 1] of a grey picture, [H, W, 3] of any other without transparency."""
-  try:
-    return data.decode(file, str(file))
-  except (UnidentifiedImageError, OSError, SyntaxError) as error:
-    raise ValueError(
-      f'{file} cannot be decoded ({error}); write it again, or remove it.'
-    ) from error
+  return data.decode(file, str(file))
 
 
 def _of_shards(files):
@@ -106,12 +102,10 @@ def _of_shards(files):
 
 def _header(file: pathlib.Path) -> tuple[int, ...]:
   """The shape of a shard's images, without reading them."""
-  with _opened(file) as archive:
-    key = _key(file, archive)
-    with archive.zip.open(f'{key}.npy') as member:
-      version = np.lib.format.read_magic(member)
-      reader = {(1, 0): np.lib.format.read_array_header_1_0}.get(version)
-      shape, _, dtype = (reader or np.lib.format.read_array_header_2_0)(member)
+  with files_lib.reading(file, AGAIN), zipfile.ZipFile(file) as archive:
+    key = _key(file, [name.removesuffix('.npy') for name in archive.namelist()])
+    with archive.open(f'{key}.npy') as member:
+      shape, dtype = files_lib.array_header(member)
   if dtype != np.uint8 or len(shape) != 4 or not shape[0]:
     raise ValueError(
       f'{file} has {key} of {dtype} {shape}, must be uint8 [N, H, W, C]; quantise it.'
@@ -120,24 +114,12 @@ def _header(file: pathlib.Path) -> tuple[int, ...]:
 
 
 def _array(file: pathlib.Path) -> np.ndarray:
-  with _opened(file) as archive:
-    try:
-      return archive[_key(file, archive)]
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-      raise ValueError(f'{file} is damaged ({error}); write it again.') from error
+  arrays = files_lib.read_arrays(file, AGAIN)
+  return arrays[_key(file, list(arrays))]
 
 
-def _opened(file: pathlib.Path):
-  try:
-    return np.load(file)
-  except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f'{file} is no NPZ file, or is cut short ({error}); write it again.'
-    ) from error
-
-
-def _key(file: pathlib.Path, archive) -> str:
+def _key(file: pathlib.Path, names: list[str]) -> str:
   for key in KEYS:
-    if key in archive.files:
+    if key in names:
       return key
-  raise ValueError(f'{file} has arrays {archive.files}, must have images as {" or ".join(KEYS)}.')
+  raise ValueError(f'{file} has arrays {names}, must have images as {" or ".join(KEYS)}.')

@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 from typing import NamedTuple
 
 import jax
@@ -19,6 +18,8 @@ from vdm.fid.network import Features
 from vdm.fid.statistics import Gaussian
 from vdm.fid.streaming import check_reference, collect
 from vdm.system import files
+
+REMEDY = 'fetch or make it again: python -m vdm.fid stats'
 
 KEPT = 10_000  # images whose features a reference of ours keeps, for KID, precision and recall
 FOREIGN = {'features': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}  # as ADM and EDM call them
@@ -87,14 +88,17 @@ def read(path: str, extractor: Extractor, batch_size: int) -> Reference:
   arrays = _arrays(file)
   if 'mu' not in arrays:
     return of_source(images.load(path), extractor, batch_size)
-  gaussians = {
-    kind: Gaussian(*(np.asarray(arrays[key], np.float64) for key in keys))
-    for kind, keys in FOREIGN.items()
-    if all(key in arrays for key in keys)
-  }
+  with files.reading(f'reference {file}', REMEDY):
+    gaussians = {
+      kind: Gaussian(*(np.asarray(arrays[key], np.float64) for key in keys))
+      for kind, keys in FOREIGN.items()
+      if all(key in arrays for key in keys)
+    }
   if 'facts' in arrays:
-    facts = json.loads(str(arrays['facts']))
-    rows = {'features': arrays['rows_features']}
+    with files.reading(f'reference {file}', REMEDY):
+      facts = dict(json.loads(str(arrays['facts'])))
+      rows = {'features': arrays['rows_features']}
+      facts['extractor'], facts['num_images'] = str(facts['extractor']), int(facts['num_images'])
   else:
     facts = {'extractor': weights.NAME, 'num_images': 0, 'data': {'name': str(file)}}
     rows = {}
@@ -106,13 +110,8 @@ def read(path: str, extractor: Extractor, batch_size: int) -> Reference:
 
 def _arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
   """All arrays but images, of which only the name."""
-  try:
-    with np.load(file) as archive:
-      return {k: archive[k] if k not in images.KEYS else np.zeros(0) for k in archive.files}
-  except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f'reference {file} cannot be read ({error}); fetch or make it again: python -m vdm.fid stats.'
-    ) from error
+  with files.reading(f'reference {file}', REMEDY):
+    return files.read_arrays(file, REMEDY, without=images.KEYS)
 
 
 def _require_same(path: str, facts: dict, gaussians: dict[str, Gaussian], extractor: Extractor):

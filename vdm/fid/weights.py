@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pathlib
-import zipfile
 from collections.abc import Callable
 
 import jax
@@ -228,14 +227,10 @@ def write(path: pathlib.Path, params: Params, facts: dict):
 
 def read(path: pathlib.Path, remedy: str) -> tuple[Params, dict]:
   """Params and facts, checked against the sha256 that was written with them."""
-  try:
-    with np.load(path) as file:
-      arrays = {name: file[name] for name in file.files}
-    facts = json.loads(str(arrays.pop('facts')))
-  except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-    raise ValueError(
-      f'config.fid.weights: {path} cannot be read, or is not ours; {remedy}.'
-    ) from error
+  with files.reading(f'config.fid.weights: {path}', remedy):
+    arrays = files.read_arrays(path, remedy)
+    facts = dict(json.loads(str(arrays.pop('facts'))))
+    facts['sha256'], facts['name'] = str(facts['sha256']), str(facts['name'])
   found = fingerprint(arrays)
   if found != facts['sha256']:
     raise ValueError(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -68,7 +69,8 @@ def make_draw(
       model.image_shape,
       settings.denoise_last,
     )
-    return model.decoder.from_model(x)  # the decoder's mode
+    # the decoder's mode, of which every number has one
+    return model.decoder.from_model(x), jnp.isfinite(x).all()
 
   compiled = parallel.jit(draw, mesh, out_shardings=parallel.replicated(mesh))
   sharding = parallel.batch_sharding(mesh)
@@ -90,7 +92,12 @@ def make_draw(
       starts = range(0, num_images, settings.batch_size)
     launched = itertools.chain(map(launch, starts), [None])
     # the next batch is under way while the caller has this one
-    for (start, images), _ in itertools.pairwise(launched):
+    for (start, (images, finite)), _ in itertools.pairwise(launched):
+      if not finite:
+        raise FloatingPointError(
+          f'samples {start} to {start + settings.batch_size - 1} are not finite; choose another '
+          'checkpoint, sampler or config.sample.threshold.'
+        )
       yield np.asarray(images)[: num_images - start]
 
   return run

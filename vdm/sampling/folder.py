@@ -22,6 +22,7 @@ from vdm.system import files
 
 FORMATS = ('npz', 'png')
 MANIFEST = 'manifest.json'
+REMEDY = 'remove it to have it drawn again'
 
 
 def check_format(image_format: str, channels: int):
@@ -64,10 +65,7 @@ def _claim(folder: pathlib.Path, manifest: dict[str, Any]):
   file, wanted = folder / MANIFEST, json.loads(json.dumps(manifest))
   remedy = 'remove the folder to draw anew'
   if file.exists():
-    try:
-      found = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError) as error:
-      raise ValueError(f'{file} cannot be read ({error}); {remedy}.') from error
+    found = files.read_json(file, remedy)
     for field in sorted(found.keys() | wanted.keys()):
       old, new = found.get(field, 'nothing'), wanted.get(field, 'nothing')
       if old != new:
@@ -121,12 +119,15 @@ def read_shards(folder: pathlib.Path) -> Iterator[np.ndarray]:
   """The images [N H W C] of each shard in turn, as they are stored."""
   for path in sorted(folder.glob('[0-9]*')):
     if path.suffix == '.npz':
-      with np.load(io.BytesIO(path.read_bytes())) as arrays:
-        yield arrays['images']
+      arrays = files.read_arrays(path, REMEDY)
+      with files.reading(path, REMEDY):
+        images = arrays['images']
+      yield images
     else:
       images = np.stack([_pixels(file) for file in sorted(path.glob('*.png'))])
       yield images.reshape(*images.shape[:3], -1)
 
 
 def _pixels(path: pathlib.Path) -> np.ndarray:
-  return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
+  with files.reading(path, REMEDY):
+    return np.asarray(Image.open(io.BytesIO(path.read_bytes()), formats=['PNG']))

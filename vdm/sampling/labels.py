@@ -12,6 +12,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from vdm import data
 from vdm.diffusion.gaussian import fold_in
 from vdm.errors import require
+from vdm.system import files
 
 LABEL_RULES = ('balanced', 'uniform')
 
@@ -97,12 +98,8 @@ def embeddings_of(path: str, data_settings: ConfigDict) -> Labels:
   if not path:
     source = data.load(data_settings, 'eval')
     return lambda index: source.fetch(index % len(source))['label']
-  try:
-    rows = np.load(path)
-  except (OSError, ValueError) as error:
-    raise ValueError(
-      f'config.sample.embeddings={path!r} cannot be read ({error}); name a file of np.save.'
-    ) from error
+  with files.reading(f'config.sample.embeddings={path!r}', 'name a file of np.save'):
+    rows = np.asarray(np.load(path, allow_pickle=False, mmap_mode='r'))
   good = rows.ndim == 2 and rows.shape[1] == size and len(rows) > 0 and np.isfinite(rows).all()
   fact = f'an array [N, {size}] of finite numbers, not {rows.dtype} {list(rows.shape)}'
   require(good, 'config.sample.embeddings', path, fact, 'see config.data.embedding_size')

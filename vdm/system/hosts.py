@@ -5,7 +5,6 @@ from collections.abc import Callable
 
 import jax
 from absl import logging
-from etils import epath
 
 from vdm.system import files
 
@@ -105,11 +104,12 @@ def use_cores(works: Callable[[int], bool]):
   os.environ['XLA_FLAGS'] = ' '.join([xla_flags, *more]).strip()
 
 
-def keep_compiled(directory: epath.Path):
-  """Keeps what took a second or more to compile in `directory`, for the next start of a run.
+def keep_compiled():
+  """Keeps what took a second or more to compile in the user's cache, for the next start of a run.
 
-  $JAX_COMPILATION_CACHE_DIR, or what an earlier call said, comes first. The directory is made when
-  there is something to keep.
+  Not in the workdir: JAX runs what it finds there, and a workdir may be a stranger's.
+  $JAX_COMPILATION_CACHE_DIR comes first. The directory is made when there is something to keep.
   """
   if not jax.config.jax_compilation_cache_dir:
-    jax.config.update('jax_compilation_cache_dir', str(files.absolute(directory)))
+    directory = files.absolute(files.cache_folder() / 'xla')
+    jax.config.update('jax_compilation_cache_dir', str(directory))

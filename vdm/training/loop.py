@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from vdm import build, cards, data
 from vdm.build.state import TrainState
 from vdm.evaluation import evaluate
-from vdm.system import parallel, profile, runners, writers
+from vdm.system import files, parallel, profile, runners, writers
 from vdm.system.stopping import EXIT_PREEMPTED, Stop, Stopped, stop
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
-from vdm.workdir import checkpoint, config_file, posthoc_ema
+from vdm.workdir import checkpoint, config_file, lock, posthoc_ema
 
 
 class Due(NamedTuple):
@@ -77,12 +77,15 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   source = data.load(config.data, 'train')
   mesh = parallel.make_mesh(config.parallel.fsdp)
   evaluations = evaluate.in_training(config, model, mesh, workdir)
-  config_file.open_workdir(workdir, config)  # the first thing that is written
   with contextlib.ExitStack() as stack:
     stack.enter_context(stop.listening())
+    config_file.check_writable(workdir, '--workdir', 'choose another --workdir')
+    stack.enter_context(lock.hold(workdir))
+    config_file.open_workdir(workdir, config)  # the first thing that is written
     manager = stack.enter_context(checkpoint.manager(workdir, config.checkpoint.keep))
     init = build.init_state(config, model)
     abstract = parallel.abstract_state(mesh, init)
+    files.require_space(workdir, checkpoint.size_of(abstract), '--workdir')
     state, start = checkpoint.restore(manager, abstract) or (None, 0)
     every = Every(
       settings.eval_every_steps, config.checkpoint.every_steps, config.ema.snapshot_every_steps

@@ -3,6 +3,7 @@
 ORDER = (
   'released',
   'config_file',
+  'lock',
   'layouts',
   'checkpoint',
   'load',

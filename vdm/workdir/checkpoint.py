@@ -79,10 +79,12 @@ def save(
 
   Raises:
     FloatingPointError: the state is not finite.
+    NoSpace: there is no room for it.
   """
   if step in manager.all_steps():
     return False
   require_finite(state, step)
+  files.require_space(manager.directory, size_of(state), 'checkpoints')
   metrics = {name: float(value) for name, value in (metrics or {}).items()}
   metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # for JSON
   leaves = {
@@ -99,6 +101,12 @@ def save(
     metrics=metrics,
     force=True,  # at any step: the caller's loop knows when
   )
+
+
+def size_of(state: Any) -> float:
+  """Returns the bytes of a checkpoint of a state, abstract or not, and some room besides."""
+  leaves = jax.tree.leaves(state)
+  return 1.1 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def require_finite(state: Any, step: int):
@@ -155,17 +163,21 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 
 
 def restore(
-  manager: ocp.CheckpointManager, abstract_state: Any, step: int | None = None
+  manager: ocp.CheckpointManager,
+  abstract_state: Any,
+  step: int | None = None,
+  set_aside: bool = True,
 ) -> tuple[Any, int] | None:
-  """Reads the newest checkpoint that is whole, to resume from it, or exactly that of `step`.
+  """Reads the newest checkpoint that is whole, or exactly that of `step`.
 
   On the way to the newest whole one, broken ones are logged and then renamed `<step>.corrupt`: out
   of the way of the saves to come, and there to be looked at.
 
   Args:
-    manager: opened for writing, where `step` is None.
+    manager: opened for writing, where broken ones are renamed.
     abstract_state: a pytree of `jax.ShapeDtypeStruct` with the shardings wanted now.
     step: reads this one or fails, and renames nothing; None takes the newest.
+    set_aside: whether broken ones are renamed, to go on from the one that is read.
 
   Returns:
     The state and its step, or None where there is no checkpoint yet.
@@ -183,12 +195,14 @@ def restore(
     path = manager.directory / str(candidate)
     state, cause = _read(path, abstract_state)
     if not cause:
-      _set_aside(manager, broken)
+      _set_aside(manager, broken if set_aside else [])
       return state, candidate
     logging.warning('%s is broken and is passed over (%s).', path, cause)
     broken.append(path)
   if not broken:
     return None
+  if step is not None:
+    raise ValueError(f'{path} is broken ({cause}); put back a whole copy, or choose another step.')
   raise ValueError(
     f'{manager.directory} holds no checkpoint that can be restored, of {len(broken)} tried '
     f'({path.name}: {cause}); put back a whole copy, or choose another --workdir.'

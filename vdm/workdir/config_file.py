@@ -1,6 +1,5 @@
 """`config.json` of a workdir: which run it is, and which leaves may differ between two starts."""
 
-import importlib.util
 import json
 import os
 import pathlib
@@ -71,7 +70,7 @@ def open_workdir(workdir: os.PathLike | str, config: ConfigDict) -> None:
       f'--workdir={workdir} holds a released model, which has no optimizer to train on with; '
       'choose another --workdir.'
     )
-  hosts.keep_compiled(path / 'xla_cache')
+  hosts.keep_compiled()
   file = path / CONFIG
   text = files.json_text(config.to_dict())
   if file.exists():
@@ -81,6 +80,11 @@ def open_workdir(workdir: os.PathLike | str, config: ConfigDict) -> None:
         f'--workdir={workdir} holds a run with {", and ".join(found)}; '
         'choose another --workdir, or restore these values.'
       )
+  elif any((path / 'checkpoints').glob('[0-9]*')):
+    raise ValueError(
+      f'--workdir={workdir} holds checkpoints without {CONFIG}, which says of which run; '
+      'restore that file, or choose another --workdir.'
+    )
   if jax.process_index() == 0:
     files.write(file, text)
 
@@ -117,16 +121,8 @@ def out_folder(workdir: os.PathLike | str, out: epath.Path | None) -> epath.Path
 
 def saved_config(workdir: os.PathLike | str) -> dict[str, Any]:
   """The config.json of a workdir, with lists where the config has tuples."""
-  try:
-    saved = json.loads((epath.Path(workdir) / CONFIG).read_text())
-    flat(saved)
-  except (OSError, ValueError, AttributeError) as error:
-    cause = (isinstance(error, OSError) and error.strerror) or error
-    raise ValueError(
-      f'--workdir={workdir} holds a {CONFIG} that cannot be read ({cause}); '
-      'choose another --workdir, or restore that file.'
-    ) from error
-  return saved
+  remedy = 'choose another --workdir, or restore that file'
+  return files.read_json(epath.Path(workdir) / CONFIG, remedy)
 
 
 def own_config(workdir: os.PathLike | str, given: ConfigDict | None = None) -> ConfigDict:
@@ -224,18 +220,14 @@ def read_config(config: str | os.PathLike | ConfigDict, overrides: Mapping[str, 
     ValueError: there is no such config or leaf, or a value is of another type.
   """
   if not isinstance(config, ConfigDict):
-    name, colon, preset = os.fspath(config), '', ''
-    if not os.path.isfile(name):
-      name, colon, preset = name.rpartition(':') if ':' in name else (name, '', '')
+    name, preset = os.fspath(config), ''
+    if not os.path.isfile(name) and ':' in name:
+      name, _, preset = name.rpartition(':')
     packaged = pathlib.Path(files.configs_folder()) / f'{name}.py'
     path = packaged if packaged.is_file() else pathlib.Path(name)
     choices = f'a file, or one of {files.packaged_configs()}'
     require(path.is_file(), 'config', os.fspath(config), choices, 'choose one')
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None  # it is a file of Python
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(*([preset] if colon else []))
+    config = files.load_config(path, preset)
   return changed(config, overrides)
 
 

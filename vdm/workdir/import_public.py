@@ -16,12 +16,13 @@ import numpy as np
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
+from msgpack.exceptions import UnpackException
 
 from vdm import build
 from vdm.diffusion.schedules import inverse_softplus
 from vdm.errors import require
 from vdm.nn import layers
-from vdm.system import parallel
+from vdm.system import files, parallel
 from vdm.workdir import checkpoint, config_file
 
 PUBLIC_GROUPS = 32  # of channels, in every norm
@@ -202,14 +203,17 @@ def newest(path: str) -> epath.Path:
 
 def read(path: epath.Path) -> dict[str, Any]:
   """The tree at `path`: step, params, ema_params."""
-  try:
-    tree = flax.serialization.msgpack_restore(path.read_bytes())
-    return {name: tree[name] for name in ('step', 'params', 'ema_params')}
-  except (ValueError, KeyError, TypeError) as error:
-    raise ValueError(
-      f'--checkpoint={path} is no checkpoint of the public VDM code, or is cut short '
-      f'({type(error).__name__}: {error}); copy it again.'
-    ) from error
+  with files.reading(f'--checkpoint={path}', 'give a whole one of the public VDM code'):
+    try:
+      tree = flax.serialization.msgpack_restore(path.read_bytes())
+    except (UnpackException, MemoryError) as error:
+      raise ValueError(f'{type(error).__name__} {error}') from error
+    found = {name: tree[name] for name in ('step', 'params', 'ema_params')}
+    found['step'] = int(found['step'])
+    for name in ('params', 'ema_params'):
+      for leaf in jax.tree.leaves(dict(found[name])):
+        np.asarray(leaf, np.float32)
+  return found
 
 
 def run(config: ConfigDict, workdir: os.PathLike | str, checkpoint_path: str) -> int:

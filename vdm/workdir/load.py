@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vdm import build
 from vdm.build.state import TrainState
 from vdm.errors import require
-from vdm.system import files, hosts, parallel
+from vdm.system import hosts, parallel
 from vdm.workdir import released
 from vdm.workdir.checkpoint import best_step, manager, restore
 from vdm.workdir.config_file import (
@@ -62,7 +62,7 @@ def read_run(
   found = differences(flat(saved_config(workdir)), flat(plain(config or own)))
   if found:
     logging.info('%s is read by its own config: it has %s', workdir, ', and '.join(found))
-  hosts.keep_compiled(files.cache_folder() / 'xla')
+  hosts.keep_compiled()
   model = build.model(own)
   build.check_devices(own, jax.device_count())
   mesh = parallel.make_mesh(own.parallel.fsdp)
@@ -119,6 +119,7 @@ def _state(workdir: os.PathLike | str, init: build.InitState, mesh: Mesh, step: 
     best = 'none was evaluated' if lowest is None else f'the best by bits/dim is {lowest}'
     logging.info('%s: step %d of %s; %s', workdir, named[step], ', '.join(map(str, steps)), best)
     abstract = parallel.abstract_state(mesh, init)
-    restored = restore(reader, abstract, named[step])
-    assert restored is not None  # a step that is not there was refused above
+    one = None if step == 'newest' else named[step]
+    restored = restore(reader, abstract, one, set_aside=False)
+    assert restored is not None  # there are steps
     return restored[0]

@@ -4,9 +4,7 @@ A folder with PARAMS and config.json is read like a workdir by --mode=eval and -
 no optimizer, and all its averages are the one that was released.
 """
 
-import io
 import os
-import zipfile
 from typing import Any
 
 import jax
@@ -61,12 +59,9 @@ def read(folder: os.PathLike | str, init: build.InitState, mesh: Mesh) -> TrainS
   """
   path = epath.Path(folder) / PARAMS
   abstract = parallel.abstract_state(mesh, init)
-  try:
-    with np.load(io.BytesIO(path.read_bytes())) as file:
-      arrays = {name: file[name] for name in file.files}
-      step = int(arrays.pop(STEP))
-  except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-    raise ValueError(f'{path} cannot be read ({error}); copy it again.') from error
+  arrays = files.read_arrays(path)
+  with files.reading(path):
+    step = int(arrays.pop(STEP))
   stacked = blocks.stacked_names(abstract.params['network'])
   take = lambda leaf, i: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype)
   wanted = _flat(blocks.unstack(abstract.params, take))
@@ -76,8 +71,8 @@ def read(folder: os.PathLike | str, init: build.InitState, mesh: Mesh) -> TrainS
       raise ValueError(f'{path} has {found} for {name}, and the model of its config {want}.')
     if not np.isfinite(arrays[name]).all():
       raise ValueError(f'{path} has values of {name} that are not finite; copy it again.')
-  arrays = {name: jnp.asarray(a, wanted[name].dtype) for name, a in arrays.items()}
-  params = {'schedule': {}} | traverse_util.unflatten_dict(arrays, sep='/')
+  leaves = {name: jnp.asarray(a, wanted[name].dtype) for name, a in arrays.items()}
+  params = {'schedule': {}} | traverse_util.unflatten_dict(leaves, sep='/')
 
   def state():
     return init(blocks.stack(params, stacked)).replace(step=jnp.int32(step))

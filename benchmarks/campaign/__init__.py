@@ -1,0 +1,1 @@
+"""Breaks runs on purpose, and says what was lost: `python -m benchmarks.campaign --help`."""

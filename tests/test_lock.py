@@ -1,0 +1,84 @@
+"""One job per workdir, and no lock that outlives its job."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from vdm.workdir import lock
+
+HOLDER = (
+  'import sys, time\n'
+  'from vdm.workdir import lock\n'
+  'with lock.hold(sys.argv[1]):\n'
+  '  print("held", flush=True)\n'
+  '  time.sleep(600)\n'
+)
+
+
+@pytest.fixture
+def holder(tmp_path):
+  """A process that holds the lock of a workdir."""
+  process = subprocess.Popen(
+    [sys.executable, '-c', HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+  )
+  assert process.stdout.readline() == 'held\n'
+  yield process
+  process.kill()
+  process.communicate()
+
+
+def test_a_second_job_is_refused_and_told_of_the_first(holder, tmp_path):
+  message = (
+    rf'^--workdir={tmp_path} is being written by process {holder.pid} of .* since 2.*; choose'
+  )
+  with pytest.raises(ValueError, match=message) as error, lock.hold(tmp_path):
+    pass
+  assert '\n' not in str(error.value)
+  holder.kill()
+  holder.wait()
+  with lock.hold(tmp_path):  # whatever ended it
+    assert json.loads((tmp_path / lock.FILE).read_text())['pid'] == os.getpid()
+  assert not (tmp_path / lock.FILE).exists()
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', '{"pid": 1}', 'null'])
+def test_a_damaged_lock_keeps_nobody_out(content, tmp_path):
+  (tmp_path / lock.FILE).write_text(content)
+  with lock.hold(tmp_path):
+    pass
+
+
+def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
+  own = lock._own() | {'pid': os.getppid(), 'started': 'long ago'}
+  (tmp_path / lock.FILE).write_text(json.dumps(own))
+  with lock.hold(tmp_path):
+    pass
+
+
+@pytest.mark.parametrize('alive', [True, False])
+def test_another_host_is_watched_for_signs_of_life(alive, tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, 'BEAT_SECONDS', 0.05)
+  path, ended = tmp_path / lock.FILE, threading.Event()
+  theirs = lock._own() | {'host': 'elsewhere'}
+  path.write_text(json.dumps(theirs))
+  os.utime(path, (1, 1))
+  beating = threading.Thread(target=lock._beat, args=(path, theirs, ended))
+  if alive:
+    beating.start()
+  try:
+    if alive:
+      with pytest.raises(ValueError, match='of elsewhere since'), lock.hold(tmp_path):
+        pass
+    else:
+      with lock.hold(tmp_path):
+        time.sleep(0.2)
+        assert path.stat().st_mtime > 1
+  finally:
+    ended.set()
+    if alive:
+      beating.join()

@@ -1,0 +1,145 @@
+"""One job per workdir: a file that says who writes there, with a sign of life."""
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from jax.experimental import multihost_utils
+
+from vdm.system import files
+
+FILE = 'lock.json'
+BEAT_SECONDS = 10.0  # between two signs of life
+SILENT_BEATS = 3  # after which the job of another host is taken to be gone
+
+
+@contextlib.contextmanager
+def hold(workdir: os.PathLike | str) -> Iterator[None]:
+  """Keeps other jobs out of a workdir, for as long as this one writes there.
+
+  To be called on every process; the first one holds the lock. A job of the same host that has
+  ended is passed over at once, however it ended; one of another host once it has shown no sign of
+  life for SILENT_BEATS.
+
+  Raises:
+    ValueError: another job writes there.
+  """
+  path = files.absolute(workdir) / FILE
+  own, refusal = _own(), None
+  if jax.process_index() == 0:
+    try:
+      _claim(path, own, workdir)
+    except ValueError as error:
+      refusal = error
+  if jax.process_count() > 1:
+    refused = multihost_utils.broadcast_one_to_all(np.int32(refusal is not None))
+    if refused and refusal is None:
+      refusal = ValueError(f'--workdir={workdir} is refused by the first process, which says why.')
+  if refusal:
+    raise refusal
+  ended = threading.Event()
+  if jax.process_index() == 0:
+    threading.Thread(target=_beat, args=(path, own, ended), daemon=True).start()
+  try:
+    yield
+  finally:
+    ended.set()
+    if jax.process_index() == 0 and _read(path) == own:
+      with contextlib.suppress(FileNotFoundError):
+        path.unlink()
+
+
+def _own() -> dict[str, Any]:
+  """Returns what the file says of this job."""
+  return {
+    'host': socket.gethostname(),
+    'pid': os.getpid(),
+    'started': _start_of(os.getpid()),
+    'since': time.strftime('%Y-%m-%d %H:%M:%S %z'),
+    'token': uuid.uuid4().hex,
+  }
+
+
+def _claim(path: epath.Path, own: dict[str, Any], workdir: os.PathLike | str):
+  """Writes the lock, once the job that holds it, if any, is known to be gone."""
+  found = _read(path)
+  if found and not _is_gone(path, found):
+    raise ValueError(
+      f'--workdir={workdir} is being written by process {found["pid"]} of {found["host"]} since '
+      f'{found["since"]}; choose another --workdir, or stop that job.'
+    )
+  if found:
+    logging.info('%s: process %d of %s has ended', path, found['pid'], found['host'])
+  files.write(path, json.dumps(own))
+
+
+def _read(path: epath.Path) -> dict[str, Any]:
+  """Returns the lock's content; {} if there is none, or none that can be read."""
+  try:
+    found = files.read_json(path)
+  except ValueError:
+    return {}
+  return found if _own().keys() <= found.keys() else {}
+
+
+def _is_gone(path: epath.Path, found: dict[str, Any]) -> bool:
+  """Returns whether the job that holds the lock has ended."""
+  if found['host'] == socket.gethostname():
+    started = _start_of(found['pid'])
+    return not started or (found['started'] and started != found['started'])
+  patience = SILENT_BEATS * BEAT_SECONDS
+  logging.info('%s is of %s: waiting %g s for a sign of life', path, found['host'], patience)
+  before = _life_of(path)
+  for _ in range(SILENT_BEATS):
+    time.sleep(BEAT_SECONDS)
+    if _life_of(path) != before:
+      return False
+  return True
+
+
+def _start_of(pid: int) -> str:
+  """Returns when a process of this host started, in the system's ticks; '' for none that runs.
+
+  A number of a process is given to another one later; its start tells them apart.
+  """
+  try:
+    with open(f'/proc/{pid}/stat') as file:
+      fields = file.read().rpartition(')')[2].split()
+      return '' if fields[0] == 'Z' else fields[19]
+  except FileNotFoundError:
+    if os.path.exists('/proc/self/stat'):
+      return ''
+  try:  # where there is no /proc
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return ''
+  except PermissionError:
+    pass
+  return 'unknown'
+
+
+def _life_of(path: epath.Path) -> Any:
+  """Returns what every sign of life changes."""
+  return (_read(path).get('token'), path.stat().mtime) if path.exists() else None
+
+
+def _beat(path: epath.Path, own: dict[str, Any], ended: threading.Event):
+  """Shows a sign of life until the job has ended."""
+  while not ended.wait(BEAT_SECONDS):
+    try:
+      if '://' in str(path):
+        files.write(path, json.dumps(own))
+      else:
+        os.utime(path)
+    except OSError as error:  # the job itself meets it at its next save
+      logging.warning('%s cannot be written (%s)', path, error)
