@@ -1,4 +1,4 @@
-"""The papers: pure functions of arrays. No jit, config, files or log in here."""
+"""The papers as pure functions of arrays, without jit, config, files or log."""
 
 ORDER = (
   'gaussian',

@@ -14,26 +14,26 @@ from jaxtyping import Array, Float
 from vdm.diffusion.gaussian import Schedule
 from vdm.errors import require
 
-FLOOR = 1e-4  # least density of a bin, as a share of the mean: every bin is visited at last
+FLOOR = 1e-4  # least density of a bin, as a share of the mean: every bin is visited in the end
 PRIOR = 10  # each bin starts as if so many examples in it had had the mean loss of all
 
 
 class Hits(NamedTuple):
-  """Losses of a batch by bin, [num_bins] each; they add up over devices and microbatches."""
+  """Holds a batch's losses by bin, [num_bins] each; they add up over devices and microbatches."""
 
   total: Array
   count: Array  # type: ignore[assignment]  # tuples have a method of that name
 
 
 class Average(NamedTuple):
-  """The state: the average loss of each bin, and its weight in [0, 1), [num_bins] each."""
+  """Holds the state: the average loss of each bin, and its weight in [0, 1), [num_bins] each."""
 
   mean: Array
   weight: Array
 
 
 class Adaptive(NamedTuple):
-  """The adaptive schedule: frozen settings, a separate state."""
+  """Holds an adaptive schedule's functions: its settings are frozen in, its state is separate."""
 
   init: Callable[[], Average]
   hits: Callable[[Array, Array], Hits]
@@ -45,7 +45,9 @@ class Adaptive(NamedTuple):
 def adaptive(
   log_snr_min: float, log_snr_max: float, num_bins: int = 100, decay: float = 0.999
 ) -> Adaptive:
-  """p(log_snr) proportional to E[w(log_snr) |eps_hat - eps|^2 | log_snr], in equal bins.
+  """Returns the schedule whose density follows the loss, in equal bins of log_snr:
+
+    p(log_snr) proportional to E[w(log_snr) |eps_hat - eps|^2 | log_snr].
 
   The state is an exponential moving average of that, from log_snr_min up, which decays by `decay`
   per example: n examples in a bin move it by 1 - decay^n towards their mean; a bin that is not
@@ -111,8 +113,8 @@ def adaptive(
 
 
 def predicted_reduction(density: Float[Array, ' n']) -> Float[Array, '']:
-  """Mean square of the loss under the adaptive schedule over that under a uniform log_snr.
+  """Returns the loss's mean square under the adaptive schedule over that under a uniform log_snr.
 
-  E[v]^2 / E[v^2] over the bins v: as if the loss were a function of log_snr alone.
+  It is E[v]^2 / E[v^2] over the bins v, as if the loss were a function of log_snr alone.
   """
   return density.mean() ** 2 / (density**2).mean()

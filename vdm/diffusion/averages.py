@@ -14,8 +14,11 @@ import numpy as np
 def exponential_decay(
   step: jax.Array | int, batch_size: int, halflife_images: float, rampup_ratio: float
 ) -> jax.Array:
-  """Decay per step, 0.5 ** (batch_size / halflife); early on the half-life is at most a share
-  `rampup_ratio` of the images seen, so that the average forgets the initial parameters (EDM)."""
+  """Returns the decay per step, 0.5 ** (batch_size / halflife).
+
+  Early on the half-life is at most a share `rampup_ratio` of the images seen, so that the average
+  forgets the initial parameters (EDM).
+  """
   halflife = jnp.float32(halflife_images)
   if rampup_ratio:
     halflife = jnp.minimum(halflife, (step + 1) * batch_size * rampup_ratio)
@@ -23,14 +26,15 @@ def exponential_decay(
 
 
 def power_decay(step: jax.Array | int, std: float) -> jax.Array:
-  """Decay of update number `step` + 1, (1 - 1/t)^(gamma + 1) with t = step + 1 (EDM2 eq. 127)."""
+  """Returns the decay of update number t = `step` + 1, (1 - 1/t)^(gamma + 1) (EDM2 eq. 127)."""
   return (step / (step + 1)) ** (exponent(std) + 1)
 
 
 def exponent(std: float) -> float:
-  """gamma of the profile tau^gamma on [0, 1] whose standard deviation is `std` (EDM2 eq. 123).
+  """Returns gamma of the profile tau^gamma on [0, 1] of standard deviation `std` (EDM2 eq. 123).
 
-  std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), from 1/sqrt(12) at gamma = 0 down to 0.
+  It solves std^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)), which falls from 1/sqrt(12) at
+  gamma = 0 to 0.
   """
   if not 0 < std < 12**-0.5:
     raise ValueError(f'config.ema.power_stds: {std} must be in (0, 0.288); try 0.05.')
@@ -43,15 +47,15 @@ def exponent(std: float) -> float:
 def combination(
   times: np.ndarray, stds: np.ndarray, target_time: float, target_std: float
 ) -> np.ndarray:
-  """Weights [N], of sum one, of N stored averages that add up to another (EDM2, algorithm 3).
+  """Returns weights [N] of sum one with which N stored averages make another (EDM2, algorithm 3).
 
   The closest profile in the mean square has weights whose sum falls short of one, the more the
   fewer averages there are, and parameters so weighted are too small by as much: EDM2's code divides
   by the sum.
 
   Args:
-    times: the steps after which each was stored, [N].
-    stds: the lengths of each, [N].
+    times: the step after which each was stored, [N].
+    stds: the length of each, [N].
     target_time: the step at which the other one ends.
     target_std: its length.
   """
@@ -63,7 +67,7 @@ def combination(
 
 
 def _overlap(t_a, gamma_a, t_b, gamma_b):
-  """int p_a p_b, of the profiles p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t]."""
+  """Returns int p_a p_b, where p(tau) = (gamma + 1) tau^gamma / t^(gamma + 1) on [0, t]."""
   least = np.minimum(t_a, t_b)
   height = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
   return height * (least / t_a) ** gamma_a * (least / t_b) ** gamma_b * least / (t_a * t_b)

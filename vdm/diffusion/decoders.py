@@ -32,10 +32,11 @@ Dequantization = Callable[[Array, Array, Array], tuple[Array, Array]]
 
 
 class Decoder(NamedTuple):
-  """The units of the data, and p(u | z_0); made by a function such as `discrete`.
+  """Knows the units of the data, and p(u | z_0); a function such as `discrete` makes it.
 
-  z_0 = alpha_0 x + sigma_0 eps is the latent at log_snr_max, a scalar, or of a multivariate
-  schedule an array that broadcasts against z_0. Likelihoods are in nats, summed over dimensions.
+  z_0 = alpha_0 x + sigma_0 eps is the latent at log_snr_max, which is a scalar or, for a
+  multivariate schedule, an array that broadcasts against z_0. Likelihoods are in nats, summed over
+  dimensions.
   """
 
   to_model: Callable[[Shaped[Array, '...']], Float[Array, '...']]  # u -> x, elementwise
@@ -60,12 +61,12 @@ class Decoder(NamedTuple):
 def discrete(num_values: int) -> Decoder:
   """Returns the decoder of integers 0 .. K - 1, such as pixels (VDM eq. 12): a softmax over K.
 
-  Each dimension on its own, for x_k the centre of cell k of [-1, 1],
+  Each dimension has a softmax of its own, with x_k the centre of cell k of [-1, 1]:
 
     logit_k = -1/2 (z_0 / alpha_0 - x_k)^2 e^log_snr_max.
 
   Where the grid is wide against the noise the softmax runs over the few nearest values, which is
-  the full one to float32 rounding; else over all K.
+  the full one to float32 rounding; elsewhere it runs over all K.
 
   Args:
     num_values: K.
@@ -110,22 +111,22 @@ def discrete(num_values: int) -> Decoder:
 
 
 def to_grid(u: Integer[Array | np.ndarray, '...'], num_values: int) -> Float[Array, '...']:
-  """Integers 0 .. K - 1 to the centres of K equal cells of [-1, 1]: 2 (u + 1/2) / K - 1."""
+  """Maps integers 0 .. K - 1 to the centres of K equal cells of [-1, 1], 2 (u + 1/2) / K - 1."""
   return (2 * jnp.asarray(u, jnp.float32) + 1) / num_values - 1
 
 
 def from_grid(x: Float[Array | np.ndarray, '...'], num_values: int) -> Int[Array, '...']:
-  """The nearest of the K integers: the mode of the decoder."""
+  """Returns the nearest of the K integers, which is the mode of the decoder."""
   u = jnp.round(((x + 1) * num_values - 1) / 2)
   return jnp.clip(u, 0, num_values - 1).astype(jnp.int32)
 
 
 def _discrete_log_prob(u, offset, log_snr_max, num_values):
-  """log p(u | z_0) of z_0 / alpha_0 in units of its noise, from the data's own value: of eps."""
+  """Returns log p(u | z_0), given how far z_0 / alpha_0 is from u, in units of its noise: eps."""
   spacing = 2 / num_values * expand_to(jnp.exp(log_snr_max / 2), offset)
 
   def log_softmax(steps):
-    """-offset^2 / 2 - log sum_k exp(-(offset - steps_k spacing)^2 / 2), elementwise."""
+    """Returns -offset^2 / 2 - log sum_k exp(-(offset - steps_k spacing)^2 / 2), elementwise."""
     logits = [-0.5 * (offset - step * spacing) ** 2 for step in steps]
     return -0.5 * offset**2 - _logsumexp(logits)
 
@@ -152,20 +153,20 @@ def _logsumexp(terms):
 
 
 def prior_loss(x: Float[Array, 'b ...'], log_snr_min: Float[Array, '']) -> Float[Array, ' b']:
-  """KL(q(z_1 | x) || N(0, I)) in nats (VDM eq. 11, first term)."""
+  """Returns KL(q(z_1 | x) || N(0, I)) in nats (VDM eq. 11, first term)."""
   mean = expand_to(alpha(log_snr_min), x) * x
   return kl_to_standard_normal(mean, expand_to(sigma(log_snr_min) ** 2, x))
 
 
 def bits_per_dim(nats: Float[Array, '...'], num_dims: int) -> Float[Array, '...']:
-  """Nats of a whole example to bits per dimension: nats / (D ln 2)."""
+  """Converts the nats of a whole example to bits per dimension, nats / (D ln 2)."""
   return nats / (num_dims * np.log(2))
 
 
 def uniform(
   keys: Array, u: Integer[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
 ) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
-  """y uniform in the cell of u, of width 2 / K, and log q(y | u) [B] in nats."""
+  """Draws y uniformly in the cell of u, of width 2 / K; returns y and log q(y | u) [B] in nats."""
   noise = jax.vmap(lambda key: jax.random.uniform(key, u.shape[1:], minval=-1.0))(keys)
   log_q = math.prod(u.shape[1:]) * math.log(num_values / 2)
   return to_grid(u, num_values) + noise / num_values, jnp.full(len(u), log_q)
@@ -174,11 +175,11 @@ def uniform(
 def truncated_normal(
   keys: Array, u: Integer[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
 ) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
-  """y ~ N(centre, e^-log_snr_max) truncated to the cell of u, and log q(y | u) [B] in nats.
+  """Draws y ~ N(centre, e^-log_snr_max) truncated to the cell of u; returns y and log q(y | u) [B].
 
-  Zheng et al. 2023 (arXiv 2305.03935, section 4.2): the noise that z_0 / alpha_0 has in training,
-  so that the model is asked about what it knows. Where that noise is wide against the cell this
-  is uniform dequantisation.
+  That is the noise that z_0 / alpha_0 has in training (Zheng et al. 2023, arXiv 2305.03935, section
+  4.2), so that the model is asked about what it knows. Where it is wide against the cell this is
+  uniform dequantisation. log q is in nats.
   """
   std = jnp.exp(-log_snr_max / 2)  # sigma_0 / alpha_0
   bound = 1 / (num_values * std)  # half a cell

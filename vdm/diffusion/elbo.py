@@ -24,7 +24,7 @@ from vdm.diffusion.weightings import Weighting
 
 
 class DiffusionTerm(NamedTuple):
-  """What the diffusion loss measured at one time per example, each [B]."""
+  """Holds what the diffusion loss measured at one time per example, each [B]."""
 
   loss: Array  # weighted, nats
   elbo: Array  # the same with weight 1: a term of the variational bound
@@ -42,10 +42,11 @@ def diffusion_loss(
   num_timesteps: int = 0,
   probe: tuple[Array, Array] | None = None,
 ) -> DiffusionTerm:
-  """The weighted diffusion loss at times t.
+  """Returns the weighted diffusion loss at times t, with its unweighted value, log_snr and slope.
 
-  Continuous time (VDM eq. 17, VDM++ eq. 7): 1/2 w(log_snr) (-dlog_snr/dt) |eps_hat - eps|^2.
-  Discrete time (VDM eq. 14): t moves to the end of its step of length 1/T, s = t - 1/T, and
+  Continuous time has 1/2 w(log_snr) (-dlog_snr/dt) |eps_hat - eps|^2 (VDM eq. 17, VDM++ eq. 7). In
+  discrete time (VDM eq. 14) t moves to the end of its step of length 1/T, s = t - 1/T, and w
+  multiplies
   1/2 T expm1(log_snr_s - log_snr_t) |eps_hat - eps|^2 = T KL(q(z_s | z_t, x) || p(z_s | z_t)).
 
   Args:
@@ -85,7 +86,7 @@ def interior_gradient(
   loss: Float[Array, ' b'],
   probe_gradients: tuple[Array, Array],
 ) -> Any:
-  """Gradient of mean(loss^2) for params['interior'], without a second backward pass.
+  """Returns the gradient of mean(loss^2) for params['interior'], without a second backward pass.
 
   In continuous time the interior of a schedule does not change the expected loss, so that the mean
   square is the variance up to a constant (VDM appendix I.2). Through its own time alone,
@@ -108,7 +109,7 @@ def interior_gradient(
 
 
 def moments(term: DiffusionTerm, log_snr_range: Array) -> Float[Array, 'b 3']:
-  """The loss, its square, and its square times range / |slope|.
+  """Returns the loss, its square, and its square times range / |slope|, [B, 3].
 
   The mean of the last is the mean square had log_snr been drawn uniformly: a loss is then range /
   |slope| times what it is here, and |slope| / range times as likely. Means over examples go into
@@ -119,15 +120,18 @@ def moments(term: DiffusionTerm, log_snr_range: Array) -> Float[Array, 'b 3']:
 
 
 def coefficients_of_variation(means):
-  """Standard deviation over mean of the loss of one example at one time: as it is drawn, and were
-  log_snr drawn uniformly, from the means of `moments`. An estimate by importance of few examples
-  may have a negative square: nan."""
+  """Returns the standard deviation over the mean of the loss of one example at one time, twice.
+
+  The first is of times as they are drawn, the second as if log_snr were drawn uniformly, both from
+  the means of `moments`. An estimate by importance of few examples may have a negative square, and
+  is nan then.
+  """
   squares = (float(square / means[0] ** 2 - 1) for square in means[1:])
   return tuple(math.sqrt(square) if square >= 0 else math.nan for square in squares)
 
 
 class Bound(NamedTuple):
-  """The terms of the variational bound on -log p(x) (VDM eq. 11), each [B] nats."""
+  """Holds the terms of the variational bound on -log p(x) (VDM eq. 11), each [B] nats."""
 
   recon: Array
   prior: Array
@@ -146,7 +150,7 @@ def variational_bound(
   num_timesteps: int = 0,
   probe: tuple[Array, Array] | None = None,
 ) -> Bound:
-  """All three terms for data u [B ...], in the decoder's units.
+  """Returns the three terms of the bound for data u [B ...], in the decoder's units.
 
   The reconstruction and prior terms depend on the end points of the schedule alone. Their noise
   is drawn apart from the diffusion term's, so that each term is unbiased by itself.

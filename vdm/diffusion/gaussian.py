@@ -17,26 +17,26 @@ Denoiser = Callable[[Array, Array], 'Prediction']  # (z [B ...], log_snr [B]) ->
 
 
 class Prediction(NamedTuple):
-  """What a denoiser says of z: the data in it and the noise in it, each of z's shape."""
+  """Holds what a denoiser says of z: the data in it and the noise in it, each of z's shape."""
 
   x: Array
   eps: Array
 
 
 def alpha(log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
-  """Scale of the signal, sqrt(sigmoid(log_snr)): exact in float32 for |log_snr| <= 80."""
+  """Returns the signal's scale, sqrt(sigmoid(log_snr)), exact in float32 for |log_snr| <= 80."""
   return jnp.sqrt(jax.nn.sigmoid(log_snr))
 
 
 def sigma(log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
-  """Scale of the noise, sqrt(sigmoid(-log_snr)); never sqrt(1 - alpha^2), which cancels."""
+  """Returns the noise's scale, sqrt(sigmoid(-log_snr)); never sqrt(1 - alpha^2), which cancels."""
   return jnp.sqrt(jax.nn.sigmoid(-log_snr))
 
 
 def expand_to(a: Shaped[Array, '...'], z: Shaped[Array, '...']) -> Shaped[Array, '...']:
   """Appends axes of length one to `a` until it broadcasts against z.
 
-  `a` is [B] or a scalar, or, of a multivariate schedule, has z's number of axes already and stays.
+  `a` is [B] or a scalar; that of a multivariate schedule has z's number of axes already, and stays.
   """
   return a.reshape(a.shape + (1,) * (z.ndim - a.ndim))
 
@@ -54,12 +54,12 @@ def mean_over_dims(a: Float[Array, 'b ...']) -> Float[Array, ' b']:
 def q_sample(
   x: Float[Array, 'b ...'], eps: Float[Array, 'b ...'], log_snr: Float[Array, 'b ...']
 ) -> Float[Array, 'b ...']:
-  """z = alpha x + sigma eps (VDM eq. 1) for x, eps [B ...] and log_snr [B], or [B ...]."""
+  """Returns z = alpha x + sigma eps (VDM eq. 1) for x, eps [B ...] and log_snr [B], or [B ...]."""
   return expand_to(alpha(log_snr), x) * x + expand_to(sigma(log_snr), x) * eps
 
 
 def log_snr_and_slope(schedule: Schedule, t: Float[Array, ' b']):
-  """(log_snr, dlog_snr/dt), each [B], for any schedule, a learned one too."""
+  """Returns (log_snr, dlog_snr/dt), each [B], for any schedule, a learned one too."""
   return jax.jvp(schedule, (t,), (jnp.ones_like(t),))
 
 
@@ -73,7 +73,7 @@ def end_points(schedule: Schedule) -> tuple[Array, Array]:
 
 
 def density(schedule: Schedule, t: Float[Array, ' b']) -> Float[Array, ' b']:
-  """p(log_snr) = -dt/dlog_snr at log_snr = schedule(t), for uniform t [B] (VDM++ section 2)."""
+  """Returns p(log_snr) = -dt/dlog_snr at schedule(t), for uniform t [B] (VDM++ section 2)."""
   return -1 / log_snr_and_slope(schedule, t)[1]
 
 
@@ -83,10 +83,10 @@ def posterior(
   log_snr_t: Float[Array, 'b ...'],
   log_snr_s: Float[Array, 'b ...'],
 ) -> tuple[Float[Array, 'b ...'], Float[Array, 'b ...']]:
-  """Mean [B ...] and variance, of log_snr's shape, of q(z_s | z_t, x), s < t (VDM eq. 25 to 27).
+  """Returns the mean [B ...] and variance of q(z_s | z_t, x), s < t (VDM eq. 25 to 27).
 
   With c = -expm1(log_snr_t - log_snr_s), the share of the noise at t that was added after s:
-  mean = (alpha_s / alpha_t) (1 - c) z_t + alpha_s c x, variance = sigma_s^2 c.
+  mean = (alpha_s / alpha_t) (1 - c) z_t + alpha_s c x, variance = sigma_s^2 c, of log_snr's shape.
   """
   c = -jnp.expm1(log_snr_t - log_snr_s)
   alpha_s = alpha(log_snr_s)
@@ -98,15 +98,15 @@ def posterior(
 def kl_to_standard_normal(
   mean: Float[Array, 'b ...'], variance: Float[Array, '...']
 ) -> Float[Array, ' b']:
-  """KL(N(mean, variance I) || N(0, I)) in nats, summed over dimensions; variance broadcasts."""
+  """Returns KL(N(mean, variance I) || N(0, I)) in nats, summed over dims; variance broadcasts."""
   return 0.5 * sum_over_dims(mean**2 + variance - jnp.log(variance) - 1)
 
 
 def standard_normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, 'b ...']:
-  """eps ~ N(0, I) of `shape` for each of B keys: [B, *shape], the same on any number of devices."""
+  """Draws eps ~ N(0, I) [B, *shape], one for each of B keys, the same on any number of devices."""
   return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def fold_in(key: Array, index: Array) -> Array:
-  """One key per example: `index` [B] integers folded into one key, or one by one into B keys."""
+  """Returns one key per example: integers `index` [B] folded into one key, or each into its own."""
   return jax.vmap(jax.random.fold_in, (0 if key.ndim else None, 0))(key, index)

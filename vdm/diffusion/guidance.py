@@ -22,10 +22,10 @@ Label = Int[Array, ' b'] | Float[Array, 'b e']  # the class, or the embedding, o
 def guide(
   own: Denoiser, both: Pair, weight: float, log_snr_min: Limit, log_snr_max: Limit
 ) -> Denoiser:
-  """guide + weight (own - guide) where log_snr is within the limits, `own` elsewhere.
+  """Returns guide + weight (own - guide) where log_snr is within the limits, `own` elsewhere.
 
-  Classifier-free guidance (Ho & Salimans 2022, eq. 6, with weight = 1 + their w), limited to an
-  interval (arXiv 2404.07724); autoguidance (arXiv 2406.02507), by a worse model. Where no
+  It is classifier-free guidance (Ho & Salimans 2022, eq. 6, with weight = 1 + their w), limited to
+  an interval (arXiv 2404.07724), or autoguidance (arXiv 2406.02507), by a worse model. Where no
   example of the batch is within the limits, `own` alone is computed.
 
   Args:
@@ -49,19 +49,19 @@ def guide(
 
 
 def pair(own: Denoiser, other: Denoiser) -> Pair:
-  """Two denoisers, one after the other."""
+  """Returns the pair that asks two denoisers, one after the other."""
   return lambda z, log_snr: (own(z, log_snr), other(z, log_snr))
 
 
 def no_label(label: Array) -> Array:
-  """What networks take for the absence of labels [B], -1, and of embeddings [B, E], zeros."""
+  """Returns what networks take for no label: -1 for labels [B], zeros for embeddings [B, E]."""
   return (
     jnp.zeros_like(label) if jnp.issubdtype(label.dtype, jnp.floating) else jnp.full_like(label, -1)
   )
 
 
 def label_pair(denoiser_of: Callable[[Array], Denoiser], label: Label) -> Pair:
-  """One network with and without labels, in one call of twice the batch.
+  """Returns the pair that asks one network with and without labels, in one call of twice the batch.
 
   Args:
     denoiser_of: labels -> Denoiser.
@@ -79,23 +79,23 @@ def label_pair(denoiser_of: Callable[[Array], Denoiser], label: Label) -> Pair:
 
 
 def drop_labels(keys: Array, label: Label, rate: float) -> Label:
-  """Each label or embedding is withheld with probability `rate`; one key per example."""
+  """Withholds each label or embedding with probability `rate`; one key per example."""
   dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
   return jnp.where(expand_to(dropped, label), no_label(label), label)
 
 
 def no_threshold() -> Callable[[Denoiser], Denoiser]:
-  """The denoiser as it is."""
+  """Returns the function that leaves a denoiser as it is."""
   return lambda denoiser: denoiser
 
 
 def static_threshold() -> Callable[[Denoiser], Denoiser]:
-  """x_hat clipped to [-1, 1], the range of the data (Imagen, section 2.3)."""
+  """Returns the function that clips x_hat to [-1, 1], the data's range (Imagen, section 2.3)."""
   return lambda denoiser: _with_x(denoiser, lambda x: jnp.clip(x, -1.0, 1.0))
 
 
 def dynamic_threshold(percentile: float = 0.995) -> Callable[[Denoiser], Denoiser]:
-  """x_hat clipped to [-s, s] and divided by s (Imagen, section 2.3).
+  """Returns the function that clips x_hat to [-s, s] and divides it by s (Imagen, section 2.3).
 
   s is the given percentile, in (0, 1], of |x_hat| over each example, or 1 where that is less.
   """
@@ -110,7 +110,7 @@ def dynamic_threshold(percentile: float = 0.995) -> Callable[[Denoiser], Denoise
 
 
 def _with_x(denoiser: Denoiser, change: Callable[[Array], Array]) -> Denoiser:
-  """The denoiser with x_hat changed, and eps_hat so that z = alpha x + sigma eps still holds."""
+  """Returns the denoiser with x_hat changed, and eps_hat so that still z = alpha x + sigma eps."""
 
   def denoise(z, log_snr):
     x, eps = denoiser(z, log_snr)

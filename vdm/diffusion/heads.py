@@ -9,12 +9,12 @@ SIGMA_DATA = 0.5  # the standard deviation of the data that the head F reckons w
 
 
 def _edm_norm(a, s):
-  """Root mean square of z = a x + s eps, for data of mean square SIGMA_DATA^2."""
+  """Returns the root mean square of z = a x + s eps, for data of mean square SIGMA_DATA^2."""
   return jnp.sqrt(s**2 + SIGMA_DATA**2 * a**2)
 
 
 def _edm_head(out, z, a, s):
-  """x_hat = c_skip z / a + c_out F (EDM eq. 7) and its eps_hat, in forms that do not cancel."""
+  """Returns x_hat = c_skip z / a + c_out F (EDM eq. 7) and its eps_hat, without cancellation."""
   norm = _edm_norm(a, s)
   return Prediction(
     SIGMA_DATA * (SIGMA_DATA * a * z / norm + s * out) / norm,
@@ -36,7 +36,7 @@ HEADS = {
 def network_input(
   head: str, z: Float[Array, 'b ...'], log_snr: Float[Array, 'b ...']
 ) -> Float[Array, 'b ...']:
-  """What a network with this head reads: z, but for F.
+  """Returns what a network with this head reads, which is z except for F.
 
   For F it is EDM's c_in z / alpha = z / sqrt(sigma^2 + sigma_data^2 alpha^2), of mean square one
   at every log_snr for data of mean square sigma_data^2. EDM's other input, the noise level
@@ -48,11 +48,11 @@ def network_input(
 
 
 def loss_ratio(head: str, log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
-  """r(log_snr) = |out_hat - out|^2 / |eps_hat - eps|^2, a head's own loss by that of eps.
+  """Returns r(log_snr) = |out_hat - out|^2 / |eps_hat - eps|^2, a head's own loss over that of eps.
 
-  eps 1; x e^-log_snr; v 1 + e^-log_snr; o (1 + e^(-log_snr / 2))^2; score 1 + e^log_snr;
-  F e^-log_snr / sigma_data^2 + 1. A head is affine in its output, so r is what
-  one unit of output does to eps_hat, to the power of -2.
+  It is 1 for eps; e^-log_snr for x; 1 + e^-log_snr for v; (1 + e^(-log_snr / 2))^2 for o;
+  1 + e^log_snr for score; e^-log_snr / sigma_data^2 + 1 for F. A head is affine in its output, so r
+  is what one unit of output does to eps_hat, to the power of -2.
   """
   one = jnp.ones_like(log_snr)
   return HEADS[head](one, jnp.zeros_like(one), alpha(log_snr), sigma(log_snr)).eps ** -2
@@ -61,7 +61,7 @@ def loss_ratio(head: str, log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
 def to_prediction(
   head: str, output: Float[Array, 'b ...'], z: Float[Array, 'b ...'], log_snr: Float[Array, 'b ...']
 ) -> Prediction:
-  """The one place that knows what a network predicts.
+  """Returns what a network's output says of x and eps; nothing else knows what it predicts.
 
   Args:
     head: a name in HEADS: 'eps'; 'x'; 'v' = alpha eps - sigma x; 'o' = eps - x, flow matching's;

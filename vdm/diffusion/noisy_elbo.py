@@ -24,9 +24,9 @@ NODES, NODE_WEIGHTS = np.polynomial.legendre.leggauss(16)  # on [-1, 1], the wei
 
 
 class Augmented(NamedTuple):
-  """A weighted loss as a mixture of unweighted ones, nats; n bins have n + 1 edges.
+  """Holds a weighted loss as a mixture of unweighted ones, in nats; n bins have n + 1 edges.
 
-  weighted = atom losses[-1] - total losses[0] + parts.sum(), and total = atom + mass.sum().
+  Here weighted = atom losses[-1] - total losses[0] + parts.sum(), and total = atom + mass.sum().
   """
 
   losses: Float[Array, ' edges']  # L at each edge
@@ -43,10 +43,10 @@ def augmented(
   h: Float[Array, ' bins'],
   loss_min: float = 0.0,
 ) -> Augmented:
-  """The mixture of unweighted losses that a weighting means, of a measured table of h.
+  """Returns the mixture of unweighted losses that a weighting means, from a measured table of h.
 
-  Exact for h constant in each bin, any w (16 Gauss-Legendre nodes a bin integrate it; let the kink
-  of a weighting be an edge).
+  It is exact for h constant in each bin and any w (16 Gauss-Legendre nodes per bin integrate it;
+  let the kink of a weighting be an edge).
 
   Args:
     weighting: log_snr -> w.

@@ -39,7 +39,7 @@ PROBES_AT_ONCE = 8  # vector-Jacobian products that are in memory together
 
 
 class Solution(NamedTuple):
-  """What a solve gives, each [B]."""
+  """Holds what a solve gives, each [B]."""
 
   log_prob: Array  # nats
   evaluations: Array  # of the denoiser and its vector-Jacobian product, rejected steps included
@@ -56,11 +56,12 @@ def log_prob(
   atol: float | Float[Array, ''],
   max_steps: int,
 ) -> Solution:
-  """log p(z_0) in nats at log_snr_max, by the change of variables (Song et al. eq. 39)
+  """Returns log p(z_0) in nats at log_snr_max, by the change of variables (Song et al. eq. 39):
 
     log p(z_0) = log N(z_1; 0, I) + int_{log_snr_max}^{log_snr_min} tr(df/dz) dlog_snr,
 
-  f the field above, whose trace is the mean over probes v of v^T (df/dz) v (eq. 40; Hutchinson).
+  where f is the field above. The trace is the mean over probes v of v^T (df/dz) v (eq. 40;
+  Hutchinson).
 
   The state is (z, log-determinant per dimension). Every example takes its own steps, so that its
   result does not depend on the others in the batch: a step's error is the larger of the root mean
@@ -119,7 +120,7 @@ def log_prob(
 
 
 def velocity(denoiser: Denoiser, log_snr: Float[Array, ' b']) -> Callable[[Array], Array]:
-  """z [B ...] -> dz / dlog_snr = 1/2 alpha sigma (sigma x_hat - alpha eps_hat)."""
+  """Returns f: z [B ...] -> dz / dlog_snr = 1/2 alpha sigma (sigma x_hat - alpha eps_hat)."""
 
   def f(z):
     a, s = expand_to(alpha(log_snr), z), expand_to(sigma(log_snr), z)
@@ -132,7 +133,7 @@ def velocity(denoiser: Denoiser, log_snr: Float[Array, ' b']) -> Callable[[Array
 def velocity_and_trace(
   f: Callable[[Array], Array], z: Float[Array, 'b ...'], probes: Float[Array, 'b n ...']
 ) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
-  """f(z), and the mean over probes of v^T (df/dz) v, for an f that keeps examples apart."""
+  """Returns f(z), and the mean over probes of v^T (df/dz) v, for an f that keeps examples apart."""
   dz, pullback = jax.vjp(f, z)
 
   def quadratic(v):
@@ -145,19 +146,19 @@ def velocity_and_trace(
 
 
 def _error_norm(error):
-  """The larger of z's root mean square and the log-determinant's: neither drowns in the other."""
+  """Returns the larger of z's root mean square and the log-determinant's, lest either drown."""
   z, log_det = error
   return jnp.maximum(jnp.sqrt(jnp.mean(z**2)), jnp.abs(log_det))
 
 
 def exact_probes(batch_size: int, shape: tuple[int, ...]) -> Float[Array, 'b n ...']:
-  """The D basis vectors times sqrt(D): the mean of their quadratic forms is the trace itself."""
+  """Returns the D basis vectors times sqrt(D); the mean of their quadratic forms is the trace."""
   num_dims = math.prod(shape)
   basis = math.sqrt(num_dims) * jnp.eye(num_dims).reshape(1, num_dims, *shape)
   return jnp.broadcast_to(basis, (batch_size, num_dims, *shape))
 
 
-# Hutchinson's: independent v with E v v^T = I, (keys [B], shape) -> [B *shape]
+# Hutchinson's probes are independent v with E v v^T = I: (keys [B], shape) -> [B *shape].
 PROBES = {
   'rademacher': lambda keys, shape: jax.vmap(lambda k: jax.random.rademacher(k, shape, float))(
     keys
@@ -179,7 +180,7 @@ def data_log_prob(
   atol: float | Float[Array, ''],
   max_steps: int,
 ) -> Solution:
-  """A lower bound on log P(u), the mass of the cell of u under the density of y = z_0 / alpha_0:
+  """Returns a lower bound on log P(u), the mass of u's cell under the density of y = z_0 / alpha_0:
 
     log (1/K) sum_k p(y_k) / q(y_k | u),   y_k ~ q(y | u),
 
@@ -191,7 +192,7 @@ def data_log_prob(
   Args:
     denoiser: (z, log_snr) -> Prediction.
     u: data, [B ...].
-    keys: one an example, [B].
+    keys: one per example, [B].
     log_snr_max: of the latent z_0.
     log_snr_min: of the prior.
     dequantize: one of `Decoder.dequantizations`.

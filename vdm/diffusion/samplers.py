@@ -33,7 +33,7 @@ Step = Callable[[Array, Array, Any, Denoiser, Array, Array], tuple[Array, Array,
 
 
 class Sampler(NamedTuple):
-  """What `sample` scans."""
+  """Holds what `sample` scans."""
 
   step: Step
   evaluations: int = 1  # of the denoiser in a step
@@ -41,9 +41,9 @@ class Sampler(NamedTuple):
 
 
 def ancestral(variance: float = 0.0) -> Sampler:
-  """z_s ~ N(mean of q(z_s | z_t, x_hat), the step's variance) (VDM eq. 33; DDPM).
+  """Returns the sampler of z_s ~ N(mean of q(z_s | z_t, x_hat), variance) (VDM eq. 33; DDPM).
 
-  The variance is sigma_s^2 c, that of q(z_s | z_t, x) (`variance` = 0: VDM's own generative
+  The step's variance is sigma_s^2 c, that of q(z_s | z_t, x) (`variance` = 0: VDM's own generative
   step), or sigma_t^2 c, that of q(z_t | z_s) (1); in between it is interpolated in log space,
   as in simple diffusion and VDM++.
   """
@@ -59,9 +59,11 @@ def ancestral(variance: float = 0.0) -> Sampler:
 
 
 def ddim(eta: float = 0.0) -> Sampler:
-  """z_s = alpha_s x_hat + sigma_s (sqrt(1 - eta^2 c) eps_hat + eta sqrt(c) n) (DDIM eq. 12, 16).
+  """Returns DDIM's sampler (DDIM eq. 12, 16), with standard normal noise n:
 
-  Deterministic for `eta` = 0; for 1 the ancestral step with the lower variance.
+    z_s = alpha_s x_hat + sigma_s (sqrt(1 - eta^2 c) eps_hat + eta sqrt(c) n).
+
+  It is deterministic for `eta` = 0; for 1 it is the ancestral step with the lower variance.
   """
   require(0 <= eta <= 1, 'eta', eta, 'from 0, deterministic, to 1, ancestral', 'try 0')
 
@@ -80,12 +82,12 @@ def ddim(eta: float = 0.0) -> Sampler:
 def heun(
   s_churn: float = 0.0, s_min: float = 0.0, s_max: float = 1e9, s_noise: float = 1.0
 ) -> Sampler:
-  """EDM's stochastic sampler (EDM algorithm 2): fresh noise, then a step of Heun's method.
+  """Returns EDM's stochastic sampler (EDM algorithm 2): fresh noise, then a step of Heun's method.
 
   With y = z / alpha at level exp(-log_snr / 2), dy = eps_hat dlevel. Where the level lies in
   [s_min, s_max] it first rises by the factor 1 + gamma, gamma = min(s_churn / N, sqrt(2) - 1) for
-  N levels, by noise scaled with `s_noise`; but never above the first level of the grid.
-  Deterministic for `s_churn` = 0.
+  N levels, by noise scaled with `s_noise`; but never above the first level of the grid. The sampler
+  is deterministic for `s_churn` = 0.
   """
   require(s_churn >= 0, 's_churn', s_churn, 'zero or more', 'give 0 for no noise')
   require(0 <= s_min < s_max, 's_min', s_min, f'in [0, s_max={s_max})', 'swap them')
@@ -114,7 +116,7 @@ def heun(
 
 
 def dpmpp_2m() -> Sampler:
-  """DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic, second order.
+  """Returns DPM-Solver++(2M) (arXiv 2211.01095, algorithm 2), deterministic and of second order.
 
   x_hat is extrapolated to the middle of the step from this and the last one: the step is DDIM's
   with, instead of x_hat, D = x_hat + r / 2 (x_hat - x_hat_last) in the part that z_t does not
@@ -133,10 +135,10 @@ def dpmpp_2m() -> Sampler:
 
 
 def dpmpp_2m_sde() -> Sampler:
-  """SDE-DPM-Solver++(2M) (arXiv 2211.01095), stochastic.
+  """Returns SDE-DPM-Solver++(2M) (arXiv 2211.01095), which is stochastic.
 
-  `dpmpp_2m` for the reverse SDE: the ancestral step with the lower variance and, instead of x_hat,
-  the same D. The mean and variance of what it draws converge to second order.
+  It is `dpmpp_2m` for the reverse SDE: the ancestral step with the lower variance and, instead of
+  x_hat, the same D. The mean and variance of what it draws converge to second order.
   """
 
   def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
@@ -150,12 +152,12 @@ def dpmpp_2m_sde() -> Sampler:
 
 
 def _nothing_yet(z, log_snrs):
-  """(x_hat_last, log_snr_last) before the first step, at an infinite distance."""
+  """Returns (x_hat_last, log_snr_last) before the first step, at an infinite distance."""
   return jnp.zeros_like(z), jnp.full((len(z), *log_snrs.shape[1:]), -jnp.inf)
 
 
 def _lead(x, memory, log_snr_t, log_snr_s):
-  """D - x_hat of DPM-Solver++(2M): half the last change of x_hat, times min(h / h_last, 1).
+  """Returns D - x_hat of DPM-Solver++(2M), half the last change of x_hat times min(h / h_last, 1).
 
   x_hat comes to rest as the noise vanishes, in proportion to exp(-log_snr). A last step much longer
   than the one before, as grids by cosine have, would go on in a straight line far beyond, which
@@ -169,7 +171,7 @@ def _lead(x, memory, log_snr_t, log_snr_s):
 
 
 def deis() -> Sampler:
-  """rho-AB-DEIS of third order (arXiv 2204.13902), deterministic.
+  """Returns rho-AB-DEIS of third order (arXiv 2204.13902), which is deterministic.
 
   With y = z / alpha at level exp(-log_snr / 2), dy = eps_hat dlevel is integrated over the parabola
   in the level through this and the last two eps_hat: the method of Adams and Bashforth for unequal
@@ -212,12 +214,12 @@ SAMPLERS = {
 
 
 def time_grid(schedule: Schedule, num_steps: int) -> Float[Array, 'n ...']:
-  """log_snr at t = 1, 1 - 1/n, ..., 0: the n + 1 ends of n equal steps, from noise to data."""
+  """Returns log_snr at t = 1, 1 - 1/n, ..., 0, the n + 1 ends of equal steps from noise to data."""
   return schedule((num_steps - jnp.arange(num_steps + 1)) / num_steps)
 
 
 def num_evaluations(sampler: Sampler, num_steps: int, denoise_last: bool) -> int:
-  """Evaluations of the denoiser for one example; the last step has one if it denoises."""
+  """Returns the denoiser's evaluations for one example; the last step has one if it denoises."""
   return sampler.evaluations * (num_steps - denoise_last) + denoise_last
 
 

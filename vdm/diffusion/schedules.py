@@ -21,9 +21,9 @@ from vdm.errors import require
 
 
 class Learned(NamedTuple):
-  """A schedule with parameters of its own.
+  """Holds a schedule with parameters of its own.
 
-  `init()` is a dict. What it holds under 'interior' moves no end point and so, in continuous time,
+  `init()` returns a dict. What is under 'interior' moves no end point and so, in continuous time,
   no expected loss: it is trained to minimise the variance of the loss, all else by the bound.
   """
 
@@ -42,10 +42,10 @@ def _check_positive(**arguments):
 
 
 def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Schedule:
-  """The part of a base schedule between two end points, stretched back to t in [0, 1].
+  """Returns the part of a base schedule between two end points, stretched back to t in [0, 1].
 
   With t0 = t(log_snr_max) and t1 = t(log_snr_min) it is log_snr(t0 + (t1 - t0) t), and its
-  p(log_snr) the base schedule's over t1 - t0.
+  p(log_snr) is the base schedule's over t1 - t0.
 
   Args:
     inverse: log_snr -> (t, 1 - t) of the base schedule, in Python's float64.
@@ -62,15 +62,15 @@ def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Sche
 
 
 def linear(log_snr_min: float, log_snr_max: float) -> Schedule:
-  """log_snr falls linearly in t; p(log_snr) is uniform (VDM, the initial schedule)."""
+  """Returns the schedule linear in t, whose p(log_snr) is uniform (VDM, the initial schedule)."""
   _check_range(log_snr_min, log_snr_max)
   return lambda t: log_snr_max - (log_snr_max - log_snr_min) * t
 
 
 def cosine(log_snr_min: float, log_snr_max: float) -> Schedule:
-  """log_snr = -2 log tan(pi t / 2) (VDM++ table 1), truncated to the end points.
+  """Returns the schedule log_snr = -2 log tan(pi t / 2) (VDM++ table 1).
 
-  p(log_snr) = sech(log_snr / 2) / (2 pi).
+  It is truncated to the end points. p(log_snr) = sech(log_snr / 2) / (2 pi).
   """
   return shifted_cosine(log_snr_min, log_snr_max, image_size=1, noise_size=1)
 
@@ -78,7 +78,7 @@ def cosine(log_snr_min: float, log_snr_max: float) -> Schedule:
 def shifted_cosine(
   log_snr_min: float, log_snr_max: float, image_size: int, noise_size: int = 64
 ) -> Schedule:
-  """The cosine schedule for noise defined at another resolution (simple diffusion, section 2.1).
+  """Returns the cosine schedule for noise of another resolution (simple diffusion, section 2.1).
 
   log_snr = -2 log tan(pi t / 2) + 2 s, s = log(noise_size / image_size), shifted first and then
   truncated, so that the end points are the ones given. p(log_snr) = sech(log_snr / 2 - s) / (2 pi).
@@ -97,9 +97,10 @@ def shifted_cosine(
 def ddpm(
   log_snr_min: float, log_snr_max: float, beta_min: float = 0.1, beta_max: float = 20.0
 ) -> Schedule:
-  """beta linear in t, log_snr = -log expm1(b0 t + (b1 - b0) t^2 / 2) (VDM++ table 1; DDPM).
+  """Returns the schedule log_snr = -log expm1(b0 t + (b1 - b0) t^2 / 2) (VDM++ table 1; DDPM).
 
-  Below log_snr = -10.05, where DDPM ends, beta goes on growing. p(log_snr) is `weightings.ddpm`.
+  Its beta is linear in t; below log_snr = -10.05, where DDPM ends, beta goes on growing. p(log_snr)
+  is `weightings.ddpm`.
   """
   _check_positive(beta_min=beta_min, beta_max=beta_max)
   growth = beta_max - beta_min
@@ -120,10 +121,10 @@ def ddpm(
 def edm_train(
   log_snr_min: float, log_snr_max: float, mean: float = 2.4, std: float = 2.4
 ) -> Schedule:
-  """log_snr = mean + std Phi^-1(1 - t): EDM's log-normal sigma (VDM++ table 1; EDM table 1).
+  """Returns the schedule log_snr = mean + std Phi^-1(1 - t), EDM's log-normal sigma.
 
   p(log_snr) = N(mean, std^2) between the end points: log sigma = -log_snr / 2 has mean -1.2 and
-  deviation 1.2.
+  deviation 1.2 (VDM++ table 1; EDM table 1).
   """
   _check_positive(std=std)
   cdf = lambda a: math.erfc(-a / math.sqrt(2)) / 2
@@ -143,8 +144,9 @@ def edm_sample(
   sigma_max: float = 80.0,
   rho: float = 7.0,
 ) -> Schedule:
-  """sigma^(1 / rho) linear in t, sigma = e^(-log_snr / 2) (EDM eq. 5); the grid EDM samples on.
+  """Returns the schedule whose sigma^(1 / rho) is linear in t (EDM eq. 5), the grid EDM samples on.
 
+  With sigma = e^(-log_snr / 2) it is
   log_snr = -2 rho log((1 - t) sigma_min^(1 / rho) + t sigma_max^(1 / rho)). A part of this schedule
   is this schedule between nearer ends: where log_snr_max or log_snr_min is given it takes the place
   of sigma_min or sigma_max, whose 0.002 and 80 are log_snr 12.43 and -8.76.
@@ -159,9 +161,9 @@ def edm_sample(
 
 
 def flow_matching(log_snr_min: float, log_snr_max: float) -> Schedule:
-  """log_snr = 2 log((1 - t) / t) (VDM++ table 1): z proportional to (1 - t) x + t eps.
+  """Returns the schedule log_snr = 2 log((1 - t) / t) (VDM++ table 1).
 
-  p(log_snr) = sech^2(log_snr / 4) / 8.
+  z is proportional to (1 - t) x + t eps, and p(log_snr) = sech^2(log_snr / 4) / 8.
   """
   logistic = lambda a: 1 / (1 + math.exp(-a))
   return _truncated(
@@ -173,9 +175,10 @@ def flow_matching(log_snr_min: float, log_snr_max: float) -> Schedule:
 
 
 def learned_endpoints(log_snr_min: float, log_snr_max: float) -> Learned:
-  """Linear in t between end points that are trained by the bound (VDM section 4.3, appendix I).
+  """Returns the schedule linear in t between end points that the bound trains.
 
-  The slope enters as its absolute value: log_snr decreases whatever the optimizer does.
+  See VDM section 4.3 and appendix I. The slope enters as its absolute value: log_snr decreases
+  whatever the optimizer does.
   """
   _check_range(log_snr_min, log_snr_max)
 
@@ -186,7 +189,7 @@ def learned_endpoints(log_snr_min: float, log_snr_max: float) -> Learned:
 
 
 def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) -> Learned:
-  """A monotone network between learned end points (VDM section 4.2, appendix H).
+  """Returns a monotone network between learned end points (VDM section 4.2, appendix H).
 
   With h(t) = t + sum_k a_k sigmoid(b_k (2t - 1) + c_k), a_k and b_k positive,
 
@@ -228,12 +231,12 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
 
 
 def _log_sin(t):
-  """log sin(pi t / 2)."""
+  """Returns log sin(pi t / 2)."""
   return jnp.log(jnp.sin(math.pi / 2 * t))
 
 
 def inverse_softplus(y: float) -> float:
-  """The x with log(1 + e^x) = y, for y > 0."""
+  """Returns the x with log(1 + e^x) = y, for y > 0."""
   return y + math.log(-math.expm1(-y))
 
 

@@ -10,7 +10,7 @@ BLOCK = 256  # examples of an evaluation that share their strata, or up to twice
 def stratified(
   key: Array, index: Int[Array, ' b'], batch_size: int | Int[Array, '']
 ) -> Float[Array, ' b']:
-  """t = (u + i / B) mod 1 with one u ~ U(0, 1) for the whole batch (VDM appendix I.1).
+  """Returns t = (u + i / B) mod 1 with one u ~ U(0, 1) for the whole batch (VDM appendix I.1).
 
   Each t is uniform, and one falls into each of the B strata, whatever part of the batch a device
   or a microbatch holds.
@@ -73,5 +73,5 @@ def stratified_in_blocks(
 
 
 def discretize(t: Float[Array, ' b'], num_timesteps: int) -> Float[Array, ' b']:
-  """The end of the step of length 1/T that holds t: (floor(tT) + 1) / T, in {1/T .. 1}."""
+  """Returns the end of the step of length 1/T that holds t, (floor(tT) + 1) / T, in {1/T .. 1}."""
   return jnp.minimum(jnp.floor(t * num_timesteps) + 1, num_timesteps) / num_timesteps

@@ -21,7 +21,7 @@ times the weight it has on top (VDM++ table 1). Constants do not matter.
   Stable Diffusion 3, logit-normal t           sd3              below -3.38
 
 Where w rises nowhere (`is_monotone`) the loss is a bound for data with noise added (VDM++
-theorem 1; `vdm.diffusion.noisy_elbo`). Your own, in five lines of your config file:
+theorem 1; `vdm.diffusion.noisy_elbo`). One of your own takes five lines of your config file:
 
   def my_weighting(power=2.0):
     return lambda log_snr: jax.nn.sigmoid(-log_snr) ** power
@@ -44,14 +44,14 @@ Weighting = Callable[[Float[Array, '*b']], Float[Array, '*b']]
 
 
 def elbo() -> Weighting:
-  """w = 1: the variational bound of VDM; the likelihood weighting of score matching."""
+  """Returns w = 1, of VDM's variational bound: the likelihood weighting of score matching."""
   return jnp.ones_like
 
 
 def ddpm(beta_min: float = 0.1, beta_max: float = 20.0) -> Weighting:
-  """w = sigmoid(-log_snr) / sqrt(b0^2 + 2 (b1 - b0) log(1 + e^-log_snr)) (VDM++ table 1).
+  """Returns w = sigmoid(-log_snr) / sqrt(b0^2 + 2 (b1 - b0) log(1 + e^-log_snr)) (VDM++ table 1).
 
-  The eps loss at uniform times of the schedule `ddpm`, whose p(log_snr) this is.
+  It is that of the eps loss at uniform times of the schedule `ddpm`, whose p(log_snr) this is.
   """
   _check_positive(beta_min=beta_min, beta_max=beta_max)
 
@@ -63,14 +63,17 @@ def ddpm(beta_min: float = 0.1, beta_max: float = 20.0) -> Weighting:
 
 
 def iddpm() -> Weighting:
-  """w = sech(log_snr / 2) (VDM++ table 1): the eps loss at uniform times of the cosine schedule."""
+  """Returns the weighting w = sech(log_snr / 2) (VDM++ table 1).
+
+  It is that of the eps loss at uniform times of the cosine schedule.
+  """
   return lambda log_snr: _sech(log_snr / 2)
 
 
 def edm(mean: float = 2.4, std: float = 2.4, sigma_data: float = 0.5) -> Weighting:
-  """w = N(log_snr; mean, std^2) (e^-log_snr + sigma_data^2) (VDM++ table 1).
+  """Returns the weighting w = N(log_snr; mean, std^2) (e^-log_snr + sigma_data^2) (VDM++ table 1).
 
-  EDM's loss: log sigma = -log_snr / 2 is normal, of mean -1.2 and deviation 1.2, and the error of
+  In EDM's loss log sigma = -log_snr / 2 is normal, of mean -1.2 and deviation 1.2, and the error of
   x_hat weighs (sigma^2 + sigma_data^2) / (sigma sigma_data)^2 (EDM table 1).
   """
   _check_positive(std=std, sigma_data=sigma_data)
@@ -82,7 +85,7 @@ def edm(mean: float = 2.4, std: float = 2.4, sigma_data: float = 0.5) -> Weighti
 
 
 def edm_monotonic(mean: float = 2.4, std: float = 2.4, sigma_data: float = 0.5) -> Weighting:
-  """`edm`, held at its maximum's value below its maximum, log_snr = -3.30778 (VDM++)."""
+  """Returns `edm`, held at its maximum's value below its maximum, log_snr = -3.30778 (VDM++)."""
   w = edm(mean, std, sigma_data)
   # d log w = 0 where log_snr = mean - std^2 sigmoid(-log_snr - log sigma_data^2). Iterated from
   # above, this falls to the largest solution; from there on w falls, whatever the arguments.
@@ -93,35 +96,41 @@ def edm_monotonic(mean: float = 2.4, std: float = 2.4, sigma_data: float = 0.5) 
 
 
 def v_cosine() -> Weighting:
-  """w = e^(-log_snr / 2) (VDM++ table 1): the v loss at uniform times of the cosine schedule."""
+  """Returns the weighting w = e^(-log_snr / 2) (VDM++ table 1).
+
+  It is that of the v loss at uniform times of the cosine schedule.
+  """
   return lambda log_snr: jnp.exp(-log_snr / 2)
 
 
 def flow_matching() -> Weighting:
-  """w = e^(-log_snr / 2) (VDM++ table 1), the same as `v_cosine`.
+  """Returns the weighting w = e^(-log_snr / 2) (VDM++ table 1), the same as `v_cosine`.
 
-  The loss |o_hat - o|^2 of o = eps - x at uniform t, for z = (1 - t) x + t eps.
+  It is that of the loss |o_hat - o|^2 of o = eps - x at uniform t, for z = (1 - t) x + t eps.
   """
   return v_cosine()
 
 
 def indi() -> Weighting:
-  """w = e^-log_snr sech^2(log_snr / 4) (VDM++ table 1).
+  """Returns the weighting w = e^-log_snr sech^2(log_snr / 4) (VDM++ table 1).
 
-  InDI's loss, that of x at uniform t, for z = (1 - t) x + t eps.
+  It is that of InDI's loss, the loss of x at uniform t, for z = (1 - t) x + t eps.
   """
   return lambda log_snr: jnp.exp(-log_snr) * _sech(log_snr / 4) ** 2
 
 
 def p2(gamma: float = 1.0) -> Weighting:
-  """w = sech(log_snr / 2) / (1 + e^log_snr)^gamma (VDM++ table 1, k = 1): P2's weight on iddpm."""
+  """Returns w = sech(log_snr / 2) / (1 + e^log_snr)^gamma (VDM++ table 1, k = 1).
+
+  This is P2's weight on iddpm.
+  """
   return lambda log_snr: _sech(log_snr / 2) * jnp.exp(gamma * jax.nn.log_sigmoid(-log_snr))
 
 
 def min_snr(gamma: float = 5.0) -> Weighting:
-  """w = sech(log_snr / 2) min(1, gamma e^-log_snr) (VDM++ table 1).
+  """Returns the weighting w = sech(log_snr / 2) min(1, gamma e^-log_snr) (VDM++ table 1).
 
-  The x loss weighted with min(snr, gamma), at uniform times of the cosine schedule.
+  It is that of the x loss weighted with min(snr, gamma), at uniform times of the cosine schedule.
   """
   _check_positive(gamma=gamma)
   log_gamma = math.log(gamma)
@@ -129,7 +138,7 @@ def min_snr(gamma: float = 5.0) -> Weighting:
 
 
 def sigmoid(bias: float = 2.0) -> Weighting:
-  """w = sigmoid(bias - log_snr) (VDM++ section 4, bias 2 at 64 x 64).
+  """Returns the weighting w = sigmoid(bias - log_snr) (VDM++ section 4, bias 2 at 64 x 64).
 
   As a weight on the error of x it is e^bias sigmoid(log_snr - bias) (simple diffusion 2, eq. 4).
   """
@@ -137,15 +146,16 @@ def sigmoid(bias: float = 2.0) -> Weighting:
 
 
 def sd3() -> Weighting:
-  """w = N(log_snr; 0, 2^2) (1 + e^(-log_snr / 2))^2: flow matching with logit(t) ~ N(0, 1).
+  """Returns the weighting w = N(log_snr; 0, 2^2) (1 + e^(-log_snr / 2))^2.
 
-  Stable Diffusion 3's rf/lognorm(0, 1) (arXiv 2403.03206).
+  It is that of flow matching with logit(t) ~ N(0, 1), Stable Diffusion 3's rf/lognorm(0, 1) (arXiv
+  2403.03206).
   """
   return lambda log_snr: jnp.exp(_log_normal(log_snr, 0.0, 2.0) + 2 * jax.nn.softplus(-log_snr / 2))
 
 
 def shifted(weighting: Weighting, image_size: int, noise_size: int = 64) -> Weighting:
-  """w_d(log_snr) = w(log_snr - 2 log(noise_size / d)), for images of d x d (VDM++).
+  """Returns w_d(log_snr) = w(log_snr - 2 log(noise_size / d)), for images of d x d (VDM++).
 
   The mean of k x k neighbouring pixels has k^2 times their signal-to-noise ratio, so that a model
   at d has to be given log_snr lower by 2 log(d / noise_size) for the same picture: the shift of the
@@ -157,10 +167,11 @@ def shifted(weighting: Weighting, image_size: int, noise_size: int = 64) -> Weig
 
 
 def is_monotone(weighting: Weighting, log_snr_min: float, log_snr_max: float) -> bool:
-  """Whether w falls or stays as log_snr rises from end to end (VDM++ theorem 1's condition).
+  """Returns whether w falls or stays as log_snr rises from end to end (as VDM++ theorem 1 asks).
 
-  Asked of the function, on a grid of 4,097 points up to a relative rise of 1e-5, so that it holds
-  for a weighting of your own, for a shifted one, and for `edm` on the range where it falls.
+  The function itself is asked, on a grid of 4,097 points up to a relative rise of 1e-5, so that the
+  answer holds for a weighting of your own, for a shifted one, and for `edm` on the range where it
+  falls.
   """
   w = np.asarray(weighting(jnp.linspace(log_snr_min, log_snr_max, 4097)))
   highest_above = np.maximum.accumulate(w[::-1])[::-1]
@@ -173,12 +184,12 @@ def _check_positive(**arguments):
 
 
 def _sech(a):
-  """2 / (e^a + e^-a), which in this form never overflows."""
+  """Returns sech(a) = 2 / (e^a + e^-a), in a form that never overflows."""
   return 2 * jnp.exp(-jnp.abs(a)) / (1 + jnp.exp(-2 * jnp.abs(a)))
 
 
 def _log_normal(a, mean: float, std: float):
-  """log N(a; mean, std^2)."""
+  """Returns log N(a; mean, std^2)."""
   return -0.5 * ((a - mean) / std) ** 2 - math.log(std * math.sqrt(2 * math.pi))
 
 
