@@ -11,13 +11,13 @@ from vdm.nn.conditioning import Conditioning, ScaleShift
 
 
 class Block(nn.Module):
-  """Residual block, and perhaps attention: h, a skip or None, cond -> h, and h again as a skip.
+  """Applies a residual block, and perhaps attention: h, a skip or None, cond -> h, and h as a skip.
 
   GroupNorm, swish, conv; GroupNorm, times 1 + scale, plus shift, both of cond ("adaptive group
   norm", arXiv 2105.05233, section 3); swish, dropout, conv. Resampling, if any, is inside, before
   the first convolution and on the shortcut (BigGAN's, arXiv 1809.11096). The second convolution
-  starts at zero, so that the block starts as its shortcut. A link of `blocks.chain`: with a skip,
-  which is appended to the channels of h, it keeps none.
+  starts at zero, so that the block starts as its shortcut. It is a link of `blocks.chain`: with a
+  skip, which is appended to the channels of h, it keeps none.
   """
 
   features: int
@@ -47,12 +47,12 @@ class Block(nn.Module):
 
 
 class ADMUNet(nn.Module):
-  """ADM's U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233); the defaults are its ImageNet 64.
+  """Implements ADM's U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233), by default for ImageNet 64.
 
   Each level has `num_blocks` residual blocks on the way in and one more on the way out, where each
   reads also what one on the way in has written; residual blocks halve the image between levels (the
   mean of 2 x 2) and double it again (each pixel four times). The lowest level has attention between
-  two more blocks. With the defaults, 1000 classes and 3 channels, 295,900,035 parameters. EDM's
+  two more blocks. The defaults, 1000 classes and 3 channels make 295,900,035 parameters. EDM's
   version (arXiv 2206.00364) has 768 fewer, for our null label has its own row; ADM's has 5,187 more
   than EDM's, since it also predicts a variance. The noise level's frequencies, and 1e-6 instead of
   1e-5 in the norms, are those of `VDMUNet`.
@@ -92,7 +92,7 @@ class ADMUNet(nn.Module):
 
   @nn.compact
   def __call__(self, z, t, label=None, flag=None, *, train):
-    """The raw output of the network; arguments as in `VDMUNet`."""
+    """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     levels = len(self.channel_multipliers)
     layers.require_field(

@@ -13,13 +13,13 @@ FLASH_BLOCK = 512  # positions that the kernel works on at once
 
 
 def softmax_attention(query, key, value):
-  """softmax(query key^T / sqrt(D)) value, each [B, S, N, D] -> [B, S, N, D]; float32 softmax.
+  """Returns softmax(query key^T / sqrt(D)) value, with a float32 softmax; all are [B, S, N, D].
 
-  `jax.nn.dot_product_attention`, but the S x S weights are recomputed in the gradient (reverse mode
-  only) instead of kept. On CPU it runs example by example, whose weights stay in the cache, and no
-  S x S matrix is transposed, which is what XLA:CPU is slowest at: about half the time. On TPU a
-  kernel of JAX's keeps them on the chip from FLASH_FROM positions on, in a function that
-  `parallel.jit` has told its mesh.
+  It equals `jax.nn.dot_product_attention`, but the S x S weights are recomputed in the gradient
+  (reverse mode only) instead of kept. On CPU it runs example by example, whose weights stay in the
+  cache, and no S x S matrix is transposed, which is what XLA:CPU is slowest at: it takes about half
+  the time. On TPU a kernel of JAX's keeps them on the chip from FLASH_FROM positions on, in a
+  function that `parallel.jit` has told its mesh.
   """
   mesh = jax.sharding.get_abstract_mesh()
   device, size = mesh.abstract_device, query.shape[1]
@@ -108,7 +108,7 @@ def _attention_vjp_by_example(query, key, value, g):
     dweights = _matmul(g, v.T)
     mean = (weights * dweights).sum(-1, keepdims=True)
     dlogits = (weights * (dweights - mean) * scale).astype(q.dtype)
-    # The transposes of weights and dlogits once more from the start: cheaper than transposing.
+    # Computing the transposes of weights and dlogits from the start is cheaper than transposing.
     weights_t = jnp.exp(_matmul(k, q.T) * scale - log_sum.T)
     dlogits_t = (weights_t * (_matmul(v, g.T) - mean.T) * scale).astype(q.dtype)
     return dlogits @ k, dlogits_t @ q, weights_t.astype(g.dtype) @ g

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-# What is dear to compute again: products and attention. Norms, activations, masks, sums and casts
+# Products and attention are expensive to compute again. Norms, activations, masks, sums and casts
 # are not, and in a loop every array kept for the gradient goes to memory and back.
 KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
   jax.checkpoint_policies.dots_saveable,
@@ -67,28 +67,28 @@ def chain(
 
 
 def last_first(first: jax.Array, rest: Any) -> Any:
-  """`first`, then the outputs `rest` of a chain, in reverse: for a chain that reads them back."""
+  """Returns `first` and a chain's outputs `rest` in reverse, for a chain that reads them back."""
   if isinstance(rest, list):
     return [first, *rest][::-1]
   return jnp.concatenate([first[None], rest])[::-1]
 
 
 def numbered(name: str, i: int) -> str:
-  """('down_*', 3) -> 'down_3'."""
+  """Returns the name with i for its star: 'down_3' for ('down_*', 3)."""
   return name.replace('*', str(i))
 
 
 def stacked_names(names: Iterable[str]) -> set[str]:
-  """Those of dict keys that hold stacked parameters."""
+  """Returns those dict keys that hold stacked parameters."""
   return {name for name in names if '*' in name}
 
 
 def stack(tree: Any, names: Iterable[str], join: Callable = lambda *leaves: jnp.stack(leaves)):
-  """The parts name_0, name_1, ... of a pytree as one, name_*, with a leading axis: bit for bit.
+  """Joins the parts name_0, name_1, ... of a pytree to name_*, with a leading axis, bit for bit.
 
   Args:
     tree: a pytree; wherever in it a dict has all of `names` with 0 for their stars, these are
-      stacked. Parameters, averages, moments of an optimizer, or all of them.
+      stacked. It may be parameters, averages, moments of an optimizer, or all of them.
     names: such as {'down_*', 'up_*'}.
     join: what makes one leaf of many.
   """
@@ -112,7 +112,7 @@ def stack(tree: Any, names: Iterable[str], join: Callable = lambda *leaves: jnp.
 
 
 def unstack(tree: Any, take: Callable = lambda leaf, i: leaf[i]):
-  """The inverse of `stack`: every name_* of a pytree as name_0, name_1, ...
+  """Undoes `stack`: returns every name_* of a pytree as name_0, name_1, ...
 
   Args:
     tree: a pytree; in any dict of it keys may have a star.

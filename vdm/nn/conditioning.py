@@ -7,7 +7,7 @@ from flax import linen as nn
 
 
 class ScaleShift(nn.Module):
-  """x [B, H, W, C], cond [B, D] -> x (1 + scale) + shift, both projections [B, C] of cond."""
+  """Maps x [B, H, W, C], cond [B, D] to x (1 + scale) + shift, both projections [B, C] of cond."""
 
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
@@ -20,9 +20,9 @@ class ScaleShift(nn.Module):
 
 
 def sinusoidal_embedding(t, size):
-  """t [B] in [0, 1] -> [B, size]: sin, then cos, of 1000 t w_k, k = 0 .. size/2 - 1.
+  """Returns sin, then cos, of 1000 t w_k, k = 0 .. size/2 - 1, for t [B] in [0, 1]: [B, size].
 
-  w_k = 10000^(-k / (size/2 - 1)), from 1 to 1e-4.
+  w_k = 10000^(-k / (size/2 - 1)) falls from 1 to 1e-4.
   """
   k = jnp.arange(size // 2, dtype=jnp.float32)
   frequencies = jnp.exp(-math.log(10_000) / (size // 2 - 1) * k)
@@ -31,10 +31,10 @@ def sinusoidal_embedding(t, size):
 
 
 class Conditioning(nn.Module):
-  """Noise level t [B], label and flag [B] -> conditioning vector [B, 4 width], float32.
+  """Maps noise level t [B], label and flag [B] to a conditioning vector [B, 4 width], float32.
 
-  VDM's (public code): sinusoidal embedding of t, then twice Dense, swish. Our addition: the
-  embedding of the label is added before the last swish. Labels -1 and `num_classes`, and no labels
+  VDM's public code has a sinusoidal embedding of t, then twice Dense, swish. Our addition is the
+  embedding of the label, added before the last swish. Labels -1 and `num_classes`, and no labels
   at all, are the null label, which has its own row in the table.
 
   With `embedding_size` E > 0 the label is instead a vector of each image, float [B, E], such as

@@ -7,7 +7,7 @@ from jax import lax
 
 
 def _conv(x, kernel):
-  """x [B, H, W, I] * kernel [3, 3, I, O] -> [B, H, W, O]."""
+  """Returns x [B, H, W, I] * kernel [3, 3, I, O], [B, H, W, O]."""
   return lax.conv_general_dilated(
     x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
   )
@@ -15,11 +15,11 @@ def _conv(x, kernel):
 
 @jax.custom_vjp
 def conv3x3(x, kernel):
-  """3x3 convolution, stride 1, zero padding: x [B, H, W, I], kernel [3, 3, I, O] -> [B, H, W, O].
+  """Convolves x [B, H, W, I] with kernel [3, 3, I, O], stride 1, zero padding, to [B, H, W, O].
 
-  Equal to `lax.conv_general_dilated` in value and gradient (reverse mode only). On CPU the gradient
-  is written out as two plain NHWC/HWIO convolutions: XLA:CPU takes its fast path for this layout
-  only, and inside the body of a loop nothing rewrites the transposed layout of the automatic
+  It equals `lax.conv_general_dilated` in value and gradient (reverse mode only). On CPU the
+  gradient is written out as two plain NHWC/HWIO convolutions: XLA:CPU takes its fast path for this
+  layout only, and inside the body of a loop nothing rewrites the transposed layout of the automatic
   kernel gradient, which is then some forty times slower.
   """
   return _conv(x, kernel)
@@ -56,7 +56,7 @@ conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
 
 
 class Conv3x3(nn.Module):
-  """3x3 convolution with bias: x [B, H, W, I] -> [B, H, W, features]; see `conv3x3`."""
+  """Applies a 3x3 convolution with bias: x [B, H, W, I] -> [B, H, W, features]; see `conv3x3`."""
 
   features: int
   dtype: jnp.dtype = jnp.float32

@@ -16,11 +16,11 @@ from vdm.nn.attention import softmax_attention
 
 
 def random_words(key, shape):
-  """Independent uint32, uniform: for masks, where they need a tenth of `jax.random.bits`' work.
+  """Draws independent uniform uint32 for masks, at a tenth of the work of `jax.random.bits`.
 
-  A hash of each element's number, of the multiplications and shifts of C. Wellons' `lowbias32`, and
-  of the key's two words, one before and one between them. Of the results only the upper bits are
-  to be used. How an array is divided over devices has no part in it.
+  Each is a hash of the element's number, by the multiplications and shifts of C. Wellons'
+  `lowbias32`, and of the key's two words, one before and one between them. Only the upper bits of
+  the results are to be used. How an array is divided over devices has no part in it.
   """
   before, *_, between = jax.random.key_data(key)  # itself a hash, of the layer and the step
   strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -50,11 +50,11 @@ class Dropout(nn.Module):
 
 
 class GroupNorm(nn.Module):
-  """GroupNorm over positions and groups of channels (Wu & He, arXiv 1803.08494): x [B, ..., C].
+  """Normalises x [B, ..., C] over positions and groups of channels (Wu & He, arXiv 1803.08494).
 
-  float32 statistics, output in `dtype`. Sums over positions come first, channel by channel, and
-  the normalisation is x a + b with a and b [B, C]: no array is split into groups but those of B C
-  numbers, which is what makes it fast, forward and backward.
+  The statistics are float32, the output is in `dtype`. Sums over positions come first, channel by
+  channel, and the normalisation is x a + b with a and b [B, C]: no array is split into groups but
+  those of B C numbers, which is what makes it fast, forward and backward.
   """
 
   num_groups: int
@@ -101,10 +101,10 @@ def auto_groups(channels):
 
 
 class Attention(nn.Module):
-  """Residual self-attention over all positions: x [B, H, W, C] -> [B, H, W, C].
+  """Applies residual self-attention over all positions: x [B, H, W, C] -> [B, H, W, C].
 
-  GroupNorm, projections to queries, keys and values, float32 softmax, and an output projection
-  that starts at zero, so that the layer starts as the identity.
+  GroupNorm comes first, then projections to queries, keys and values, a float32 softmax, and an
+  output projection that starts at zero, so that the layer starts as the identity.
   """
 
   num_heads: int = 1
@@ -126,42 +126,43 @@ class Attention(nn.Module):
 
 
 def halve(x):
-  """The mean of every 2 x 2 pixels: x [B, 2H, 2W, C] -> [B, H, W, C]."""
+  """Returns the mean of every 2 x 2 pixels: x [B, 2H, 2W, C] -> [B, H, W, C]."""
   batch, height, width, channels = x.shape
   return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
 
 
 def double(x):
-  """Every pixel four times: x [B, H, W, C] -> [B, 2H, 2W, C]; a right inverse of `halve`."""
+  """Repeats each pixel four times: x [B, H, W, C] -> [B, 2H, 2W, C]; a right inverse of `halve`."""
   return x.repeat(2, axis=1).repeat(2, axis=2)
 
 
 def space_to_depth(x, size):
-  """Patches of size x size pixels as channels: [B, S H, S W, C] -> [B, H, W, S S C]."""
+  """Makes channels of patches of size x size pixels: [B, S H, S W, C] -> [B, H, W, S S C]."""
   batch, height, width, channels = x.shape
   x = x.reshape(batch, height // size, size, width // size, size, channels)
   return x.swapaxes(2, 3).reshape(batch, height // size, width // size, size * size * channels)
 
 
 def depth_to_space(x, size):
-  """The inverse of `space_to_depth`: [B, H, W, S S C] -> [B, S H, S W, C]."""
+  """Undoes `space_to_depth`: [B, H, W, S S C] -> [B, S H, S W, C]."""
   batch, height, width, _ = x.shape
   x = x.reshape(batch, height, width, size, size, -1).swapaxes(2, 3)
   return x.reshape(batch, height * size, width * size, -1)
 
 
 def fourier_features(z, exponents):
-  """z [..., C] -> [..., C (1 + 2 len(exponents))]: z, sin(2 pi 2^n z), cos(2 pi 2^n z).
+  """Returns z, sin(2 pi 2^n z), cos(2 pi 2^n z): z [..., C] -> [..., C (1 + 2 len(exponents))].
 
-  VDM's Fourier features (arXiv 2107.00630). Among the sines, and among the cosines, the exponents
-  vary fastest, as in the published checkpoints. The K values 2(u + 1/2)/K - 1 of the data have all
-  the same features for n = log2(K) - 1, which so show the noise alone. Everything in float32.
+  These are VDM's Fourier features (arXiv 2107.00630). Among the sines, and among the cosines, the
+  exponents vary fastest, as in the published checkpoints. The K values 2(u + 1/2)/K - 1 of the data
+  have all the same features for n = log2(K) - 1, which so show the noise alone. Everything is in
+  float32.
   """
   z = jnp.asarray(z, jnp.float32)
   if not exponents:
     return z
   cycles = jnp.stack([z * 2.0**n for n in exponents], axis=-1).reshape(*z.shape[:-1], -1)
-  # Exact in float32, unlike 2 pi 2^n z, which for n = 7 is 1e-4 off.
+  # This is exact in float32, unlike 2 pi 2^n z, which for n = 7 is 1e-4 off.
   angles = 2 * jnp.pi * (cycles - jnp.round(cycles))
   return jnp.concatenate([z, jnp.sin(angles), jnp.cos(angles)], axis=-1)
 

@@ -1,4 +1,4 @@
-"""A residual perceptron: two-dimensional examples, and images where a U-Net is too dear."""
+"""A residual perceptron for two-dimensional examples, and images if a U-Net is too expensive."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -8,11 +8,11 @@ from vdm.nn.conditioning import Conditioning
 
 
 class MLP(nn.Module):
-  """Residual swish blocks on vectors, or on images as vectors, conditioned as `VDMUNet`.
+  """Applies residual swish blocks to vectors, or to images as vectors, conditioned as `VDMUNet`.
 
-  Ours, in the place of the plain perceptron in the 2D example of VDM's public code. To the output
-  of the last layer it adds each element's own features, weighted by another: what an element says
-  of its own noise need not pass through layers that are narrower than z.
+  It is ours, in the place of the plain perceptron in the 2D example of VDM's public code. To the
+  output of the last layer it adds each element's own features, weighted by another: what an element
+  says of its own noise need not pass through layers that are narrower than z.
 
   Attributes:
     width: units of every hidden layer; even.
@@ -36,7 +36,7 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(self, z, t, label=None, *, train):
-    """The raw output of the network; shapes as in `VDMUNet`, but z and the output are [B ...]."""
+    """Returns the raw output; the shapes are as in `VDMUNet`, but z and the output are [B ...]."""
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     if z.ndim < 2:
       raise ValueError(f'mlp takes vectors [B, D] or images, but z has shape {z.shape}.')

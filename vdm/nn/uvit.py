@@ -11,12 +11,12 @@ from vdm.nn.conditioning import Conditioning, ScaleShift
 
 
 class TransformerBlock(nn.Module):
-  """Self-attention, then a perceptron four times as wide, both residual: h [B, H, W, C], cond -> h.
+  """Applies self-attention, then a perceptron four times as wide, both residual, to h [B, H, W, C].
 
   Each begins with a LayerNorm, times 1 + scale, plus shift, both of cond and zero at first, as in
   DiT (arXiv 2212.09748), and ends in a projection that starts at zero. Queries and keys are
   RMS-normalised (arXiv 2302.05442): in bfloat16, logits that grow without bound are what ends the
-  training of large transformers. Dropout on the hidden units. A link of `blocks.chain`.
+  training of large transformers. Dropout is on the hidden units. It is a link of `blocks.chain`.
   """
 
   head_width: int
@@ -50,11 +50,11 @@ class TransformerBlock(nn.Module):
 
 
 class UViT(nn.Module):
-  """U-ViT of simple diffusion (Hoogeboom et al. 2023, arXiv 2301.11093), and SiD2's residual one.
+  """Implements simple diffusion's U-ViT (Hoogeboom et al. 2023, arXiv 2301.11093), and SiD2's.
 
   Patches become channels; each level of residual blocks halves the image (the mean of 2 x 2); the
-  transformer works on what is left, 16 x 16 as a rule, and takes most of the parameters; then
-  upwards again, each position four times. The block's details are ours where the papers leave them
+  transformer works on what is left, 16 x 16 as a rule, and takes most of the parameters; on the way
+  up each position is taken four times. The block's details are ours where the papers leave them
   open. For 512 x 512 images the defaults with patch_size=4, transformer_width=2048,
   transformer_depth=36, head_width=128 and 1000 classes have 2,152,439,856 parameters.
 
@@ -102,7 +102,7 @@ class UViT(nn.Module):
 
   @nn.compact
   def __call__(self, z, t, label=None, flag=None, *, train):
-    """The raw output of the network; arguments as in `VDMUNet`."""
+    """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     common = (self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
     layers.check_fields(*common, width_field='conditioning_width')
     layers.check_head_width(self.head_width, self.transformer_width)

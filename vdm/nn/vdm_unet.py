@@ -10,7 +10,7 @@ from vdm.nn.conditioning import Conditioning
 
 
 class ResBlock(nn.Module):
-  """Residual block: x [B, H, W, C], cond [B, D] -> [B, H, W, features].
+  """Applies a residual block: x [B, H, W, C], cond [B, D] -> [B, H, W, features].
 
   GroupNorm, swish, conv; + projection of cond; GroupNorm, swish, dropout, conv. The projection and
   the second convolution start at zero, so that the block starts as its shortcut.
@@ -39,7 +39,7 @@ class ResBlock(nn.Module):
 
 
 class Block(nn.Module):
-  """A residual block, of h and perhaps a skip, and perhaps attention: a link of `blocks.chain`."""
+  """Applies a residual block to h and a skip, if any, and perhaps attention, in `blocks.chain`."""
 
   residual: ResBlock
   attention: layers.Attention | None
@@ -53,13 +53,14 @@ class Block(nn.Module):
 
 
 class VDMUNet(nn.Module):
-  """VDM's network, the same function as the public code's (arXiv 2107.00630, appendix B).
+  """Implements VDM's network, the function of the public code (arXiv 2107.00630, appendix B).
 
-  The same at the published widths, 128 and 256; narrower ones have 32 groups with norm_groups=32.
+  It is the same at the published widths, 128 and 256; narrower ones have 32 groups with
+  norm_groups=32.
 
-  conv; `num_blocks` residual blocks; block, attention, block; `num_blocks` + 1 blocks, each of
-  which also reads one of the earlier outputs, the last first; GroupNorm, swish, conv. All at full
-  resolution, for any H, W, C.
+  The layers are conv; `num_blocks` residual blocks; block, attention, block; `num_blocks` + 1
+  blocks, each of which also reads one of the earlier outputs, the last first; GroupNorm, swish,
+  conv. All are at full resolution, for any H, W, C.
 
   Attributes:
     width: channels of every activation; even, and a multiple of `num_heads`.
@@ -77,7 +78,7 @@ class VDMUNet(nn.Module):
     residual: adds z to the output. With eps as output the network starts as eps_hat = z, VDM's
       choice; leave it out for an output that is not near z where noise dominates.
     scan_blocks: the blocks in and out are two loops, each compiled once whatever the number, over
-      stacked parameters (`blocks.stack` of those without; `init` draws others). The same function.
+      stacked parameters (`blocks.stack` of those without; `init` draws others); the same function.
     remat: the gradient computes each block's activations again instead of keeping them.
   """
 
@@ -98,7 +99,7 @@ class VDMUNet(nn.Module):
 
   @nn.compact
   def __call__(self, z, t, label=None, flag=None, *, train):
-    """The raw output of the network.
+    """Returns the raw output of the network.
 
     Args:
       z: [B, H, W, C] float32, the noisy images.
