@@ -15,7 +15,7 @@ from vdm.errors import require
 
 
 class Rule(NamedTuple):
-  """What a leaf's value must be, whatever the other leaves are."""
+  """States what a leaf's value must be, whatever the other leaves are."""
 
   holds: Callable[[Any], bool]
   rule: str

@@ -21,7 +21,7 @@ from vdm.nn import NETWORKS, blocks
 
 
 class Model(NamedTuple):
-  """Everything the loss, the likelihood and the samplers need of a config."""
+  """Holds everything the loss, the likelihood and the samplers need of a config."""
 
   init: Callable[[jax.Array], Any]  # key -> params {'network', 'schedule'}
   schedule: Callable[[Any], Schedule]  # params -> Schedule
@@ -35,14 +35,14 @@ class Model(NamedTuple):
   dtype: str = 'float32'  # of its activations
 
   def training_schedule(self, params: Any, adaptive_state: Any) -> Schedule:
-    """What training draws its times from: the adaptive schedule where there is one."""
+    """Returns what training draws its times from: the adaptive schedule, if any, or its own."""
     if self.adaptive:
       return self.adaptive.as_schedule(adaptive_state)
     return self.schedule(params)
 
 
 def model(config: ConfigDict) -> Model:
-  """The network, schedule and weighting of a config, as pure functions of parameters."""
+  """Returns the network, schedule and weighting of a config, as pure functions of parameters."""
   check_config(config)
   block = config.model.to_dict()
   output, class_conditional = block.pop('output'), block.pop('class_conditional')

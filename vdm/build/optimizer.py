@@ -23,9 +23,10 @@ def ema_decays(
 
 
 def decay_mask(params: Any) -> Any:
-  """True where weight decay applies: the network's kernels, and nothing else.
+  """Returns True where weight decay applies: to the network's kernels, and to nothing else.
 
-  Not the schedule (decay would narrow the learned log-SNR range), biases, norms or embeddings.
+  It does not apply to the schedule (decay would narrow the learned log-SNR range), biases, norms or
+  embeddings.
   """
 
   def decays(path, _):
@@ -46,7 +47,7 @@ def optimizer(
   clip_norm: float,
   schedule_rate: float,
 ) -> optax.GradientTransformation:
-  """AdamW with linear warm-up, then constant or cosine to zero; optional clipping to a norm.
+  """Returns AdamW with linear warm-up, then constant or cosine to zero; it can clip to a norm.
 
   Update number k of a warm-up over N, k = 1 .. N, has k/N of the learning rate: none is in vain.
 
@@ -69,5 +70,5 @@ def optimizer(
 
 
 def is_schedule(params: Any) -> Any:
-  """True for the schedule's parameters, False for the network's."""
+  """Returns True for the schedule's parameters, False for the network's."""
   return jax.tree_util.tree_map_with_path(lambda path, _: path[0].key == 'schedule', params)

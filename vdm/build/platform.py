@@ -36,9 +36,8 @@ def dtype(name: str, platform: str = '') -> jnp.dtype:
 def scan_blocks(model: ConfigDict, platform: str = '') -> bool:
   """Returns whether the network of config.model runs its equal blocks in a loop.
 
-  False for one that has no such choice.
-
-  Not on CPU by default, where convolutions in a loop have been slow (`vdm.nn.convolution.conv3x3`).
+  One that has no such choice does not; by default none does on CPU, where convolutions in a loop
+  have been slow (`vdm.nn.convolution.conv3x3`).
   """
   if 'scan_blocks' not in model:
     return False

@@ -15,7 +15,7 @@ from vdm.build.optimizer import ema_decays, optimizer
 
 @struct.dataclass
 class TrainState:
-  """All of it: randomness and data are functions of (seed, step)."""
+  """Holds all that training carries: randomness and data are functions of (seed, step)."""
 
   step: jax.Array  # int32 scalar, updates done
   params: Any  # {'network': ..., 'schedule': ...}
@@ -66,10 +66,10 @@ def named_params(state: TrainState, name: str) -> Any:
 
 
 class InitState(Protocol):
-  """Returns the state before the first step; to be traced."""
+  """Returns the state before the first step; it is to be traced."""
 
   def __call__(self, params: Any = None) -> TrainState:
-    """`params` are the parameters to start from; None: those that the seed draws."""
+    """Returns the state that starts from `params`; None: from those that the seed draws."""
 
 
 def init_state(config: ConfigDict, model: Model) -> InitState:
