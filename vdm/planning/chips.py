@@ -6,7 +6,7 @@ GIB = 2**30
 
 
 class Chip(NamedTuple):
-  """One device, as JAX counts them."""
+  """Describes one device, as JAX counts them."""
 
   kind: str  # jax.Device.device_kind
   bfloat16_flops: float  # dense peak, FLOP/s
@@ -16,7 +16,7 @@ class Chip(NamedTuple):
   link_bandwidth: float  # bytes/s that it can send to others of a slice or node, all links together
 
   def flops(self, dtype: str) -> float:
-    """Peak in FLOP/s for activations of this dtype."""
+    """Returns the peak in FLOP/s for activations of this dtype."""
     return self.bfloat16_flops if dtype == 'bfloat16' else self.float32_flops
 
 
@@ -30,8 +30,8 @@ TPUS = {
   'v6e': Chip('TPU v6 lite', 918e12, 918e12, 32 * GIB, 1638e9, 3584e9 / 8),
 }
 # NVIDIA's data sheets "A100 Tensor Core GPU", "H100", "H200", SXM unless the name says PCIe: half
-# of each figure that is "with sparsity", half of NVLink's, which adds both directions; 10^9 bytes a
-# gigabyte of HBM.
+# of each figure that is "with sparsity", half of NVLink's, which adds both directions; 10^9 bytes
+# per gigabyte of HBM.
 GPUS = {
   'a100': Chip('NVIDIA A100-SXM4-80GB', 312e12, 156e12, 80 * 10**9, 2039e9, 300e9),
   'a100_40g': Chip('NVIDIA A100-SXM4-40GB', 312e12, 156e12, 40 * 10**9, 1555e9, 300e9),
@@ -42,6 +42,6 @@ GPUS = {
 
 
 def of_kind(device_kind: str) -> Chip | None:
-  """The chip of a device at hand; None for one that is not in the tables, such as a CPU."""
+  """Returns the chip of a device at hand; None for one not in the tables, such as a CPU."""
   chips = (*TPUS.values(), *GPUS.values())
   return next((chip for chip in chips if chip.kind == device_kind), None)

@@ -20,7 +20,7 @@ from vdm.planning import hlo
 from vdm.planning.chips import GPUS, TPUS, Chip, of_kind
 from vdm.system import parallel
 
-# What libtpu would ask Google's cloud for, and complain about where it is not.
+# libtpu would ask Google's cloud for these, and complain where it is not there.
 LIBTPU = {
   'TPU_SKIP_MDS_QUERY': '1',  # elsewhere it waits for nothing
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',  # no chip is taken: plans may run at once
@@ -30,7 +30,7 @@ LIBTPU = {
 
 
 class Target(NamedTuple):
-  """Where a run is planned to be."""
+  """Says where a run is planned to be."""
 
   name: str  # as it was typed: 'v5e:2x4'
   chip: Chip | None  # None: a device that no table has
@@ -39,7 +39,7 @@ class Target(NamedTuple):
 
 
 class Step(NamedTuple):
-  """A jitted function of a run."""
+  """Holds a jitted function of a run."""
 
   name: str
   function: Callable
@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 
 class Cost(NamedTuple):
-  """What one call of a step costs on one device; None stands for what is not known."""
+  """Holds what one call of a step costs on one device; None stands for what is not known."""
 
   flops: float
   traffic: float | None = None
@@ -91,7 +91,7 @@ def target(topology: str, fsdp: int) -> Target:
 
 
 def tpu_devices(topology: str) -> list[jax.Device]:
-  """The devices of a slice that is not here, one a chip, to compile for."""
+  """Returns the devices of a slice that is not here, one per chip, to compile for."""
   from jax.experimental import topologies
 
   if importlib.util.find_spec('libtpu') is None:
@@ -157,10 +157,10 @@ def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
 
 
 def exceeded(message: str) -> tuple[float, float]:
-  """What the compiler says that a program takes and may take, in bytes; other errors are not ours.
+  """Returns what the compiler says that a program takes and may take, in bytes.
 
-  Either 'Used 20.5G of 15.75G hbm', of all of it, or, of temporaries alone, '(54.47G) exceeds
-  available HBM (15.75G)'.
+  It says 'Used 20.5G of 15.75G hbm', of all of it, or, of temporaries alone, '(54.47G) exceeds
+  available HBM (15.75G)'. Any other error is not ours, and is raised.
   """
   found = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', message) or re.search(
     r'\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)', message
@@ -172,7 +172,7 @@ def exceeded(message: str) -> tuple[float, float]:
 
 
 def gradient_exchange(params: float, mesh: Mesh | AbstractMesh) -> dict[str, tuple[int, float]]:
-  """What a device sends for the gradients of its `params` bytes, in float32.
+  """Returns what a device sends for the gradients of its `params` bytes, in float32.
 
   With fsdp the shards are gathered forward and backward, and gradients scattered.
   """
@@ -187,7 +187,7 @@ def gradient_exchange(params: float, mesh: Mesh | AbstractMesh) -> dict[str, tup
 
 
 def roofline(chip: Chip, dtype: str, cost: Cost) -> dict[str, float]:
-  """Seconds at the chip's peak: what the greatest belongs to binds."""
+  """Returns the seconds at the chip's peak; what the greatest belongs to binds."""
   sent = sum(size for _, size in cost.collectives.values())
   return {
     'arithmetic': cost.flops / chip.flops(dtype),

@@ -7,7 +7,7 @@ from jax.extend import core
 
 
 class Matmuls(NamedTuple):
-  """Of all matrix products and convolutions."""
+  """Counts all matrix products and convolutions."""
 
   flops: float = 0.0
   bytes: float = 0.0  # of operands and results
@@ -17,10 +17,11 @@ class Matmuls(NamedTuple):
 
 
 def matmuls(jaxpr: core.Jaxpr, platform: str) -> Matmuls:
-  """Of one run of `jaxpr`, over all devices.
+  """Counts the matrix products and convolutions of one run of `jaxpr`, over all devices.
 
-  Of what depends on the platform, `platform`'s branch counts; of any other choice the dearest. The
-  body of a `while` of unknown length counts once; products with a convolution's padding count.
+  Of what depends on the platform, `platform`'s branch counts; of any other choice the most
+  expensive. The body of a `while` of unknown length counts once; products with a convolution's
+  padding count.
   """
   total = Matmuls()
   for eqn in jaxpr.eqns:
@@ -47,7 +48,7 @@ def matmuls(jaxpr: core.Jaxpr, platform: str) -> Matmuls:
 
 
 def _products(eqn) -> int:
-  """Multiplications for one element of the result of a matrix product or a convolution."""
+  """Returns the multiplications for one element of what a matrix product or convolution gives."""
   left, right = (v.aval.shape for v in eqn.invars)
   if eqn.primitive.name == 'dot_general':
     (contracted, _), _ = eqn.params['dimension_numbers']

@@ -15,7 +15,8 @@ COLLECTIVES = (
   'collective-permute',
   'collective-broadcast',
 )
-# No traffic of their own: names for parts of other arrays, control flow, the ends of transfers.
+# These have no traffic of their own: names for parts of other arrays, control flow, the ends of
+# transfers.
 _FREE = {
   *('parameter', 'constant', 'tuple', 'get-tuple-element', 'bitcast', 'after-all', 'iota'),
   *('while', 'conditional', 'call', 'partition-id', 'replica-id', 'opt-barrier', 'domain'),
@@ -24,7 +25,7 @@ _ITEM_BITS = {'pred': 8, 'bf16': 16, 'token': 0, 'opaque': 0}
 
 
 class Instruction(NamedTuple):
-  """A line of a program's text."""
+  """Holds a line of a program's text."""
 
   name: str
   shape: str
@@ -35,16 +36,16 @@ class Instruction(NamedTuple):
 
 
 class Traffic(NamedTuple):
-  """Of one run of a compiled program, on one device."""
+  """Holds the traffic of one run of a compiled program, on one device."""
 
   bytes: float  # read from and written to HBM
   collectives: dict[str, tuple[int, float]]  # kind -> (how many, bytes that this device sends)
 
 
 def shape_bytes(shape: str) -> int:
-  """Bytes in HBM of a shape in HLO's text, such as 'f32[8,128]{1,0:T(8,128)}', or of a tuple.
+  """Returns the bytes in HBM of a shape in HLO's text, 'f32[8,128]{1,0:T(8,128)}', or of a tuple.
 
-  Without the padding of tiles. What has a memory space, 'S(1)' in its layout, is on the chip.
+  The padding of tiles is left out. What has a memory space, 'S(1)' in its layout, is on the chip.
   """
   total = 0
   for kind, dims, layout in re.findall(r'([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?', shape):
@@ -55,7 +56,7 @@ def shape_bytes(shape: str) -> int:
 
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-  """HLO's text as computations by name, and the name of the entry."""
+  """Returns HLO's text as computations by name, and the name of the entry."""
   computations, entry, body = {}, '', []
   for line in text.splitlines():
     if head := re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line):
@@ -92,10 +93,10 @@ def _balanced(text: str) -> tuple[str, str]:
 
 
 def runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, int]:
-  """How often each computation runs, for one run of the entry.
+  """Returns how often each computation runs, for one run of the entry.
 
-  The body of a loop as often as its length, which its condition compares with; every branch of a
-  choice.
+  The body of a loop runs as often as its length, which its condition compares with; every branch of
+  a choice is taken to run.
   """
   times = dict.fromkeys(computations, 0)
 
@@ -111,7 +112,7 @@ def runs(computations: dict[str, list[Instruction]], entry: str) -> dict[str, in
 
 
 def _length(instruction: Instruction, computations: dict[str, list[Instruction]]) -> int:
-  """How often an instruction runs what it calls; 1 for a loop whose length is not known."""
+  """Returns how often an instruction runs what it calls; 1 for a loop of unknown length."""
   if instruction.opcode != 'while':
     return 1
   if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', instruction.attributes):
@@ -122,14 +123,14 @@ def _length(instruction: Instruction, computations: dict[str, list[Instruction]]
 
 
 def _called(instruction: Instruction) -> list[str]:
-  """The computations that run where this instruction does; not the condition of a loop."""
+  """Returns the computations that run where this instruction does, but no condition of a loop."""
   found = re.findall(r'(?:body|calls|to_apply|\w+_computation)=%?([\w.-]+)', instruction.attributes)
   branches = re.search(r'branch_computations=\{([^}]*)\}', instruction.attributes)
   return found + (re.findall(r'[\w.-]+', branches[1]) if branches else [])
 
 
 def traffic(text: str, num_devices: int) -> Traffic:
-  """Of a compiled program by its text: what every instruction reads and writes, times its runs.
+  """Returns a program's traffic by its text: what instructions read and write, times their runs.
 
   An instruction that takes or replaces a slice of an array moves the slice alone.
   """
@@ -164,7 +165,7 @@ def traffic(text: str, num_devices: int) -> Traffic:
 
 
 def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float:
-  """Bytes that an instruction reads from and writes to HBM."""
+  """Returns the bytes that an instruction reads from and writes to HBM."""
   opcode = instruction.opcode
   free = opcode in _FREE or opcode.endswith('-done') or opcode == 'async-start'
   if free or 'custom_call_target="AllocateBuffer"' in instruction.attributes:
@@ -185,7 +186,7 @@ def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float
 
 
 def _moved_by_fusion(fusion: Instruction, by_name: dict, computations: dict) -> float:
-  """Of what the fusion takes and makes: whole arrays, or the slices that it is about."""
+  """Returns the bytes of what a fusion takes and makes: whole arrays, or the slices it is about."""
   body = computations[_called(fusion)[0]]
   inside = {each.name: each for each in body}
   total = 0
@@ -201,7 +202,7 @@ def _moved_by_fusion(fusion: Instruction, by_name: dict, computations: dict) -> 
 
 
 def _read(name: str, body: list[Instruction], computations: dict) -> float:
-  """Bytes of an array that its users in a fusion read: infinite unless they all take slices."""
+  """Returns the bytes of an array that its users in a fusion read; infinite unless all slice it."""
   total = 0.0
   for user in body:
     if name not in user.operands:
@@ -221,7 +222,7 @@ def _read(name: str, body: list[Instruction], computations: dict) -> float:
 
 
 def _written(result: Instruction, inside: dict[str, Instruction], computations: dict) -> float:
-  """Bytes of a result of a fusion that are new: infinite unless it replaces a slice."""
+  """Returns the bytes of a fusion's result that are new; infinite unless it replaces a slice."""
   if result.opcode == 'bitcast':
     return _written(inside[result.operands[0]], inside, computations)
   if result.opcode == 'fusion':  # within the fusion
@@ -233,12 +234,12 @@ def _written(result: Instruction, inside: dict[str, Instruction], computations: 
 
 
 def _elements(shape: str) -> list[str]:
-  """The parts of a tuple's shape, or the shape."""
+  """Returns the parts of a tuple's shape, or the shape."""
   return re.findall(r'[a-z]\w*\[[^\]]*\](?:\{[^}]*\})?', shape)
 
 
 def sent_bytes(kind: str, shape: str, group: int) -> float:
-  """Bytes that each of a group of devices sends in a collective by the best known algorithm.
+  """Returns the bytes each device of a group sends in a collective, by the best known algorithm.
 
   Args:
     kind: one of COLLECTIVES.
@@ -255,9 +256,9 @@ def sent_bytes(kind: str, shape: str, group: int) -> float:
 
 
 def group_size(attributes: str, num_devices: int) -> int:
-  """Devices in each group of a collective, in any of the three ways its attributes say it.
+  """Returns the number of devices in each group of a collective.
 
-  {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}.
+  Its attributes say it in one of three ways: {{0,1},{2,3}}, [2,2]<=[4], or mesh['a'=2,'b'=2] {'b'}.
   """
   if listed := re.search(r'replica_groups=\{\{([\d,]+)\}', attributes):
     return len(listed[1].split(','))

@@ -38,7 +38,7 @@ TIMED_STEPS = 5
 
 
 def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
-  """The steps of training, evaluation and sampling, on abstract arrays."""
+  """Yields the steps of training, evaluation and sampling, on abstract arrays."""
   model = build.model(config)
   state = parallel.abstract_state(mesh, build.init_state(config, model))
   yield train_step(recipe(config, model), config.data, config.train.num_steps, mesh, state)
@@ -94,7 +94,7 @@ def train_step(
 
 
 def _batch(data: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = False) -> dict:
-  """What config.data gives, as shapes."""
+  """Returns what config.data gives, as shapes."""
   embedding = data.embedding_size
   shapes = {
     'image': ((size, *data.image_shape), jnp.uint8),
@@ -106,7 +106,7 @@ def _batch(data: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = 
 
 
 def residual_bytes(how: Recipe, data: ConfigDict, mesh: Any, state: Any) -> int:
-  """What JAX keeps of a device's part of a microbatch for the gradient, before fusion."""
+  """Returns the bytes that JAX keeps for the gradient of a device's microbatch, before fusion."""
   batch = jax.tree.map(
     lambda a: jax.ShapeDtypeStruct(a.sharding.shard_shape(a.shape), a.dtype),
     _batch(data, mesh, how.batch_size // how.microbatches),
@@ -124,7 +124,7 @@ def residual_bytes(how: Recipe, data: ConfigDict, mesh: Any, state: Any) -> int:
 
 
 def measure(step: Step, init: Callable[[], Any], mesh: Mesh) -> list[float]:
-  """Seconds of TIMED_STEPS calls on the devices at hand, after one that compiles and warms up."""
+  """Returns the seconds of TIMED_STEPS calls on the devices at hand, after one that warms up."""
   state = parallel.initial_state(mesh, init)
 
   def zeros(leaf):
@@ -144,7 +144,7 @@ def measure(step: Step, init: Callable[[], Any], mesh: Mesh) -> list[float]:
 
 
 def fits(cost: Cost, chip: Chip) -> bool:
-  """Whether a program of this memory runs; where that is not known it is taken to."""
+  """Returns whether a program of this memory runs; if that is not known it is taken to."""
   return cost.limit is None and (cost.memory or 0) <= chip.hbm_bytes
 
 
@@ -177,7 +177,7 @@ def advice(
 
 
 class Fit(NamedTuple):
-  """A batch of training, and its memory."""
+  """Holds a batch of training, and its memory."""
 
   size: int
   memory: float
@@ -186,7 +186,7 @@ class Fit(NamedTuple):
 def largest_batch(
   cost_of: Callable[[int], Cost], size: int, unit: int, fixed: float, chip: Chip, budget: int
 ) -> tuple[Fit | None, int]:
-  """The largest batch found to fit, among `unit` times powers of two, and how many were tried.
+  """Returns the largest batch found to fit, `unit` times a power of two, and how many were tried.
 
   Args:
     cost_of: of training with a batch of this size.
@@ -247,7 +247,7 @@ def search(
 
 
 def run(config: ConfigDict, topology: str, budget: int) -> int:
-  """--mode=plan: prints the table of --topology, or of the devices at hand, and what fits.
+  """Runs --mode=plan: prints the table of --topology, or of the devices at hand, and what fits.
 
   Returns:
     The process's exit status, 1 for a run that does not fit.
@@ -284,7 +284,7 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
 
 
 def _largest_batches(config: ConfigDict, where: Target, known: Cost, budget: int) -> list[str]:
-  """The lines of `search` for a config, whose own cost is known."""
+  """Returns the lines of `search` for a config, whose own cost is known."""
   state = parallel.abstract_state(where.mesh, build.init_state(config, build.model(config)))
   own = config.model.remat if 'remat' in config.model else False
 

@@ -21,7 +21,7 @@ def _duration(seconds: float) -> str:
 def column(
   step: Step, of: Cost, where: Target, dtype: str, measured: list[float]
 ) -> dict[str, str]:
-  """A step's part of the table: label -> cell."""
+  """Returns a step's part of the table: label -> cell."""
   state, chip = step.args[0], where.chip
   params = bytes_per_device(state.params if step.name == 'train' else state)
   cells = {
@@ -57,7 +57,7 @@ def column(
 
 
 def table(columns: dict[str, dict[str, str]]) -> str:
-  """Columns of cells by label as aligned Markdown; a label that a column lacks is empty there."""
+  """Returns columns of cells by label as aligned Markdown, empty where a column lacks a label."""
   labels = list(dict.fromkeys(label for cells in columns.values() for label in cells))
   rows = [['a device and call', *columns]]
   rows += [[label, *(cells.get(label, '') for cells in columns.values())] for label in labels]
@@ -85,7 +85,7 @@ ESTIMATED = (
 
 
 def notes(where: Target, measured: bool) -> str:
-  """How the numbers of the table came about."""
+  """Returns how the numbers of the table came about."""
   how = COMPILED if where.platform == 'tpu' and not measured else ESTIMATED
   times = (
     'Times are lower bounds, at the peak of the chip and of all its links.' if where.chip else ''
