@@ -28,10 +28,10 @@ TERMS = ('recon', 'prior', 'diffusion')
 def log_snr_bins(
   term: DiffusionTerm, ends: jax.Array, num_dims: int, mask: jax.Array
 ) -> dict[str, jax.Array]:
-  """Bits/dim spent per unit of log-SNR, 1/2 |eps_hat - eps|^2 / (D ln 2), under any schedule.
+  """Returns bits/dim spent per unit of log-SNR, 1/2 |eps_hat - eps|^2 / (D ln 2), for any schedule.
 
-  Sum over examples and number of them in NUM_BINS equal bins from ends[1] to ends[0]; the means
-  times the bin width add up to the diffusion term.
+  'sum' is over examples and 'count' their number, in NUM_BINS equal bins from ends[1] to ends[0];
+  the means times the bin width add up to the diffusion term.
   """
   position = (term.log_snr - ends[1]) / (ends[0] - ends[1])
   number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
@@ -42,8 +42,8 @@ def log_snr_bins(
 def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
   """Returns step(params, batch, num_images, seed) -> what each image has, and sums over the batch.
 
-  Of each image: 'terms' [draws, B, 3] in bits/dim and 'loss' [draws, B], the training loss in
-  nats/dim, beside the batch's 'index' and 'mask'. Summed over those that count: 'bins' and
+  Each image has 'terms' [draws, B, 3] in bits/dim and 'loss' [draws, B], the training loss in
+  nats/dim, beside the batch's 'index' and 'mask'. Sums over those that count are 'bins' and
   'moments' [3] of the diffusion term. Every random number of an image is a function of its index,
   the seed and `num_images`, of the whole evaluation: none knows of batches, devices or hosts.
   """
@@ -90,10 +90,13 @@ def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
 
 
 class BitsPerDim(NamedTuple):
-  """An evaluation. `stderr` is the Monte Carlo error of the value for these very images, `dof` its
-  degrees of freedom: a single draw has none, and no error. `stderr_images` is the error as an
-  estimate for the population they come from, None for a single image. `cv` are the coefficients of
-  variation of the diffusion term (`elbo.coefficients_of_variation`)."""
+  """Holds an evaluation.
+
+  `stderr` is the Monte Carlo error of the value for these very images, `dof` its degrees of
+  freedom: a single draw has none, and no error. `stderr_images` is the error as an estimate for the
+  population they come from, None for a single image. `cv` are the coefficients of variation of the
+  diffusion term (`elbo.coefficients_of_variation`).
+  """
 
   value: float
   stderr: float | None
@@ -108,7 +111,7 @@ class BitsPerDim(NamedTuple):
 
 
 def summarize(parts: list[dict]) -> BitsPerDim:
-  """From what `make_eval_step` says of every batch, in float64.
+  """Returns the evaluation from what `make_eval_step` says of every batch, in float64.
 
   Draws are independent, and so are blocks of images (`times.block_of`), which have strata of their
   own. So the error is that of the blocks' totals over draws: Student's t with as many degrees of
@@ -171,8 +174,8 @@ def make_evaluator(
 ) -> Callable[[Any, Iterable[data.Batch], int], BitsPerDim]:
   """Returns (params, batches, number of images) -> BitsPerDim; compiled once, for any parameters.
 
-  `settings` is config.eval. With a schedule of its own there, which lies between the end points of
-  the parameters, once for each.
+  `settings` is config.eval. If that has a schedule of its own, which lies between the end points of
+  the parameters, the step is compiled once for each.
   """
   own = jit_step(model, mesh, settings)
 
@@ -192,7 +195,7 @@ def make_evaluator(
 
 
 def _or_none(number: float) -> float | None:
-  """What a card has for a number that could not be estimated: JSON has no NaN."""
+  """Returns None for a number that could not be estimated, as a card has it: JSON has no NaN."""
   return None if math.isnan(number) else float(number)
 
 
@@ -247,8 +250,10 @@ def elbo_fields(settings: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
 
 
 def card_path(of: Study, settings: ConfigDict, name: str, step: int) -> pathlib.Path:
-  """Returns where the card of a bound goes (`cards.path_of`): cards/bits_per_dim_<name of the
-  parameters>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json."""
+  """Returns where the card of a bound goes (`cards.path_of`).
+
+  That is cards/bits_per_dim_<params>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json.
+  """
   num_images = data.num_eval_images(of.source, settings.max_images)
   time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
   own = [] if settings.schedule.name == 'schedule' else [settings.schedule.name]

@@ -63,7 +63,7 @@ def make_scorer(
 
 
 def _log(found: dict[str, dict[str, Any]], params: str, step: int):
-  """Logs the metrics, a line each."""
+  """Logs the metrics, one per line."""
   for name, part in found.items():
     interval = f' (95 %: {part["low"]:.4f} to {part["high"]:.4f})' if 'low' in part else ''
     logging.info(
@@ -78,7 +78,7 @@ def _log(found: dict[str, dict[str, Any]], params: str, step: int):
 
 
 def _first(batches: Iterable[np.ndarray], count: int):
-  """uint8 images, `count` in all."""
+  """Yields uint8 images, `count` in all."""
   for images in batches:
     if count <= 0:
       return

@@ -29,7 +29,7 @@ from vdm.workdir.load import Run
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """What evaluations found of a state."""
+  """Holds what evaluations found of a state."""
 
   scalars: dict[str, float] = dataclasses.field(default_factory=dict)  # by TensorBoard's tag
   # uint8 [H W C], by TensorBoard's tag; on the first process alone
@@ -169,7 +169,7 @@ def in_training(
 
 
 def run(run: Run, out: pathlib.Path | None = None) -> int:
-  """--mode=eval: scores a checkpoint as config.eval.likelihood says, and plots it.
+  """Runs --mode=eval: scores a checkpoint as config.eval.likelihood says, and plots it.
 
   All that is made goes to `out`, the workdir unless given; the workdir's own cards are in the plots
   in any case.

@@ -27,7 +27,7 @@ STDERR = (
 
 
 class OdeBitsPerDim(NamedTuple):
-  """An evaluation; `stderr` is what STDERR says."""
+  """Holds an evaluation; `stderr` is what STDERR says."""
 
   value: float
   stderr: float | None  # None for a single image
@@ -37,7 +37,7 @@ class OdeBitsPerDim(NamedTuple):
 
 
 class OdeSettings(NamedTuple):
-  """config.eval.ode: how the likelihood by the ODE is computed."""
+  """Holds config.eval.ode: how the likelihood by the ODE is computed."""
 
   params: str
   trace: str  # 'hutchinson' or 'exact'

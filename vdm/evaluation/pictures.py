@@ -28,9 +28,9 @@ SPECTRUM_VALUES = 2**25  # of the images of the power spectrum: a thousand at 10
 
 
 def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
-  """(params, images [N ...], labels [N]) -> log_snr [L], z [L N ...], x_hat [L N ...].
+  """Returns (params, images [N ...], labels [N]) -> log_snr [L], z [L N ...], x_hat [L N ...].
 
-  L = NUM_LEVELS noise levels from log_snr_max to log_snr_min, the same noise at each.
+  L = NUM_LEVELS noise levels lie from log_snr_max to log_snr_min; the noise is the same at each.
   """
 
   def denoise(params, images, labels):
@@ -51,14 +51,17 @@ def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Arra
 
 
 def picture_of(z: np.ndarray, x_hat: np.ndarray, decoder: Decoder) -> np.ndarray:
-  """Two rows an image, z above x_hat, from data (left) to noise: data units [2N * L H W C]."""
+  """Returns two rows per image, z above x_hat, from data (left) to noise, in data units.
+
+  Their shape is [2N * L H W C].
+  """
   rows = np.stack([z, x_hat], axis=0)  # [2 L N H W C]
   rows = rows.transpose(2, 0, 1, *range(3, rows.ndim))
   return np.asarray(decoder.from_model(rows)).reshape(-1, *z.shape[2:])
 
 
 def radial_power(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Frequencies in cycles per pixel, and the mean power of the images [N H W C] at each.
+  """Returns frequencies in cycles per pixel, and the mean power of the images [N H W C] at each.
 
   White noise of variance s^2 has power s^2 at every frequency, and the powers of all frequencies
   have the mean square of the images as their mean. So the part of the data whose power is above
@@ -80,8 +83,8 @@ def make_pictures(
 ) -> Callable[[TrainState, dict[str, np.ndarray]], dict[str, np.ndarray]]:
   """Returns pictures(state, curves) -> name -> uint8 [H W C], written to the study's folder.
 
-  `curves` are bits/dim per unit of log-SNR by bin, for each set of parameters. To be called on
-  every host; the first one writes.
+  `curves` are bits/dim per unit of log-SNR by bin, for each set of parameters. Call it on every
+  host; the first one writes.
 
   Args:
     of: the study.
@@ -126,11 +129,12 @@ def write_augmented(
   result: BitsPerDim,
   card: pathlib.Path,
 ):
-  """config.eval.augmented_elbo: the weighted loss as a mixture of bounds, as a table and a plot.
+  """Writes config.eval.augmented_elbo, the weighted loss as a mixture of bounds, as table and plot.
 
-  plots/augmented_elbo_<params>.png, and tables/augmented_elbo_*.csv, called like the evaluation's
-  card. Its rows are bins of log-SNR: its ends, bits/dim spent there per unit, the weight of data
-  with that much noise added, its bound at the upper end; all in bits/dim (VDM++ theorem 1).
+  The plot is plots/augmented_elbo_<params>.png, the table tables/augmented_elbo_*.csv, called like
+  the evaluation's card. Its rows are bins of log-SNR: a bin's ends, bits/dim spent there per unit,
+  the weight of data with that much noise added, its bound at the upper end; all are in bits/dim
+  (VDM++ theorem 1).
 
   Args:
     weighting: of the loss.

@@ -16,9 +16,9 @@ from vdm.system import files
 
 
 def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path):
-  """Bits/dim per unit of log-SNR, and all of them spent from noise up to a log-SNR.
+  """Plots bits/dim per unit of log-SNR, and all of them spent from noise up to a log-SNR.
 
-  One curve a set of parameters; returns the picture.
+  There is one curve per set of parameters. Returns the picture.
   """
   figure, (left, right) = subplots(2, (10, 3.5))
   for name, bins in curves.items():
@@ -33,7 +33,7 @@ def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pa
 
 
 def filled(bins: np.ndarray) -> np.ndarray:
-  """Bins with those that nothing fell into interpolated."""
+  """Returns the bins, with those that nothing fell into interpolated."""
   number, seen = np.arange(len(bins)), np.isfinite(bins)
   if not seen.any():
     return bins
@@ -41,9 +41,9 @@ def filled(bins: np.ndarray) -> np.ndarray:
 
 
 def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, path: pathlib.Path):
-  """The data's radial power spectrum, and the noise of z / alpha at some log-SNR levels.
+  """Plots the data's radial power spectrum, and the noise of z / alpha at some log-SNR levels.
 
-  What lies above a level's line is visible in z there.
+  What lies above a level's line is visible in z there. Returns the picture.
   """
   figure, axes = subplots(1, (6, 4.5))
   colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, len(levels)))
@@ -58,7 +58,7 @@ def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, 
 
 
 def plot_progressive(picture: np.ndarray, levels: np.ndarray, num_images: int, path: pathlib.Path):
-  """The grid of `pictures.picture_of`, with the log-SNR of each column and what each row is.
+  """Plots the grid of `pictures.picture_of`, with the log-SNR of each column and what each row is.
 
   Returns the picture.
   """
@@ -75,9 +75,9 @@ def plot_progressive(picture: np.ndarray, levels: np.ndarray, num_images: int, p
 
 
 def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathlib.Path):
-  """What a weighted loss bounds (`noisy_elbo`): the noise levels' weights, and their bounds.
+  """Plots what a weighted loss bounds (`noisy_elbo`): the noise levels' weights, and their bounds.
 
-  All in bits/dim; returns the picture.
+  All are in bits/dim. Returns the picture.
   """
   figure, (left, right) = subplots(2, (10, 3.5))
   density = table.mass / table.total / np.diff(edges)
@@ -95,9 +95,9 @@ def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathli
 
 
 def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
-  """Bits/dim and Fréchet distances against steps, from series of number cards (`cards.series`).
+  """Plots bits/dim and Fréchet distances against steps, from series of cards (`cards.series`).
 
-  A curve for each series, with its errors and a star at its best; what all of them share is said
+  Each series has a curve, with its errors and a star at its best; what all of them share is said
   above, the rest in the legend. Returns the picture.
   """
   bits = {k: s for k, s in found.items() if s[0]['metric'] == 'bits_per_dim'}
@@ -123,7 +123,7 @@ def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
 
 
 def _labels(found: dict[str, list[dict]]) -> tuple[str, dict[str, str]]:
-  """What the series are alike in, and what each is called among them: no two the same."""
+  """Returns what the series are alike in, and what each is called among them, no two the same."""
   parts = {name: cards.description(series[0]) for name, series in found.items()}
   columns = list(zip(*parts.values(), strict=True))
   varies = [len(set(column)) > 1 for column in columns]
@@ -142,11 +142,11 @@ def _labels(found: dict[str, list[dict]]) -> tuple[str, dict[str, str]]:
 
 
 def plot_schedule(found: dict[str, list[dict]], log_snr: np.ndarray, path: pathlib.Path):
-  """The schedule at equally spaced times, its density, and what it does to the loss's variance.
+  """Plots the schedule at equally spaced times, its density, and its effect on the loss's variance.
 
   The history is that of the averaged parameters, the longest among series of number cards
   (`cards.series`): the spread of the bound under the schedule of evaluation, which for an adaptive
-  one is linear.
+  one is linear. Returns the picture.
   """
   figure, (left, middle, right) = subplots(3, (12, 3.5))
   t = np.linspace(0, 1, len(log_snr))
@@ -172,7 +172,7 @@ def plot_schedule(found: dict[str, list[dict]], log_snr: np.ndarray, path: pathl
 def subplots(columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
   """Returns a figure of `size` inches, and its axes: one, or an array [columns].
 
-  Without pyplot: importing this package does not change the backend that a notebook draws with.
+  It does without pyplot, so importing this package does not change a notebook's backend.
   """
   figure = Figure(size, layout='constrained')
   FigureCanvasAgg(figure)

@@ -14,7 +14,7 @@ from vdm.diffusion.gaussian import end_points
 
 
 class Study(NamedTuple):
-  """A model with the data that it is evaluated on."""
+  """Holds a model with the data that it is evaluated on."""
 
   model: build.Model
   mesh: Mesh
