@@ -43,8 +43,8 @@ def make_draw(
 ) -> Callable[..., Iterator[np.ndarray]]:
   """Returns run(params, num_images=0, starts=None) -> iterator over batches [B H W C] of data.
 
-  The first `num_images` of them, 0: of config.sample.num_images, the last batch cut; if `starts`
-  are given only the batches whose first image has one of these numbers.
+  These are the first `num_images` of them (0: of config.sample.num_images), the last batch cut; if
+  `starts` are given, only the batches whose first image has one of these numbers.
 
   Args:
     model: of the images.

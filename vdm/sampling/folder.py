@@ -37,7 +37,7 @@ def check_format(image_format: str, channels: int):
 def open_samples(folder: pathlib.Path, manifest: dict[str, Any]) -> list[int]:
   """Makes the folder, or finds the same drawing in it; returns where the missing shards start.
 
-  To be called on every process: the first one looks, for it alone writes.
+  Call it on every process: the first one looks, for it alone writes.
 
   Args:
     folder: of one drawing.
@@ -77,7 +77,7 @@ def _claim(folder: pathlib.Path, manifest: dict[str, Any]):
 
 
 def _path(folder: pathlib.Path, image_format: str, start: int) -> pathlib.Path:
-  """<number of the first image>.npz, or a folder of PNG files of that name."""
+  """Returns <number of the first image>.npz, or the folder of PNG files of that name."""
   return folder / (f'{start:08d}.npz' if image_format == 'npz' else f'{start:08d}')
 
 
@@ -111,12 +111,12 @@ def write_shard(
 
 
 def encode_png(image: Image.Image) -> bytes:
-  """The content of a PNG file."""
+  """Returns the content of a PNG file."""
   return files.content(lambda file: image.save(file, format='png'))
 
 
 def read_shards(folder: pathlib.Path) -> Iterator[np.ndarray]:
-  """The images [N H W C] of each shard in turn, as they are stored."""
+  """Yields the images [N H W C] of each shard in turn, as they are stored."""
   for path in sorted(folder.glob('[0-9]*')):
     if path.suffix == '.npz':
       arrays = files.read_arrays(path, REMEDY)

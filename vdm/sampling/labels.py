@@ -1,4 +1,4 @@
-"""Image number -> label or embedding."""
+"""The label or embedding of an image by its number."""
 
 import functools
 from collections.abc import Callable
@@ -23,9 +23,9 @@ Labels = Callable[[np.ndarray], np.ndarray]  # image numbers [b] -> classes [b],
 def labels_of(settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool) -> Labels:
   """Returns image number -> class: settings.label; if that is -1, by settings.label_rule.
 
-  'balanced' takes each class in turn, 'uniform' draws one from the image's own key; of a
-  class-conditional model's, only those of which the training split has images. For a model of
-  embeddings: image number -> row of settings.embeddings, in turn.
+  'balanced' takes each class in turn, 'uniform' draws one from the image's own key; for a
+  class-conditional model they take only classes of which the training split has images. For a model
+  of embeddings it returns image number -> row of settings.embeddings, in turn.
 
   Args:
     settings: config.sample.
@@ -63,7 +63,7 @@ def drawn_classes(data_settings: ConfigDict, class_conditional: bool) -> np.ndar
 
 @functools.lru_cache
 def _classes_with_images(settings: FrozenConfigDict) -> np.ndarray:
-  """Those of config.data's training split; all of them, which is said, where it is not here."""
+  """Returns the classes of config.data's training split; if it is not here, all, and says so."""
   every = np.arange(settings.num_classes)
   try:
     source = data.load(settings, 'train')

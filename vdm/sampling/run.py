@@ -28,7 +28,7 @@ LOG_EVERY_SECONDS = 10.0
 
 
 def run(of: Run, out: pathlib.Path | None = None) -> int:
-  """--mode=sample: images from a checkpoint, in shards, and the first of them as a grid.
+  """Runs --mode=sample: writes images from a checkpoint, in shards, and the first as a grid.
 
   Everything is in samples/<name> of `out`, the workdir unless it is given, with manifest.json; the
   grid is samples/<name>.png. A second run draws what is missing. The first process writes.
@@ -73,7 +73,7 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
 
 
 def _what_is_drawn(settings: ConfigDict) -> dict[str, Any]:
-  """config.sample, but for what no image depends on."""
+  """Returns config.sample, but for what no image depends on."""
   return {k: v for k, v in settings.to_dict().items() if k != 'preview_images'}
 
 
