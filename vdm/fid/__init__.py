@@ -25,7 +25,7 @@ ORDER = (
   '__main__',
 )
 
-# Loaded when asked for: the distances alone need neither a network nor a data set.
+# These are loaded when asked for: the distances alone need neither a network nor a data set.
 _PLACES = {
   'Extractor': 'vdm.fid.extractor',
   'make': 'vdm.fid.extractor',

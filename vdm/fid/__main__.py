@@ -31,7 +31,7 @@ _DEFAULTS = (
 
 
 def convert(settings, data_settings, path: str, out: str = '') -> str:
-  """See `weights.convert`."""
+  """Converts weights as `weights.convert` does."""
   del settings, data_settings
   return weights.convert(path, out, _ALLOW_UNKNOWN.value)
 
@@ -49,7 +49,7 @@ def stats(settings, data_settings, out: str, path: str = '') -> str:
 
 
 def score(settings, data_settings, path: str, reference_path: str) -> str:
-  """All metrics of the images in `path`, as JSON."""
+  """Returns all metrics of the images in `path`, as JSON."""
   source = images.load(path)
   wanted = settings.num_images or len(source)
   if len(source) < wanted:
@@ -90,7 +90,7 @@ COMMANDS = {'convert': (convert, 1, 2), 'stats': (stats, 1, 2), 'score': (score,
 
 
 def parse_flags(argv):
-  """The flags of all commands; without --config, Inception on 8-bit images."""
+  """Parses the flags of all commands; without --config it is Inception on 8-bit images."""
   if not any(arg.startswith(('--config=', '-config=')) or arg == '--config' for arg in argv):
     sys.argv[1:1] = _DEFAULTS  # where ml_collections looks for overrides
     argv = sys.argv

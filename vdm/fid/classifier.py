@@ -30,7 +30,7 @@ RECIPE = dict(widths=(32, 64), batch_size=128, num_steps=600, learning_rate=2e-3
 
 
 class Classifier(nn.Module):
-  """x [B, H, W, C] in [-1, 1] -> features [B, 64], before the last ReLU; logits [B, K]."""
+  """Maps x [B, H, W, C] in [-1, 1] to features [B, 64], before the last ReLU, and logits [B, K]."""
 
   num_classes: int
 
@@ -45,7 +45,7 @@ class Classifier(nn.Module):
 
 
 def classifier_network(settings, data_settings) -> Network:
-  """`config.fid.features='classifier'`: read where it was kept, else trained and kept.
+  """Returns the network of `config.fid.features='classifier'`: reads it, or trains and keeps it.
 
   Raises:
     ValueError: the data set has no labels.
@@ -58,7 +58,7 @@ def classifier_network(settings, data_settings) -> Network:
     "use 'inception', or a data set with labels",
   )
   source = data.load(data_settings, 'train')
-  # Not where it lies, nor the fields that say only how it was checked.
+  # These leave out where it lies, and the fields that say only how it was checked.
   made_of = {'data': source.identity, 'classes': data_settings.num_classes, 'recipe': RECIPE}
   text = json.dumps(made_of, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
@@ -82,7 +82,7 @@ def classifier_network(settings, data_settings) -> Network:
 
 
 def _everywhere(make, model, image_shape):
-  """The parameters that make() returns on the first process, on all of them."""
+  """Returns on all processes the parameters that make() returns on the first one."""
   blank = _init(model, image_shape)
   made = make(blank) if jax.process_index() == 0 else blank
   if jax.process_count() > 1:
@@ -113,7 +113,10 @@ def _read_or_train(params, path: pathlib.Path, digest: str, model, source, num_v
 
 
 def _train(params, model, source, num_values: int):
-  """Adam on the cross-entropy, on one device: params, and accuracy over the last 20 batches."""
+  """Trains by Adam on the cross-entropy, on one device.
+
+  Returns params, and the accuracy over the last 20 batches.
+  """
   optimizer = optax.adam(optax.cosine_decay_schedule(RECIPE['learning_rate'], RECIPE['num_steps']))
 
   def loss(params, x, label):

@@ -33,13 +33,14 @@ class Extractor:
     self._apply = jax.jit(network.apply, out_shardings=sharded)
 
   def batch_size(self, wanted: int) -> int:
-    """The nearest number of images from `wanted` up that the devices of all hosts share evenly."""
+    """Returns the least number of images from `wanted` up that all hosts' devices share evenly."""
     return -(-wanted // self._mesh.size) * self._mesh.size
 
   def __call__(self, images: np.ndarray) -> Features:
-    """This host's images uint8 [b, H, W, C], as many on every host -> numpy float32 [b, ...] each.
+    """Returns features, numpy float32 [b, ...] each, of this host's images uint8 [b, H, W, C].
 
-    b is filled up to what the devices share evenly. All hosts have to call it together.
+    b is the same on every host, and is filled up to what the devices share evenly. All hosts have
+    to call it together.
     """
     check_range(images, self._num_values)
     local = self._mesh.local_mesh.size
@@ -50,7 +51,7 @@ class Extractor:
 
 
 def _local_rows(array: jax.Array) -> np.ndarray:
-  """The rows of an array split over devices that are on this host's, in order."""
+  """Returns, in order, the rows on this host's devices of an array that is split over devices."""
   shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
   return np.concatenate([np.asarray(shard.data) for shard in shards])
 
@@ -65,7 +66,7 @@ def make(settings, data, mesh: Mesh, image_shape: tuple[int, ...] = ()) -> Extra
     settings: config.fid.
     data: config.data.
     mesh: the devices.
-    image_shape: where the images are not of config.data.image_shape.
+    image_shape: of the images, if it is not config.data.image_shape.
 
   Raises:
     ValueError: weights are missing or damaged, or the images are not what the network takes.

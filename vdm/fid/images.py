@@ -19,7 +19,7 @@ KEYS = ('arr_0', 'images')  # ADM's name of images in an NPZ file, and ours
 
 
 def load(path: str) -> data.Source:
-  """The images of `path` in the order of their names; labels are 0.
+  """Returns the images of `path` in the order of their names; labels are 0.
 
   Raises:
     ValueError: there are none, they differ in shape, or the first file cannot be read.
@@ -52,7 +52,7 @@ def load(path: str) -> data.Source:
 
 
 def _counts(root: pathlib.Path, path: pathlib.Path) -> bool:
-  """Whether it is a file, and not a part of one that `vdm.sampling.folder` was writing."""
+  """Returns whether it is a file, and not a part that `vdm.sampling.folder` was writing."""
   return path.is_file() and not any(p.startswith('.') for p in path.relative_to(root).parts)
 
 

@@ -3,10 +3,10 @@
 Names of parts are those of that graph, so that `vdm.fid.weights` needs no table for it. Each
 convolution has a bias and a scale per channel into which its batch normalisation is folded.
 
-What others get wrong, and is here as it is there: the bilinear resize of TensorFlow 1 (output pixel
-i reads at i * size / 299, no half-pixel centres, no antialiasing); range (u - 128) / 128; average
-pools that leave padding out of the mean; a maximum instead of an average pool in the last block;
-1008 logits, for the Inception score without their bias.
+Others get these wrong, and here they are as they are there: the bilinear resize of TensorFlow 1
+(output pixel i reads at i * size / 299, no half-pixel centres, no antialiasing); range
+(u - 128) / 128; average pools that leave padding out of the mean; a maximum instead of an average
+pool in the last block; 1008 logits, for the Inception score without their bias.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ SPATIAL_CHANNELS = 7  # of mixed_6/conv, 17 x 17: ADM's spatial features, 2023 o
 
 
 class Conv(NamedTuple):
-  """One convolution: output channels, kernel (height, width), stride, padding."""
+  """Describes one convolution: output channels, kernel (height, width), stride, padding."""
 
   features: int
   kernel: tuple[int, int] = (1, 1)
@@ -32,7 +32,7 @@ class Conv(NamedTuple):
 
 
 class Block(NamedTuple):
-  """Towers side by side, {path: convolution}; they, and a pool, are concatenated.
+  """Describes towers side by side, {path: convolution}; they, and a pool, are concatenated.
 
   A convolution reads the one before it in its tower; those of 'tower/mixed' read the same one and
   lie side by side. The pool is 'average', 'max', or 'max2', of stride 2 and with no convolution.
@@ -129,14 +129,17 @@ BLOCKS = {
 
 
 def conv_names() -> list[str]:
-  """Paths of the 94 convolutions, such as 'mixed_9/tower/mixed/conv_1', in the order they run."""
+  """Returns paths of the 94 convolutions, such as 'mixed_9/tower/conv', in the order they run."""
   return [*STEM, *(f'{name}/{path}' for name, block in BLOCKS.items() for path in block.convs)]
 
 
 def resize(
   images: UInt8[Array, 'B H W 3'] | Float[Array, 'B H W 3'],
 ) -> Float[Array, 'B 299 299 3']:
-  """TensorFlow 1's ResizeBilinear to 299 x 299, align_corners and half_pixel_centers both off."""
+  """Resizes to 299 x 299 as TensorFlow 1's ResizeBilinear does.
+
+  align_corners and half_pixel_centers are both off.
+  """
   x = images.astype(jnp.float32)
   for axis in (2, 1):  # columns first, as its kernel rounds
     size = x.shape[axis]
@@ -149,12 +152,12 @@ def resize(
 
 
 def prepare(images: UInt8[Array, 'B H W 3']) -> Float[Array, 'B 299 299 3']:
-  """What the network sees of 8-bit RGB images of any size: resized, then (u - 128) / 128."""
+  """Returns what the network sees of 8-bit RGB images of any size: resized, (u - 128) / 128."""
   return (resize(images) - 128) / 128
 
 
 class ConvNormRelu(nn.Module):
-  """Convolution without bias, its folded batch normalisation, and ReLU."""
+  """Applies a convolution without bias, its folded batch normalisation, and ReLU."""
 
   spec: Conv
 
@@ -177,7 +180,7 @@ class ConvNormRelu(nn.Module):
 
 
 class Mixed(nn.Module):
-  """A block of towers. Returns their concatenation, and the output of its first convolution."""
+  """Applies a block of towers; returns their concatenation, and its first convolution's output."""
 
   block: Block
 
@@ -218,7 +221,10 @@ _POOLS = {
 
 
 class Inception(nn.Module):
-  """x float32 [B, 299, 299, 3] from `prepare` -> features [B, 2048], spatial [B, 2023], logits."""
+  """Maps x float32 [B, 299, 299, 3] to features [B, 2048], spatial [B, 2023], and logits.
+
+  x is from `prepare`.
+  """
 
   @nn.compact
   def __call__(self, x):

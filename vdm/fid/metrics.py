@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # the distances alone need no network
 SPLITS = 10  # of the Inception score
 SUBSETS, SUBSET_SIZE = 100, 1000  # of KID
 PAIRS = (
-  10_000  # images a side for precision and recall, as published numbers use, and KID's interval
+  10_000  # images per side for precision and recall, as published numbers use, and KID's interval
 )
 NEIGHBOUR = 3
 SEED = 2020  # of the order of images in splits, and of KID's subsets: torch-fidelity's
@@ -37,7 +37,10 @@ Metric = Callable[[np.ndarray], Any]  # numbers of some images -> a value, or se
 def inception_score(
   logits: Float[np.ndarray, 'N K'], splits: int = SPLITS, seed: int = SEED
 ) -> tuple[float, float]:
-  """exp E KL(p(y|x) | p(y)), its mean and standard deviation over splits (arXiv 1606.03498)."""
+  """Returns the mean and standard deviation of exp E KL(p(y|x) | p(y)) over splits.
+
+  This is the Inception score (arXiv 1606.03498).
+  """
   order = np.random.RandomState(seed).permutation(len(logits))
   scores, splits = [], min(splits, len(order))
   for part in range(splits):
@@ -54,12 +57,12 @@ def _log_softmax(logits):
 
 
 def kernel(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) -> Float[np.ndarray, 'N M']:
-  """(x . y / D + 1)^3 (arXiv 1801.01401, section 4)."""
+  """Returns (x . y / D + 1)^3 (arXiv 1801.01401, section 4)."""
   return (x @ y.T / x.shape[1] + 1) ** 3
 
 
 def unbiased_mmd(xx: np.ndarray, xy: np.ndarray, yy: np.ndarray) -> float:
-  """Squared MMD, E k(x, x') + E k(y, y') - 2 E k(x, y), from kernel matrices."""
+  """Returns the squared MMD, E k(x, x') + E k(y, y') - 2 E k(x, y), from kernel matrices."""
   within = [(k.sum() - np.trace(k)) / (len(k) * (len(k) - 1)) for k in (xx, yy)]
   return float(sum(within) - 2 * xy.mean())
 
@@ -71,7 +74,7 @@ def kid(
   subset_size: int = SUBSET_SIZE,
   seed: int = SEED,
 ) -> tuple[float, float]:
-  """Unbiased KID: mean and standard deviation over random subsets, at most all images each."""
+  """Returns unbiased KID's mean and standard deviation over random subsets, at most all images."""
   size, random = min(subset_size, len(x), len(y)), np.random.RandomState(seed)
   if size == len(x) == len(y):
     subsets = 1  # all would be the same
@@ -83,7 +86,7 @@ def kid(
 
 
 def distances(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) -> Float[np.ndarray, 'N M']:
-  """Squared Euclidean distances, in float64."""
+  """Returns squared Euclidean distances, in float64."""
   x, y = np.float64(x) - x[0], np.float64(y) - x[0]  # near the origin, where less cancels
   product = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None] - 2 * (x @ y.T)
   return np.maximum(product, 0)
@@ -92,7 +95,7 @@ def distances(x: Float[np.ndarray, 'N D'], y: Float[np.ndarray, 'M D']) -> Float
 def precision_recall(
   generated: np.ndarray, real: np.ndarray, across: np.ndarray, neighbour: int = NEIGHBOUR
 ) -> tuple[float, float]:
-  """Shares of one set that lie in the other's manifold (arXiv 1904.06991, equation 1 and 2).
+  """Returns the shares of each set in the other's manifold (arXiv 1904.06991, equations 1 and 2).
 
   Args:
     generated: distances [N, N] within the samples.
@@ -109,7 +112,7 @@ def precision_recall(
 
 
 def spread(metric: Metric, num_images: int, halves: int, seed: int = 0) -> Float[np.ndarray, '*M']:
-  """Standard error of metric(all rows), from random halves of them."""
+  """Returns the standard error of metric(all rows), from random halves of them."""
   random = np.random.RandomState(seed)
   draws = [metric(random.permutation(num_images)[: num_images // 2]) for _ in range(halves)]
   rest = num_images - num_images // 2  # halves of odd n: scaled to n exactly
@@ -119,11 +122,11 @@ def spread(metric: Metric, num_images: int, halves: int, seed: int = 0) -> Float
 def measure(
   samples: 'Collected', reference: 'Reference', label: str, halves: int
 ) -> dict[str, dict[str, Any]]:
-  """{name: {value, stderr, low, high, num_images, ...}}; intervals, of 95 %, where halves >= 2.
+  """Returns {name: {value, stderr, low, high, num_images, ...}}; 95 % intervals if halves >= 2.
 
-  `label` is the extractor's. With Inception's: fid, sfid, inception_score, kid, precision, recall;
-  with any other, L: fd_L, fd_spatial_L, score_L, kd_L, precision_L, recall_L. What the network, or
-  a reference that has only statistics, has nothing for is left out.
+  `label` is the extractor's. With Inception's the names are fid, sfid, inception_score, kid,
+  precision, recall; with any other, L, they are fd_L, fd_spatial_L, score_L, kd_L, precision_L,
+  recall_L. What the network, or a reference that has only statistics, has nothing for is left out.
   """
   names = _names(label)
   rows, found = samples.rows, {}
@@ -140,7 +143,7 @@ def measure(
 def card_fields(
   name: str, estimate: dict[str, Any], extractor: 'Extractor', reference: 'Reference'
 ) -> dict[str, Any]:
-  """What a number card says of one of the metrics of `measure`, so that two can be compared."""
+  """Returns what a card says of one of the metrics of `measure`, so that two can be compared."""
   facts = dict(estimate)
   return {
     'metric': name,

@@ -10,11 +10,11 @@ import numpy as np
 from vdm.errors import require
 from vdm.fid import inception, weights
 
-Features = dict[str, Any]  # 'features' [B, D]; and, where there are any, 'spatial' [B, S], 'logits'
+Features = dict[str, Any]  # 'features' [B, D]; and, if any, 'spatial' [B, S], 'logits'
 
 
 class Network(NamedTuple):
-  """A feature extractor.
+  """Holds a feature extractor.
 
   Attributes:
     name: what a reference must have been made with to be compared; it names the weights too.
@@ -36,14 +36,14 @@ class Network(NamedTuple):
 
 
 def to_eight_bits(images: jax.Array, num_values: int) -> jax.Array:
-  """Pixels 0 .. num_values - 1 as 0 .. 255, rounded: as `vdm.sampling` writes pictures."""
+  """Returns pixels 0 .. num_values - 1 as 0 .. 255, rounded, as `vdm.sampling` writes pictures."""
   if num_values == 256:
     return images
   return jnp.round(images.astype(jnp.float32) * (255 / (num_values - 1)))
 
 
 def inception_network(settings, image_shape: tuple[int, ...], num_values: int) -> Network:
-  """`config.fid.features='inception'`.
+  """Returns the network of `config.fid.features='inception'`.
 
   Raises:
     ValueError: its weights are not there, or images are neither RGB nor allowed to be made so.

@@ -26,10 +26,10 @@ FOREIGN = {'features': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}  # as AD
 
 
 class Reference(NamedTuple):
-  """What samples are compared with.
+  """Holds what samples are compared with.
 
   Attributes:
-    gaussians: {'features': Gaussian, and 'spatial' where there is one}.
+    gaussians: {'features': Gaussian, and 'spatial', if any}.
     rows: {'features': [n, D]} of some of the images; {} where the file has neither them nor images.
     facts: extractor, its sha256, number of images, identity of the data; in plain values.
   """
@@ -40,7 +40,7 @@ class Reference(NamedTuple):
 
 
 def of_source(source: data.Source, extractor: Extractor, batch_size: int) -> Reference:
-  """Of every image of a split or folder, once, as it is: no flips."""
+  """Returns the reference of every image of a split or folder, once, as it is: no flips."""
   batches = data.eval_batches(
     source,
     batch_size=extractor.batch_size(batch_size),
@@ -73,11 +73,11 @@ def write(path: pathlib.Path, reference: Reference):
 
 
 def read(path: str, extractor: Extractor, batch_size: int) -> Reference:
-  """A reference file, or images to make one of.
+  """Reads a reference file, or makes a reference of images.
 
-  Ours is refused where it was made with another extractor. ADM's and EDM's do not say, and are
-  taken for Inception's; where theirs has images (arr_0) beside its statistics, features of these
-  serve KID, precision and recall.
+  Ours is refused if it was made with another extractor. ADM's and EDM's do not say, and are taken
+  for Inception's; if theirs has images (arr_0) beside its statistics, features of these serve KID,
+  precision and recall.
 
   Raises:
     ValueError: it is not there, cannot be read, or is another extractor's.

@@ -10,14 +10,14 @@ from jaxtyping import Float
 
 
 class Gaussian(NamedTuple):
-  """The Gaussian fitted to some features, in float64."""
+  """Holds the Gaussian fitted to some features, in float64."""
 
   mean: Float[np.ndarray, ' D']
   covariance: Float[np.ndarray, 'D D']
 
 
 class Statistics(NamedTuple):
-  """Of all rows seen so far: their number, mean, and sum of outer products about the mean."""
+  """Holds the number of rows seen so far, their mean, and sum of outer products about the mean."""
 
   count: int
   mean: Float[np.ndarray, ' D']
@@ -25,12 +25,12 @@ class Statistics(NamedTuple):
 
 
 def init(num_features: int) -> Statistics:
-  """Of no rows."""
+  """Returns the statistics of no rows."""
   return Statistics(0, np.zeros(num_features), np.zeros((num_features, num_features)))
 
 
 def of_rows(rows: Float[np.ndarray, 'N D']) -> Statistics:
-  """Of these rows alone."""
+  """Returns the statistics of these rows alone."""
   rows = np.asarray(rows, np.float64)
   if not len(rows):
     return init(rows.shape[1])
@@ -40,7 +40,7 @@ def of_rows(rows: Float[np.ndarray, 'N D']) -> Statistics:
 
 
 def merge(a: Statistics, b: Statistics) -> Statistics:
-  """Of the rows of both (Chan, Golub and LeVeque 1979): no sum of squares that cancels."""
+  """Merges the statistics of both (Chan, Golub and LeVeque 1979): no sum of squares cancels."""
   count = a.count + b.count
   if not count:
     return a
@@ -51,12 +51,12 @@ def merge(a: Statistics, b: Statistics) -> Statistics:
 
 
 def update(statistics: Statistics, rows: Float[np.ndarray, 'N D']) -> Statistics:
-  """With further rows; none at all is fine."""
+  """Returns the statistics with further rows; none at all is fine."""
   return merge(statistics, of_rows(rows))
 
 
 def gather(array: np.ndarray) -> list[np.ndarray]:
-  """Every process's `array`, of the same shape on each, to the bit: JAX itself knows no float64."""
+  """Returns every process's `array`, of one shape, to the bit: JAX itself knows no float64."""
   if jax.process_count() == 1:
     return [array]
   raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
@@ -65,7 +65,7 @@ def gather(array: np.ndarray) -> list[np.ndarray]:
 
 
 def merge_hosts(statistics: Statistics) -> Statistics:
-  """Of the rows of all processes, the same on each."""
+  """Returns the statistics of the rows of all processes, the same on each."""
   count, *others = (gather(np.asarray(part)) for part in statistics)
   total = init(len(statistics.mean))
   for parts in zip(map(int, count), *others, strict=True):
@@ -74,17 +74,17 @@ def merge_hosts(statistics: Statistics) -> Statistics:
 
 
 def finish(statistics: Statistics) -> Gaussian:
-  """The fitted Gaussian; N - 1 in the covariance."""
+  """Returns the fitted Gaussian, with N - 1 in the covariance."""
   return Gaussian(statistics.mean, statistics.scatter / (statistics.count - 1))
 
 
 def fit(rows: Float[np.ndarray, 'N D']) -> Gaussian:
-  """The Gaussian of these rows."""
+  """Returns the Gaussian of these rows."""
   return finish(of_rows(rows))
 
 
 def square_root(covariance: Float[np.ndarray, 'D D']) -> Float[np.ndarray, 'D D']:
-  """The symmetric root of a positive semi-definite matrix."""
+  """Returns the symmetric root of a positive semi-definite matrix."""
   values, vectors = np.linalg.eigh(covariance)
   return (vectors * np.sqrt(np.maximum(values, 0))) @ vectors.T
 
@@ -92,9 +92,9 @@ def square_root(covariance: Float[np.ndarray, 'D D']) -> Float[np.ndarray, 'D D'
 def frechet_distance(
   a: Gaussian, b: Gaussian, root_b: Float[np.ndarray, 'D D'] | None = None
 ) -> float:
-  """|mean_a - mean_b|^2 + tr(A + B) - 2 tr (B^1/2 A B^1/2)^1/2 (arXiv 1706.08500, equation 6).
+  """Returns |mean_a - mean_b|^2 + tr(A + B) - 2 tr (B^1/2 A B^1/2)^1/2 (arXiv 1706.08500, eq. 6).
 
-  By symmetric eigen-decompositions in float64, which stay real where A or B is singular.
+  It uses symmetric eigen-decompositions in float64, which stay real where A or B is singular.
 
   Args:
     a: one Gaussian.
@@ -109,7 +109,7 @@ def frechet_distance(
 
 
 def stream(batches: Iterable[np.ndarray], num_features: int) -> Statistics:
-  """Of the rows of all batches."""
+  """Returns the statistics of the rows of all batches."""
   statistics = init(num_features)
   for rows in batches:
     statistics = update(statistics, rows)

@@ -17,7 +17,7 @@ KINDS = ('features', 'spatial')  # what a Gaussian is fitted to
 
 
 class Collected(NamedTuple):
-  """What is known of a set of images.
+  """Holds what is known of a set of images.
 
   Attributes:
     statistics: {'features': Statistics, 'spatial': ...} of all of them.
@@ -34,7 +34,7 @@ def collect(extractor: Extractor, batches: Iterable[data.Batch], keep: int) -> C
   Args:
     extractor: what `make` returned.
     batches: this host's rows of each batch, {'image', 'mask', 'index'}, as `data.eval_batches`
-      makes them; as many, of the same size, on every host.
+      makes them; every host has as many, of the same size.
     keep: how many images' features to keep, for the metrics that need them one by one.
   """
   moments, kept, seen = {}, [], 0
@@ -52,7 +52,7 @@ def collect(extractor: Extractor, batches: Iterable[data.Batch], keep: int) -> C
 
 
 def _gathered(kept: list[dict], keep: int) -> Features:
-  """All hosts' features in the order of images."""
+  """Returns all hosts' features in the order of images."""
   if not kept:
     return {}
   local = {name: np.concatenate([part[name] for part in kept]) for name in sorted(kept[0])}
@@ -66,7 +66,7 @@ def _gathered(kept: list[dict], keep: int) -> Features:
 def batches_of(
   images: Iterable[np.ndarray], extractor: Extractor, batch_size: int
 ) -> Iterator[data.Batch]:
-  """This host's rows of images in arrays [n, H, W, C] of any n, the same on every host."""
+  """Yields this host's rows of images in arrays [n, H, W, C] of any n, the same on every host."""
   size = extractor.batch_size(batch_size)
   local, start, rest = size // jax.process_count(), 0, None
   for array in images:
@@ -109,7 +109,7 @@ def check_count(settings, num_images: int, extractor: Extractor):
 
 
 def check_reference(settings, name: str, num_images: int, extractor: Extractor):
-  """Refuses a reference of as few images as `check_count` does samples; 0: it does not say."""
+  """Refuses a reference of as few images as `check_count` refuses; 0: it does not say how many."""
   least = 2 if settings.allow_few else extractor.num_features + 1
   if 0 < num_images < least:
     raise ValueError(

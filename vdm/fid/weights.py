@@ -39,20 +39,20 @@ Params = dict[str, np.ndarray]  # {'mixed/tower/conv/kernel': [H, W, I, O], ...,
 
 @functools.cache
 def shapes() -> dict[str, tuple[int, ...]]:
-  """The shape of every array of `Params`."""
+  """Returns the shape of every array of `Params`."""
   abstract = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
   tree = jax.eval_shape(Inception().init, jax.random.key(0), abstract)['params']
   return {name: leaf.shape for name, leaf in flatten_dict(tree, sep='/').items()}
 
 
 def nested(params: Params) -> dict:
-  """Params as the tree that the network takes."""
+  """Returns params as the tree that the network takes."""
   split = {name: _split(name) for name in params}
   return unflatten_dict({split[name]: value for name, value in params.items()})
 
 
 def _split(name: str) -> tuple[str, ...]:
-  """'mixed/tower/conv/kernel' -> ('mixed', 'tower/conv', 'kernel'): block, path, parameter."""
+  """Splits 'mixed/tower/conv/kernel' in block, path, parameter: 'mixed', 'tower/conv', 'kernel'."""
   first, _, rest = name.partition('/')
   middle, _, last = rest.rpartition('/')
   return tuple(part for part in (first, middle, last) if part)
@@ -88,7 +88,7 @@ _TORCH_STEM = 'Conv2d_1a_3x3 Conv2d_2a_3x3 Conv2d_2b_3x3 Conv2d_3b_1x1 Conv2d_4a
 
 
 def torch_names() -> dict[str, str]:
-  """{our name of a convolution: the torch file's}."""
+  """Returns {our name of a convolution: the torch file's}."""
   theirs = _TORCH_STEM.split()
   theirs += [f'{block}.{name}' for block, text in _TORCH_BLOCKS.items() for name in text.split()]
   return dict(zip(conv_names(), theirs, strict=True))
@@ -140,14 +140,14 @@ def convert(path: str, out: str, allow_unknown: bool = False) -> str:
 
 
 def _folded(name: str, kernel, gamma, beta, mean, variance) -> Params:
-  """A convolution with its batch normalisation as scale and bias, folded in float64."""
+  """Returns a convolution with its batch normalisation as scale and bias, folded in float64."""
   gamma, beta, mean, variance = (np.asarray(a, np.float64) for a in (gamma, beta, mean, variance))
   scale = gamma / np.sqrt(variance + EPSILON)
   return {f'{name}/kernel': kernel, f'{name}/scale': scale, f'{name}/bias': beta - mean * scale}
 
 
 def _collect(fold: Callable[[str], Params], logits: Callable[[], np.ndarray]) -> Params:
-  """What there is of the weights; `convert` says what is missing."""
+  """Returns what there is of the weights; `convert` says what is missing."""
   params = {}
   for name in conv_names():
     try:
@@ -179,7 +179,7 @@ def _read_torch(path: pathlib.Path) -> Params:
 
 
 def _read_graph(path: pathlib.Path) -> Params:
-  """From the constants of a frozen graph; its normalisation may be told to ignore gamma."""
+  """Reads the constants of a frozen graph; its normalisation may be told to ignore gamma."""
   packages.require_tensorflow(f'{path}: reading a frozen graph')
   import tensorflow as tf
 
@@ -206,7 +206,7 @@ def _read_graph(path: pathlib.Path) -> Params:
 
 
 def fingerprint(params: Params) -> str:
-  """sha256 of all names, shapes and bytes."""
+  """Returns the sha256 of all names, shapes and bytes."""
   digest = hashlib.sha256()
   for name in sorted(params):
     array = np.ascontiguousarray(params[name])
@@ -241,10 +241,10 @@ def read(path: pathlib.Path, remedy: str) -> tuple[Params, dict]:
 
 
 def inception(path: str) -> tuple[Params, dict]:
-  """Inception's params as `config.fid.weights` names them, with their facts.
+  """Returns Inception's params as `config.fid.weights` names them, with their facts.
 
   Raises:
-    ValueError: they are not there; says what to fetch, and where it goes.
+    ValueError: they are not there; it says what to fetch, and where it goes.
   """
   target = pathlib.Path(path) if path else files.cache_folder() / 'inception.npz'
   if not target.exists():
