@@ -1,8 +1,8 @@
 """Examples in: `load` a split, then iterate over batches of it.
 
-Two kinds of data sets: `digits` (8x8, embedded in scikit-learn, for offline runs and tests), and
-any image data set of TensorFlow Datasets by name, read at random from ArrayRecord files through
-Grain. Nothing is ever downloaded here, and reading imports no TensorFlow. Images are uint8
+There are two kinds of data sets: `digits` (8x8, embedded in scikit-learn, for offline runs and
+tests), and any image data set of TensorFlow Datasets by name, read at random from ArrayRecord files
+through Grain. Nothing is ever downloaded here, and reading imports no TensorFlow. Images are uint8
 [H, W, C], labels int32 or embeddings float32 [E].
 """
 

@@ -7,7 +7,7 @@ from vdm.data.prepare import convert, show
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line; returns the exit status."""
+  """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(
     prog='python -m vdm.data', description='Looks at and converts prepared TFDS data sets.'
   )

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 def augment(
   key_flip: jax.Array, key_rotate: jax.Array, images: jax.Array, flip: bool, rotate: bool
 ) -> tuple[jax.Array, jax.Array]:
-  """Random flips and turns of images [B H W C], and a flag [B], 1 where an image was changed.
+  """Flips and turns images [B H W C] at random; returns them, and a flag [B], 1 for a changed one.
 
   `flip` mirrors left and right with probability one half; `rotate` then, with probability one half,
-  turns by one, two or three quarters, each as likely (VDM's public code does both). One key of each
-  kind per example.
+  turns by one, two or three quarters, each as likely (VDM's public code does both). Every example
+  has one key of each kind.
   """
   flag = jnp.zeros(len(images), bool)
   if flip:

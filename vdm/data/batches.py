@@ -20,7 +20,7 @@ def train_batches(
   process_index: int,
   process_count: int,
 ) -> Iterator[Batch]:
-  """Endless batches, of which batch k depends on (seed, k) alone; this host's rows of each.
+  """Returns this host's rows of endless batches, of which batch k depends on (seed, k) alone.
 
   Every epoch is a fresh permutation that visits each image once; a batch may straddle two epochs.
   Host h gets rows [h b, (h + 1) b) of the global batch, b = batch_size / process_count, so that
@@ -40,8 +40,8 @@ def train_batches(
   local = _local_batch_size('train', batch_size, process_count)
   count = len(source)
 
-  # Not Grain's shuffle, which takes 35 us per index on sets as small as digits and may change with
-  # its version: RandomState is frozen, hashes its two seeds, and takes 25 ms for 1.3 million.
+  # Grain's shuffle takes 35 us per index on sets as small as digits and may change with its
+  # version. RandomState is frozen, hashes its two seeds, and takes 25 ms for 1.3 million.
   @functools.lru_cache(maxsize=2)
   def permutation(epoch):
     return np.random.RandomState([seed % 2**32, epoch % 2**32]).permutation(count)
@@ -68,7 +68,7 @@ def eval_batches(
   process_index: int,
   process_count: int,
 ) -> Iterator[Batch]:
-  """The split once, in order; as many batches on every host, the last filled up with image 0.
+  """Returns the split once, in order, in as many batches on every host; image 0 fills up the last.
 
   Args:
     source: what `load` returned.
@@ -96,7 +96,7 @@ def eval_batches(
 
 
 def _iterate(steps, batch, source):
-  # A short queue, since each element is a whole batch.
+  # The queue is short, since each element is a whole batch.
   options = grain.ReadOptions(
     num_threads=source.num_threads, prefetch_buffer_size=2 * source.num_threads
   )

@@ -15,7 +15,7 @@ def fingerprint(images: np.ndarray) -> str:
 
 
 def require_shape(data, full_name, found, number):
-  """`found`: the shape of image `number`."""
+  """Refuses `found`, the shape of image `number`, unless it is the config's."""
   field, flag = 'config.data.image_shape', ','.join(map(str, found))
   remedy = f'set --{field}={flag} if all its images have that shape'
   if tuple(found[2:]) == tuple(data.image_shape[2:]):
@@ -26,7 +26,7 @@ def require_shape(data, full_name, found, number):
 
 
 def checked(data, full_name, fetch):
-  """`fetch`, which refuses pixels, labels and embeddings that are not what the config says."""
+  """Returns a `fetch` that refuses pixels, labels and embeddings other than the config says."""
 
   def fetch_checked(indices):
     batch = fetch(indices)

@@ -9,7 +9,7 @@ from vdm.errors import require
 
 
 def load(data, split: str) -> Source:
-  """The split of `config.data` that `split` ('train' or 'eval') names, checked against the config.
+  """Returns the split of config.data that 'train' or 'eval' names, checked against the config.
 
   Raises:
     ValueError: the data set, directory or split is not there, or is not what the config says.
@@ -30,7 +30,7 @@ def load(data, split: str) -> Source:
 def classes(source: Source, num_classes: int) -> np.ndarray:
   """Returns the classes that have images, ascending, int [C <= num_classes].
 
-  Reads labels in random order until it has seen every class: all of them only if one has none.
+  It reads labels in random order until it has seen every class: all of them only if one has none.
   """
   if source.labels is None:
     raise ValueError(f'source={source.identity} must be one with labels; name another.')
@@ -44,7 +44,7 @@ def classes(source: Source, num_classes: int) -> np.ndarray:
 
 
 def num_images(data, split: str) -> int:
-  """Images in the split of `config.data` that is there, whatever the config says of it."""
+  """Returns how many images the split of `config.data` has, whatever the config says of it."""
   if data.name == 'digits':
     return data[f'{split}_images']
   info = tfds.builder_of(data.name, data.dir, 'config.data.name', 'config.data.dir').info
@@ -52,7 +52,7 @@ def num_images(data, split: str) -> int:
 
 
 def _quantized(data, fetch):
-  """The highest config.data.num_bits of each pixel's 8 bits (Glow, arXiv 1807.03039: 5)."""
+  """Returns a `fetch` of each pixel's highest num_bits of 8 (Glow, arXiv 1807.03039: 5)."""
   bits, remedy = data.num_bits, 'give 5 for 5-bit images with config.data.num_values=32'
   require(1 <= bits <= 8, 'config.data.num_bits', bits, 'from 0 (as stored) to 8', remedy)
   fact = f'{2**bits} with config.data.num_bits={bits}'

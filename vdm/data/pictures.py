@@ -65,9 +65,10 @@ def _no_bomb(image_library):
 
 
 def centre_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
-  """The middle of an image uint8 [H, W, C], scaled to cover height x width (ADM's preprocessing).
+  """Returns the middle of an image uint8 [H, W, C], scaled to cover height x width (as ADM does).
 
-  Halved by averaging while it is at least twice as large as needed, then bicubic: no aliasing.
+  It is halved by averaging while it is at least twice as large as needed, then scaled by bicubic
+  interpolation: no aliasing.
   """
   from PIL import Image
 

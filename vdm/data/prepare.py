@@ -59,7 +59,7 @@ def convert(name: str, data_dir: str = '') -> str:
 
 
 def show(name: str, data_dir: str = '') -> str:
-  """The lines of config.data for a prepared data set; the choice of splits is a guess.
+  """Returns the lines of config.data for a prepared data set; the choice of splits is a guess.
 
   Raises ValueError if the data set is not one that `load` takes.
   """

@@ -11,7 +11,7 @@ from vdm.errors import require
 
 
 class Batch(TypedDict, total=False):
-  """Some examples of a split, a row of each array to an example."""
+  """Holds some examples of a split; each array has one row per example."""
 
   image: Required[np.ndarray]  # uint8 [b H W C]
   label: Required[np.ndarray]  # classes int32 [b], or embeddings float32 [b E]
@@ -21,7 +21,7 @@ class Batch(TypedDict, total=False):
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """A split with random access: `len(source)`, `source[i]`, `source.fetch(indices)`.
+  """Holds a split with random access: `len(source)`, `source[i]`, `source.fetch(indices)`.
 
   Attributes:
     fetch: indices [b] -> {'image': uint8 [b, H, W, C], 'label': int32 [b]}; labels are 0 where

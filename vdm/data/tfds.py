@@ -12,7 +12,7 @@ from vdm.data.pictures import centre_crop, decode
 from vdm.errors import confirm
 from vdm.system import files
 
-# Decoded images are kept in memory while the whole split fits: PNG is read at 4 000 images/s and
+# Decoded images are kept in memory while the whole split fits: PNG is read at 4 000 images/s per
 # core, memory at a hundred times that.
 CACHE_BYTES = 2**30
 
@@ -70,7 +70,7 @@ def load(data, split: str):
 
 
 def open_records(builder, split, field):
-  """Records of a split with random access, and the function (record, number) -> its image."""
+  """Returns a split's records with random access, and a function (record, number) -> its image."""
   import tensorflow_datasets as tfds
 
   info = builder.info
@@ -125,7 +125,7 @@ class _Checked:
 
 
 def _root_and_name(builder):
-  """The data_dir, and the name under which it holds the data set."""
+  """Returns the data_dir, and the name under which it holds the data set."""
   parts = builder.info.full_name.split('/')
   return builder.data_path.parents[len(parts) - 1], '/'.join(parts[:-1])
 
@@ -165,7 +165,7 @@ def require_features(info, data):
 
 
 def builder_of(name, data_dir, name_field, dir_field):
-  """The TFDS builder of what lies prepared in a directory.
+  """Returns the TFDS builder of what lies prepared in a directory.
 
   It is read from the files alone: TFDS's own `tfds.builder` fetches metadata from the network.
   """
