@@ -43,7 +43,7 @@ DAMAGE = (
 
 
 def absolute(path: os.PathLike | str) -> epath.Path:
-  """The path from the root; one on gs:// is (and epath would take it for a relative one)."""
+  """Returns the path from the root; one on gs:// is, though epath takes it for a relative one."""
   path = epath.Path(path)
   return path if '://' in str(path) else path.absolute()
 
@@ -54,7 +54,7 @@ def cache_folder() -> pathlib.Path:
 
 
 def content(save: Callable[[BinaryIO], Any]) -> bytes:
-  """What `save(file)` writes, for a library that has to seek, which files on gs:// cannot."""
+  """Returns what `save(file)` writes, for a library that has to seek, which gs:// cannot."""
   file = io.BytesIO()
   save(file)
   return file.getvalue()

@@ -21,9 +21,9 @@ EXIT_LOST = 134  # as JAX ends a process whose job has lost another one
 def initialize(
   coordinator: str, num_processes: int | None, process_id: int | None, heartbeat_seconds: int
 ):
-  """Joins the processes of one job; to be called before anything asks JAX for a device.
+  """Joins the processes of one job; call it before anything asks JAX for a device.
 
-  JAX itself finds the jobs of Cloud TPU, GKE, SLURM and Open MPI; where it finds none, this process
+  JAX itself finds the jobs of Cloud TPU, GKE, SLURM and Open MPI; if it finds none, this process
   is alone. A job that is started by hand says its coordinator, num_processes and process_id;
   num_processes=1 and no coordinator looks for no job.
 
@@ -59,7 +59,7 @@ def initialize(
 def _check_job(
   coordinator: str, num_processes: int | None, process_id: int | None, heartbeat_seconds: int
 ):
-  """Raises ValueError where the flags of the same names do not belong together."""
+  """Raises ValueError if the flags of the same names do not belong together."""
   if heartbeat_seconds < 1:
     raise ValueError(f'--heartbeat_seconds={heartbeat_seconds} must be at least 1; try 100.')
   if not coordinator:
@@ -85,11 +85,11 @@ def _check_job(
 
 
 def use_cores(works: Callable[[int], bool]):
-  """Makes a CPU as many devices as it has cores; fewer where `works` of their number is false.
+  """Makes a CPU as many devices as it has cores; fewer if `works` of their number is false.
 
   XLA:CPU runs much of a step on one core, such as convolutions with 64 output channels or fewer;
-  devices run side by side. To be called before anything asks JAX for a device, and without effect
-  on accelerators, in a job that JAX has joined, and where $JAX_NUM_CPU_DEVICES or XLA's
+  devices run side by side. Call it before anything asks JAX for a device. It has no effect on
+  accelerators, in a job that JAX has joined, and where $JAX_NUM_CPU_DEVICES or XLA's
   --xla_force_host_platform_device_count has a number already.
   """
   xla_flags = os.environ.get('XLA_FLAGS', '')

@@ -12,7 +12,10 @@ console = Console(stderr=True)
 
 
 def _ours_or_serious(record) -> bool:
-  """Of other packages' messages only warnings: Orbax alone has some thirty lines a save."""
+  """Returns whether to show a message; of other packages, only warnings are shown.
+
+  Orbax alone has some thirty lines per save.
+  """
   ours = any(f'{os.sep}{name}{os.sep}' in record.pathname for name in ('vdm', 'clu'))
   return ours or record.levelno >= logging.converter.STANDARD_WARNING
 
@@ -24,7 +27,7 @@ class _PlainFormatter(logging.PythonFormatter):
 
 
 def set_up_logging():
-  """Time and message, a line each; on a terminal they scroll above the progress line."""
+  """Logs time and message, one line each; on a terminal they scroll above the progress line."""
   logging.use_absl_handler()
   logging.set_verbosity(logging.INFO)
   logger, handler = logging.get_absl_logger(), logging.get_absl_handler()

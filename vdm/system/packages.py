@@ -5,14 +5,14 @@ import os
 
 
 def has_tensorflow() -> bool:
-  """Whether TensorFlow is installed: an extra, which most of this package does without."""
+  """Returns whether TensorFlow is installed, an extra, which most of this package does without."""
   return importlib.util.find_spec('tensorflow') is not None
 
 
 def require_tensorflow(what: str):
-  """Raises ValueError where TensorFlow is missing, with `what` as the subject of the sentence.
+  """Raises ValueError if TensorFlow is missing, with `what` as the subject of the sentence.
 
-  Where it is there, it is kept from accelerators, which are JAX's.
+  If it is there, it is kept from accelerators, which are JAX's.
   """
   if not has_tensorflow():
     raise ValueError(f"{what} needs TensorFlow; pip install 'vdm-jax[tensorflow]'.")

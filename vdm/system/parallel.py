@@ -15,12 +15,12 @@ BATCH_AXES = ('data', 'fsdp')  # the batch is split over every device of the mes
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] = ()) -> Mesh:
-  """All devices of all hosts, or these, as (data, fsdp)."""
+  """Returns the mesh (data, fsdp) of all devices of all hosts, or of these."""
   return Mesh(np.asarray(devices or jax.devices()).reshape(-1, fsdp), BATCH_AXES)
 
 
 def abstract_mesh(data: int, fsdp: int, device: AbstractDevice | None = None) -> AbstractMesh:
-  """The mesh (data, fsdp) of devices that are not here, to trace for.
+  """Returns the mesh (data, fsdp) of devices that are not here, to trace for.
 
   As with `make_mesh` the compiler divides the work, which an AbstractMesh leaves to the program by
   default from JAX 0.12 on.
@@ -30,7 +30,7 @@ def abstract_mesh(data: int, fsdp: int, device: AbstractDevice | None = None) ->
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Returns the sharding that puts the whole array on every device."""
   return NamedSharding(mesh, PartitionSpec())
 
 
@@ -40,7 +40,7 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 
 
 def on_host(tree: Any) -> Any:
-  """Returns arrays as NumPy's, whole on every process; to be called on all of them."""
+  """Returns arrays as NumPy's, whole on every process; call it on all of them."""
   if jax.process_count() == 1:
     return jax.device_get(tree)
   return multihost_utils.process_allgather(tree, tiled=True)
@@ -61,7 +61,7 @@ def state_sharding(mesh: Mesh, abstract_state: Any) -> Any:
 
 
 def abstract_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
-  """What init() would return, as shapes with shardings: nothing is computed."""
+  """Returns what init() would return, as shapes with shardings: nothing is computed."""
   shapes = jax.eval_shape(init)
   return jax.tree.map(
     lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -71,13 +71,13 @@ def abstract_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
 
 
 def initial_state(mesh: Mesh, init: Callable[[], Any]) -> Any:
-  """init(), computed and placed in its shards at once: never whole on one device."""
+  """Returns init(), computed and placed in its shards at once: never whole on one device."""
   shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(mesh, init))
   return jax.jit(init, out_shardings=shardings)()
 
 
 def jit(function: Callable, mesh: Mesh | AbstractMesh, **kwargs) -> Callable:
-  """jax.jit, of a function that can ask `jax.sharding.get_abstract_mesh()` for its mesh."""
+  """Returns jax.jit of a function that can ask `jax.sharding.get_abstract_mesh()` for its mesh."""
   abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
 
   @functools.wraps(function)
@@ -89,7 +89,7 @@ def jit(function: Callable, mesh: Mesh | AbstractMesh, **kwargs) -> Callable:
 
 
 def to_devices(mesh: Mesh, batch: Any) -> Any:
-  """A batch of which every host holds its rows, as one global array over the mesh."""
+  """Returns a batch, of which every host holds its rows, as one global array over the mesh."""
   sharding = batch_sharding(mesh)
   return jax.tree.map(
     lambda rows: jax.make_array_from_process_local_data(sharding, np.asarray(rows)), batch
@@ -97,7 +97,7 @@ def to_devices(mesh: Mesh, batch: Any) -> Any:
 
 
 def prefetch(batches: Iterable[Any], put: Callable[[Any], Any], depth: int = 2) -> Iterator[Any]:
-  """put(batch) of each batch, in a thread that stays `depth` batches ahead of the one in use.
+  """Yields put(batch) of each batch, made by a thread that stays `depth` batches ahead of its use.
 
   Neither may run a collective: hosts would not agree on its place among those of the caller.
   """

@@ -38,7 +38,7 @@ def steps(settings: ConfigDict, num_steps: int) -> range:
 
 
 def traced(step: Callable, chosen: range, start: int, workdir: os.PathLike) -> Callable:
-  """`step`, whose calls are the training steps from start + 1 on, with the chosen ones traced.
+  """Returns `step`, whose calls are the steps from start + 1 on, with the chosen ones traced.
 
   Every process writes its own trace into `workdir`/profile, all under one name. The devices are
   idle when it begins and when it ends, so that it holds these steps whole, and no other.

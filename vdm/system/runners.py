@@ -11,7 +11,7 @@ from vdm.system.parallel import batch_sharding, jit, replicated, to_devices
 
 
 class Runner(NamedTuple):
-  """How a train step runs: what it takes, the step itself, and the state back as the mesh's."""
+  """Holds how a train step runs: what it takes, the step, and the state back as the mesh's."""
 
   put_batch: Callable[[Any], Any]
   put_state: Callable[[Any], Any]
@@ -37,7 +37,7 @@ def jit_runner(step: Callable, mesh: Mesh, abstract: Any, donate: bool = True) -
 
 
 def pmap_runner(step: Callable, mesh: Mesh) -> Runner:
-  """pmap: each device sees its rows of the batch, and means are taken over the devices' axis.
+  """Returns pmap: each device sees its rows of the batch, and means are over the devices' axis.
 
   The state has a leading device axis inside; it enters and leaves as the mesh's replicated arrays.
   """
@@ -83,5 +83,5 @@ def pmap_runner(step: Callable, mesh: Mesh) -> Runner:
 
 
 def runner(mode: str, step: Callable, mesh: Mesh, abstract: Any) -> Runner:
-  """config.parallel.mode: 'jit' or 'pmap'."""
+  """Returns the runner of config.parallel.mode, 'jit' or 'pmap'."""
   return jit_runner(step, mesh, abstract) if mode == 'jit' else pmap_runner(step, mesh)

@@ -16,7 +16,7 @@ from vdm.system import packages
 
 
 class MetricWriter(Protocol):
-  """The part of `clu.metric_writers.MetricWriter` that is used here."""
+  """Declares the part of `clu.metric_writers.MetricWriter` that is used here."""
 
   def write_scalars(self, step: int, scalars: dict[str, float]):
     """Writes the value of each tag at `step`."""
@@ -63,13 +63,13 @@ class SilentWriter:
   """Writes nothing: for all processes of a job but the first."""
 
   def write_scalars(self, step, scalars):
-    """See `MetricWriter`."""
+    """Writes nothing."""
 
   def write_images(self, step, images):
-    """See `MetricWriter`."""
+    """Writes nothing."""
 
   def close(self):
-    """See `MetricWriter`."""
+    """Closes nothing."""
 
 
 class EventWriter:
@@ -81,13 +81,13 @@ class EventWriter:
     self._writer = EventFileWriter(str(directory))
 
   def write_scalars(self, step, scalars):
-    """See `MetricWriter`."""
+    """Writes the value of each tag at `step`."""
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
     self._add(step, [scalar_pb(tag, float(value)).value[0] for tag, value in scalars.items()])
 
   def write_images(self, step, images):
-    """See `MetricWriter`."""
+    """Writes the images uint8 [N H W C], C = 1 or 3, of each tag at `step`."""
     self._add(step, [_image_value(tag, stack) for tag, stack in images.items()])
 
   def _add(self, step, values):
@@ -97,12 +97,12 @@ class EventWriter:
     self._writer.add_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
 
   def close(self):
-    """See `MetricWriter`."""
+    """Writes what is left, and ends."""
     self._writer.close()
 
 
 def _image_value(tag, stack):
-  """TensorBoard's encoding of images: their width and height in digits, then a PNG file of each."""
+  """Returns TensorBoard's encoding of images: width and height in digits, then each as a PNG."""
   from tensorboard.compat.proto import summary_pb2
   from tensorboard.compat.tensorflow_stub import dtypes
   from tensorboard.plugins.image import metadata
@@ -122,7 +122,7 @@ def _image_value(tag, stack):
 
 
 def read_scalars(directory: os.PathLike, tag: str) -> dict[int, float]:
-  """{step: value} of a scalar in TensorBoard files."""
+  """Returns {step: value} of a scalar in TensorBoard files."""
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
   from tensorboard.util.tensor_util import make_ndarray
 
