@@ -21,7 +21,7 @@ from vdm.workdir import checkpoint, config_file, lock, posthoc_ema
 
 
 class Due(NamedTuple):
-  """What is to be done after a step."""
+  """Says what is to be done after a step."""
 
   evaluation: bool
   save: bool
@@ -30,7 +30,7 @@ class Due(NamedTuple):
 
 
 class Every(NamedTuple):
-  """Steps from one to the next; 0: never."""
+  """Holds the number of steps from one to the next; 0: never."""
 
   evaluation: int
   save: int
@@ -51,7 +51,7 @@ def due(step: int, num_steps: int, every: Every, stopped: bool) -> Due:
 
 
 class Job(NamedTuple):
-  """What the steps of a run work with."""
+  """Holds what the steps of a run work with."""
 
   workdir: pathlib.Path
   runner: runners.Runner

@@ -19,7 +19,7 @@ TERMS = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm')  # have
 
 
 class Meter:
-  """Averages of the steps' metrics, written every `every` steps, and the progress line.
+  """Averages the steps' metrics, writes them every `every` steps, and shows the progress line.
 
   A step's metrics are fetched when the next one has been dispatched, so no device waits for them.
   `data_wait` is the share of this host's time in which it was blocked in next(batches): devices
@@ -62,7 +62,7 @@ class Meter:
     self._line.start()
 
   def waits_for(self, batches: Iterator[Any]) -> Iterator[Any]:
-    """The same batches; the time that each next() takes counts as waiting for data."""
+    """Yields the same batches; the time that each next() takes counts as waiting for data."""
     start = time.monotonic()
     for batch in batches:
       self._waited += time.monotonic() - start
@@ -75,7 +75,7 @@ class Meter:
     self._pending = (step, metrics, fetch)
 
   def drain(self):
-    """Reads the metrics of the last step pushed; FloatingPointError where one is not finite."""
+    """Reads the last step's metrics; raises FloatingPointError if one of them is not finite."""
     if self._pending is None:
       return
     step, metrics, fetch = self._pending
@@ -127,7 +127,7 @@ class Meter:
     self._line.stop()
 
   def _rate(self, step: int, now: float) -> float:
-    """Images per second since the last write."""
+    """Returns images per second since the last write."""
     return (step - self._clock_step) * self._batch_size / max(now - self._clock, 1e-9)
 
   def _write(self, step: int, now: float, left: float):

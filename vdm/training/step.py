@@ -25,7 +25,7 @@ from vdm.evaluation.bound import log_snr_bins
 
 
 class Recipe(NamedTuple):
-  """What a train step needs to know, constants all."""
+  """Holds what a train step needs to know, constants all."""
 
   model: build.Model
   optimizer: optax.GradientTransformation
@@ -40,7 +40,7 @@ class Recipe(NamedTuple):
   skips_nan: bool  # whether a step with a loss or gradient that is not finite changes nothing
 
   def learns_interior(self, params: dict) -> bool:
-    """Whether the variance of the loss trains the schedule's interior, and the bound does not.
+    """Returns whether the loss's variance trains the schedule's interior, and the bound does not.
 
     In discrete time the bound itself depends on the interior, and trains it.
     """
@@ -48,7 +48,7 @@ class Recipe(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-  """What a step measured: means over its examples, so that they average over parts of a batch."""
+  """Holds what a step measured: means over its examples, which average over parts of a batch."""
 
   scalars: dict[str, Array]  # by the name in the log
   moments: Array  # [3], of the diffusion loss (`elbo.moments`)
