@@ -66,10 +66,10 @@ def manager(
 def save(
   manager: ocp.CheckpointManager, step: int, state: Any, metrics: Mapping[str, float] | None = None
 ) -> bool:
-  """Starts to save `state`; False where `step` is there already.
+  """Starts to save `state`; returns False if `step` is there already.
 
-  Returns as soon as the arrays are copied; the checkpoint appears, whole, when all is written. An
-  error while writing is raised by the next call, or by `manager.close()`.
+  It returns once the arrays are copied; the checkpoint appears, whole, when all is written. A later
+  call, or `manager.close()`, raises an error of writing.
 
   Args:
     manager: opened for writing.
@@ -152,12 +152,12 @@ def score(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float
 
 
 def latest_step(manager: ocp.CheckpointManager) -> int | None:
-  """The newest step, or None."""
+  """Returns the newest step, or None."""
   return manager.latest_step()
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
-  """The step with the lowest bits_per_dim, or None where no checkpoint has one."""
+  """Returns the step with the lowest bits_per_dim, or None if no checkpoint has one."""
   manager.wait_until_finished()
   return _best({step: _bits_per_dim(manager.directory, step) for step in manager.all_steps()})
 
@@ -180,7 +180,7 @@ def restore(
     set_aside: whether broken ones are renamed, to go on from the one that is read.
 
   Returns:
-    The state and its step, or None where there is no checkpoint yet.
+    The state and its step, or None if there is no checkpoint yet.
 
   Raises:
     ValueError: `step` is not there or is broken, or there are checkpoints and all are broken, or
@@ -210,7 +210,7 @@ def restore(
 
 
 def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
-  """The state at `path` and '', or None and what is wrong with it, the same on every process."""
+  """Returns the state at `path` and '', or None and what is wrong, the same on every process."""
 
   def checked_manifest():
     _check_files(path)
@@ -238,7 +238,7 @@ def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
 
 
 def _attempt(read) -> tuple[Any, str]:
-  """The value of `read()` and '', or None and why it failed, here or on another process."""
+  """Returns the value of `read()` and '', or None and why it failed, here or on another process."""
   value, cause = None, ''
   try:
     value = read()
@@ -300,15 +300,16 @@ def _check_same_model(path: epath.Path, saved: dict[str, list], wanted: dict[str
 
 
 def _signature(leaf: Any) -> list:
-  """[shape, dtype] as JSON has them."""
+  """Returns [shape, dtype] as JSON has them."""
   return [list(leaf.shape), jnp.dtype(leaf.dtype).name]
 
 
 def _checksums(tree: Any) -> list[int]:
-  """One checksum per leaf, the same on every process and for any sharding.
+  """Returns one checksum per leaf, the same on every process and for any sharding.
 
-  The sum mod 2**64 of each element's bits times its row number: integers, so that shards add up in
-  any order, and exactly. On the host, because a kernel per shape would take seconds to compile.
+  It is the sum mod 2**64 of each element's bits times its row number: integers, so that shards add
+  up in any order, and exactly. It is computed on the host, because a kernel per shape would take
+  seconds to compile.
   """
   leaves = jax.tree.leaves(tree)
   sums = np.zeros(len(leaves), np.uint64)
@@ -325,7 +326,7 @@ def _checksums(tree: Any) -> list[int]:
 
 
 def fingerprint(tree: Any) -> str:
-  """Eight hexadecimal digits of arrays, the same on every process and for any sharding."""
+  """Returns eight hexadecimal digits of arrays, the same on every process and for any sharding."""
   return f'{zlib.crc32(json.dumps(_checksums(tree)).encode()):08x}'
 
 
@@ -342,7 +343,7 @@ def _crc32(body: dict[str, Any]) -> int:
 
 
 def _bits_per_dim(directory: epath.Path, step: int, metrics: Mapping | None = None) -> float:
-  """bits_per_dim of a checkpoint; inf where it was saved without, or its manifest is broken."""
+  """Returns bits_per_dim of a checkpoint; inf if it was saved without, or has a broken manifest."""
   if not metrics:  # Orbax hands over those of saves by this process only
     try:
       metrics = _manifest(directory / str(step))['metrics']
@@ -352,6 +353,6 @@ def _bits_per_dim(directory: epath.Path, step: int, metrics: Mapping | None = No
 
 
 def _best(bpds: dict[int, float]) -> int | None:
-  """The step of the lowest finite value, the newest of equals."""
+  """Returns the step of the lowest finite value, the newest of equals."""
   finite = {step: bpd for step, bpd in bpds.items() if math.isfinite(bpd)}
   return min(finite, key=lambda step: (finite[step], -step)) if finite else None

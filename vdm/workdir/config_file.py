@@ -145,7 +145,7 @@ def own_config(workdir: os.PathLike | str, given: ConfigDict | None = None) -> C
 def _fill_up(tree: ConfigDict, defaults: ConfigDict, asked: ConfigDict | None):
   """Gives a run that is older than some leaves their defaults.
 
-  A network, say, does not take the leaves of every other one: of a block with a name only those
+  A network, say, does not take the leaves of every other one: a block with a name gets only those
   that `asked` has, or else those that every network takes.
   """
   for name, block in defaults.items():
@@ -162,7 +162,7 @@ def _fill_up(tree: ConfigDict, defaults: ConfigDict, asked: ConfigDict | None):
 
 
 def flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
-  """{'a': {'b': 1}} -> {'a.b': 1}."""
+  """Returns {'a.b': 1} for {'a': {'b': 1}}."""
   leaves: dict[str, Any] = {}
   for name, value in tree.items():
     leaves |= flat(value, f'{prefix}{name}.') if isinstance(value, dict) else {prefix + name: value}
@@ -191,19 +191,19 @@ def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _typed(value: Any) -> str:
-  """A value as it is typed behind `--config.leaf=`."""
+  """Returns a value as it is typed behind `--config.leaf=`."""
   if isinstance(value, list):  # JSON has no tuples; configs have no lists
     value = tuple(value)
   return value if isinstance(value, str) and value else repr(value)
 
 
 def plain(tree: ConfigDict) -> dict[str, Any]:
-  """As JSON has it, with lists for tuples."""
+  """Returns a config as JSON has it, with lists for tuples."""
   return json.loads(json.dumps(tree.to_dict()))
 
 
 def _with_tuples(value: Any) -> Any:
-  """JSON has no tuples; configs have no lists."""
+  """Returns tuples for lists: JSON has no tuples; configs have no lists."""
   if isinstance(value, dict):
     return {k: _with_tuples(v) for k, v in value.items()}
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

@@ -156,12 +156,14 @@ def norm_groups(width: int) -> int:
 
 
 def _end_points(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """gamma = b + |w| t, each [1]."""
+  """Returns log_snr_max and slope of gamma = b + |w| t, with b and w [1]."""
   return {'log_snr_max': -leaves['gamma/b'].squeeze(), 'slope': np.abs(leaves['gamma/w']).squeeze()}
 
 
 def _net(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-  """gamma = |w1| t + b1 + 1/K sum_k |w3_k| (2 sigmoid(|w2_k| (2t - 1) + b2_k) - 1), K = 1024.
+  """Returns the leaves of our learned net for the public one, with K = 1024:
+
+    gamma = |w1| t + b1 + 1/K sum_k |w3_k| (2 sigmoid(|w2_k| (2t - 1) + b2_k) - 1).
 
   This is |w1| h(t) + constant with the h of `vdm.diffusion.schedules.learned_net`,
   a_k = 2 |w3_k| / (K |w1|), b_k = |w2_k| and c_k = b2_k, and its end points are those of gamma.
@@ -184,9 +186,9 @@ def _net(leaves: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def newest(path: str) -> epath.Path:
-  """The newest `ckpt-<N>.flax` in a directory, or the one that `path` names, with suffix or not.
+  """Returns the newest `ckpt-<N>.flax` in a directory, or the one `path` names, with suffix or not.
 
-  clu writes TensorFlow's files last, so where there are any, one without them was cut short.
+  clu writes TensorFlow's files last, so if there are any, one without them was cut short.
   """
   named = epath.Path(path if path.endswith('.flax') else f'{path.rstrip("/")}.flax')
   if path and named.exists():
@@ -217,7 +219,7 @@ def read(path: epath.Path) -> dict[str, Any]:
 
 
 def run(config: ConfigDict, workdir: os.PathLike | str, checkpoint_path: str) -> int:
-  """--mode=import_vdm: writes a workdir as a run would have left it at the checkpoint's step.
+  """Runs --mode=import_vdm: writes a workdir as a run would have left it at the checkpoint's step.
 
   Raises:
     ValueError: there is no checkpoint, the config is of another model, or the workdir is in use.

@@ -38,7 +38,7 @@ def as_written(saved: dict[str, list], wanted: Any) -> tuple[Any, Callable[[Any]
 
 
 def _blocks_as_written(saved, wanted):
-  """The same for blocks alone: unrolled, or stacked for a loop."""
+  """Returns the same for blocks alone, unrolled or stacked for a loop."""
   parts = [{part for name in names for part in name.split('.')} for names in (saved, named(wanted))]
   stacked, stacked_wanted = map(blocks.stacked_names, parts)
   if bool(stacked) == bool(stacked_wanted):
@@ -53,7 +53,7 @@ def _blocks_as_written(saved, wanted):
 
 
 def _abstract_join(*leaves: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-  """What stacking them gives: sharded as each of them is."""
+  """Returns what stacking them gives, sharded as each of them is."""
   leaf, sharding = leaves[0], leaves[0].sharding
   if isinstance(sharding, NamedSharding):
     sharding = NamedSharding(sharding.mesh, PartitionSpec(None, *sharding.spec))
@@ -61,7 +61,7 @@ def _abstract_join(*leaves: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
 
 
 def _abstract_take(leaf: jax.ShapeDtypeStruct, i: int) -> jax.ShapeDtypeStruct:
-  """What one of a stack is: sharded as the stack is, but for its first axis."""
+  """Returns what one of a stack is, sharded as the stack is, but for its first axis."""
   del i
   sharding = leaf.sharding
   if isinstance(sharding, NamedSharding):

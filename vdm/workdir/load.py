@@ -28,7 +28,7 @@ from vdm.workdir.config_file import (
 
 
 class Run(NamedTuple):
-  """A run as it was read."""
+  """Holds a run as it was read."""
 
   config: ConfigDict  # its own, but for what reading may choose
   model: build.Model
@@ -95,12 +95,12 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
 
 
 def _holds_run(workdir: os.PathLike | str) -> bool:
-  """Whether there are checkpoints to read, or a released model."""
+  """Returns whether there are checkpoints to read, or a released model."""
   return (epath.Path(workdir) / 'checkpoints').exists() or released.exists(workdir)
 
 
 def _state(workdir: os.PathLike | str, init: build.InitState, mesh: Mesh, step: str) -> TrainState:
-  """The state at `step`, which is 'newest', 'best' or a number; a released model has but one."""
+  """Returns the state at `step`, 'newest', 'best' or a number; a released model has but one."""
   if released.exists(workdir):
     state = released.read(workdir, init, mesh)
     if step not in ('newest', 'best', str(int(state.step))):

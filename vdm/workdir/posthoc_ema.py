@@ -20,12 +20,12 @@ FOLDER = 'snapshots'
 
 
 def power_averages(state: TrainState) -> dict:
-  """Those averages of a state that a snapshot holds."""
+  """Returns those averages of a state that a snapshot holds."""
   return {name: average for name, average in state.averages.items() if name.startswith('std_')}
 
 
 def run(of: Run) -> int:
-  """--mode=reconstruct: a workdir whose average has the length config.ema.reconstruct_std.
+  """Runs --mode=reconstruct: writes a workdir with an average of length config.ema.reconstruct_std.
 
   It is called <workdir>_std<length>, holds the newest state with that average in the place of
   'ema', and is evaluated and sampled like any other.

@@ -1,4 +1,4 @@
-"""--mode=release: a model to give away, of a run."""
+"""--mode=release makes of a run a model to give away."""
 
 import pathlib
 
@@ -12,10 +12,10 @@ from vdm.workdir.load import Run
 
 
 def run(of: Run, out: pathlib.Path | None = None) -> int:
-  """Writes config.sample.params of a run, its config and the number cards of that step.
+  """Runs --mode=release: writes config.sample.params of a run, its config and that step's cards.
 
-  The folder is `out`, or <workdir>_release: a tenth of a checkpoint's size, to be evaluated and
-  sampled from with --workdir=<folder>.
+  The folder is `out`, or <workdir>_release. It has a tenth of a checkpoint's size, and is evaluated
+  and sampled from with --workdir=<folder>.
   """
   workdir, state = of.workdir, of.state
   folder, name = epath.Path(out or f'{workdir}_release'), of.config.sample.params

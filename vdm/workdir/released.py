@@ -27,8 +27,8 @@ GREATEST = float(np.finfo(np.float16).max)
 def write(folder: os.PathLike | str, params: Any, step: int):
   """Writes parameters as arrays called by their paths, as of the network without loops.
 
-  Those of the network are rounded to float16, of the schedule they keep their float32: end points
-  decide bits.
+  Those of the network are rounded to float16, those of the schedule stay float32: end points decide
+  bits.
 
   Raises:
     ValueError: a parameter is not finite in float16.
@@ -47,7 +47,7 @@ def _flat(params):
 
 
 def exists(folder: os.PathLike | str) -> bool:
-  """Whether the folder is of a released model."""
+  """Returns whether the folder is of a released model."""
   return (epath.Path(folder) / PARAMS).exists()
 
 
