@@ -50,7 +50,7 @@ SCORES = 'scores.json'
 
 
 def expand(grid: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
-  """The runs of an ablation: [({axis: label}, complete config)], seeds fastest."""
+  """Returns the runs of an ablation, [({axis: label}, complete config)], seeds fastest."""
   for leaf in ('base', 'axes', 'evaluations', 'reference'):
     require(leaf in grid, f'config.{leaf}', None, 'given', 'vdm/ablate.py says what it is')
   for axis, label in grid.reference.items():
@@ -73,12 +73,12 @@ def expand(grid: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
 
 
 def works_on(grid: ConfigDict, num_devices: int) -> bool:
-  """Whether every run can have so many devices."""
+  """Returns whether every run can have so many devices."""
   return all(build.works_on(run, num_devices) for _, run in expand(grid))
 
 
 def folder(labels: dict[str, str]) -> str:
-  """The name of a run's folder."""
+  """Returns the name of a run's folder."""
   return '+'.join(labels.values())
 
 
@@ -130,7 +130,7 @@ def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
 
 
 def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
-  """What the finished runs left: labels; curves {step: value}; scores.
+  """Yields what the finished runs left: labels; curves {step: value}; scores.
 
   `bits` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's;
   `distances`, of samples by metric, are those that training scored.
@@ -158,8 +158,10 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
 
 
 def steps_to(curve: dict[int, float], loss: float) -> float:
-  """The step at which the curve first comes down to the loss, between two steps by a straight
-  line; nan where it never does."""
+  """Returns the step at which the curve first comes down to the loss; nan if it never does.
+
+  Between two steps the curve is taken for a straight line.
+  """
   steps, values = (np.array(list(part), float) for part in (curve, curve.values()))
   below = np.flatnonzero(values <= loss)
   if not below.size:
@@ -169,7 +171,7 @@ def steps_to(curve: dict[int, float], loss: float) -> float:
 
 
 def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]) -> dict:
-  """The columns of a run in the table, by name.
+  """Returns the columns of a run in the table, by name.
 
   `diffusion_cv` is the standard deviation over the mean of the training loss of one example, the
   mean over the last quarter of what was logged.
@@ -189,7 +191,7 @@ def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]
 
 
 def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
-  """results.csv, a line a run; results.md, a line a group of seeds; and the plots."""
+  """Writes results.csv, one line per run; results.md, one per group of seeds; and the plots."""
   found = list(collect(workdir, runs))
   if not found:
     return
@@ -215,7 +217,7 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
 
 
 def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
-  """Curves of each group: the mean over its runs, and from the least to the greatest."""
+  """Plots curves of each group: the mean over its runs, and from the least to the greatest."""
   colours = matplotlib.colormaps['tab10'].colors
   styles = {}
   for i, label in enumerate(groups):
@@ -267,7 +269,7 @@ def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
 
 
 def _indices(count: int) -> list[int]:
-  """The runs that --index names, or all."""
+  """Returns the runs that --index names, or all."""
   if _INDEX.value is None:
     return list(range(count))
   for text in _INDEX.value:
@@ -279,10 +281,10 @@ def _indices(count: int) -> list[int]:
 
 
 def _share(indices: list[int]) -> int:
-  """Deals the runs out to --workers processes of this command; the first status that is not 0."""
+  """Deals the runs out to --workers processes; returns the first status that is not 0, or 0."""
   argv = [arg for arg in sys.argv[1:] if not arg.startswith(('--workers', '--index'))]
   hands = (indices[k :: _WORKERS.value] for k in range(_WORKERS.value))
-  env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # a core each
+  env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # one core each
   children = [
     subprocess.Popen(
       [sys.executable, '-m', 'vdm.ablate', *argv, f'--index={",".join(map(str, hand))}'], env=env

@@ -2,7 +2,7 @@
 
   python -m vdm.cards a.json b.json ...     a table, and what keeps the values from being compared
 
-Status 0 where nothing does, 1 otherwise.
+The status is 0 if nothing does, 1 otherwise.
 """
 
 import argparse
@@ -31,7 +31,7 @@ ODE = 'probability-flow ODE'  # the bound of a card that is no bound begins with
 
 
 class Field(NamedTuple):
-  """Of a card: where it is, its column in the table ('' for none), and what its value decides.
+  """Says of a card's field where it is, its column in the table ('' for none), and what it decides.
 
   Values of cards in which it differs are not comparable, for the reason `why`; '' is a note.
   """
@@ -75,7 +75,7 @@ FIELDS = (
 
 
 def environment() -> dict[str, Any]:
-  """Device, versions and git revision of the running program."""
+  """Returns the device, versions and git revision of the running program."""
   device = jax.devices()[0]
   packages = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
   return {
@@ -90,7 +90,7 @@ def environment() -> dict[str, Any]:
 
 
 def git_revision() -> str:
-  """The checkout's commit, with '+changes' where files differ from it; '' outside a checkout."""
+  """Returns the checkout's commit, with '+changes' if files differ from it; '' if there is none."""
   folder = pathlib.Path(__file__).parent
 
   def git(*args):
@@ -114,8 +114,7 @@ def stderr_of(values: np.ndarray) -> float | None:
 def error_fields(value: float, stderr: float | None, dof: float) -> dict[str, Any]:
   """Returns what a card says of an error: it and its degrees of freedom, and the 95 % interval.
 
-  The interval is Student's, so it holds for few degrees of freedom too; None where there is no
-  error.
+  The interval is Student's, so it holds for few degrees of freedom too; None if there is no error.
   """
   half = None if stderr is None else float(special.stdtrit(dof, 0.975)) * stderr
   interval = None if half is None else [value - half, value + half]
@@ -123,7 +122,7 @@ def error_fields(value: float, stderr: float | None, dof: float) -> dict[str, An
 
 
 def plus_minus(value: float, stderr: float | None) -> str:
-  """Returns 'value +- standard error', or the value alone where there is no error."""
+  """Returns 'value +- standard error', or the value alone if there is no error."""
   return f'{value:.4f}' if stderr is None else f'{value:.4f} +- {stderr:.4f}'
 
 
@@ -167,12 +166,12 @@ def series(*workdirs: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def is_bound(card: dict[str, Any]) -> bool:
-  """Whether the card is of a variational bound."""
+  """Returns whether the card is of a variational bound."""
   return card['metric'] == 'bits_per_dim' and not card['bound'].startswith(ODE)
 
 
 def is_distance(card: dict[str, Any]) -> bool:
-  """Whether the card is of a Fréchet distance."""
+  """Returns whether the card is of a Fréchet distance."""
   return card['metric'] == 'fid' or card['metric'].startswith('fd_')
 
 
@@ -222,7 +221,7 @@ def last_result(workdir: pathlib.Path) -> str:
 
 
 def load(path: os.PathLike | str) -> dict[str, Any]:
-  """The card in a file.
+  """Reads the card in a file.
 
   Raises:
     ValueError: there is none.
@@ -236,14 +235,14 @@ def load(path: os.PathLike | str) -> dict[str, Any]:
 
 
 def _at(tree: Any, path: str) -> Any:
-  """tree['a']['b'] of 'a.b'; None where there is none."""
+  """Returns tree['a']['b'] of 'a.b'; None if there is none."""
   for name in path.split('.'):
     tree = tree[name] if isinstance(tree, dict) and name in tree else None
   return tree
 
 
 def facts(card: dict[str, Any]) -> dict[str, Any]:
-  """The value of each of FIELDS by its path; None where the card does not say."""
+  """Returns the value of each of FIELDS by its path; None if the card does not say."""
   at = functools.partial(_at, card)
   revision, plus, changes = str(at('environment.git_revision') or '').partition('+')
   derived = {'revision': revision[:9] + plus + changes}
@@ -265,7 +264,7 @@ def facts(card: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(cards: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-  """Why the cards' values are not comparable, and what else they differ in: a line each."""
+  """Returns why the cards' values are not comparable, and what else differs, one per line."""
   found, reasons, notes = [facts(card) for card in cards], [], []
   for field in FIELDS:
     groups = {}
@@ -287,7 +286,7 @@ def _text(value: Any) -> str:
 
 
 def table(paths: list[str], cards: list[dict[str, Any]]) -> str:
-  """The cards as a Markdown table, aligned, without the columns that none of them has."""
+  """Returns the cards as a Markdown table, aligned, without the columns that none of them has."""
   rows = [['', 'value', *(field.column for field in FIELDS if field.column), 'file']]
   for number, (path, card) in enumerate(zip(paths, cards, strict=True), 1):
     stderr = _at(card, 'stderr')
@@ -307,7 +306,7 @@ def table(paths: list[str], cards: list[dict[str, Any]]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-  """The command line; returns the exit status."""
+  """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(
     prog='python -m vdm.cards',
     description='Sets number cards side by side, and says which of their values are not '

@@ -109,7 +109,7 @@ def in_one_line(
 
 
 def parse_flags(argv: list[str]) -> list[str]:
-  """absl's parser, with what can go wrong in one line; finds packaged configs from anywhere."""
+  """Parses as absl does, with errors in one line; finds packaged configs from anywhere."""
   try:
     located = [_locate(arg) for arg in _joined(argv)]
     for arg in located:
@@ -142,7 +142,7 @@ def _check_file(arg: str):
 
 
 def _joined(argv: list[str]) -> list[str]:
-  """`--config FILE`, as absl allows it, as `--config=FILE`."""
+  """Returns `--config FILE`, as absl allows it, as `--config=FILE`."""
   joined, rest = [], iter(argv)
   for arg in rest:
     value = next(rest, None) if arg in ('--config', '-config') else None
@@ -155,7 +155,7 @@ def _last_field(arg: str) -> str:
 
 
 def _locate(arg: str) -> str:
-  """--config=configs/NAME.py, where there is no such file, means the one that came with vdm."""
+  """Turns --config=configs/NAME.py into the one that came with vdm, if there is no such file."""
   flag, _, rest = arg.partition('=')
   path, colon, preset = rest.partition(':')
   if flag in ('--config', '-config') and not pathlib.Path(path).exists():

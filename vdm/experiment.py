@@ -34,14 +34,14 @@ from vdm.workdir.load import read_run
 
 
 class LogProb(NamedTuple):
-  """Estimates of log p(x) for each of N examples, in nats."""
+  """Holds estimates of log p(x) for each of N examples, in nats."""
 
   value: np.ndarray  # [N]
   stderr: np.ndarray  # [N], of the draws; nan for a single one
 
 
 class Experiment:
-  """A model of a config, with its data and the devices at hand.
+  """Holds a model of a config, with its data and the devices at hand.
 
   Nothing is written but by `save` and `train`. States are values: methods take one and return one.
 
@@ -83,7 +83,7 @@ class Experiment:
   def fit(
     self, state: TrainState, steps: int | None = None, source: data.Source | None = None
   ) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
-    """Trains, in this process and without files; yields the state and metrics after each step.
+    """Trains in this process and without files; yields the state and metrics after each step.
 
     Reading a metric waits for its step; the loop itself does not.
 
@@ -142,7 +142,7 @@ class Experiment:
       images: [N H W C], in the data's units.
       draws: independent estimates of each image.
       seed: of the draws.
-      label: classes [N], or embeddings [N E]; None: without, of a model by class its null label.
+      label: classes [N], or embeddings [N E]; None: no label, for a model by class its null label.
       bound: 'elbo', the variational bound, or 'ode', the probability-flow ODE with the settings of
         config.eval.ode.
       params: as in `bits_per_dim`.
@@ -245,7 +245,7 @@ class Experiment:
     return read_run(self.config, os.fspath(workdir)).state
 
   def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:
-    """A block of the config with some leaves changed."""
+    """Returns a block of the config with some leaves changed."""
     changed = self.config[block].copy_and_resolve_references()
     for name, value in settings.items():
       known = ', '.join(changed)
@@ -258,7 +258,7 @@ class Experiment:
 
 
 def _given(label: int | np.ndarray, num_images: int, num_classes: int) -> Labels:
-  """Image numbers -> the labels that were given."""
+  """Returns image numbers -> the labels that were given."""
   rows = np.asarray(label)
   if np.issubdtype(rows.dtype, np.integer):
     good = num_classes > 0 and rows.size and rows.min() >= -1 and rows.max() < num_classes
