@@ -115,3 +115,21 @@ def test_few_functions_take_the_whole_config():
         if names & {'config', 'given'}:
           found.append(f'{path.relative_to(ROOT)}: {node.name}')
   assert len(found) <= 20, sorted(found)
+
+
+# Words that end in s as verbs do.
+NOT_VERBS = tuple('Bits Classes Curves Images Means Nats Params Paths Pixels Steps This'.split())
+
+
+def test_docstrings_begin_with_a_verb():
+  """'Returns ...', 'Draws ...': not 'Of ...', not 'Whether ...', not a bare noun."""
+  found = []
+  for path in ROOT.rglob('*.py'):
+    if 'configs' in path.parts:
+      continue
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node):
+        verb = re.match(r'[A-Z][a-z]+s\b', ast.get_docstring(node))
+        if not verb or verb[0] in NOT_VERBS:
+          found.append(f'{path.relative_to(ROOT)}:{node.lineno} {node.name}')
+  assert not found, '\n'.join(sorted(found))
