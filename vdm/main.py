@@ -100,7 +100,7 @@ def _reads(command: Callable[..., int], **kwargs) -> Callable[[ConfigDict, epath
 
 
 def console():
-  """The command `vdm`."""
+  """Runs the command `vdm`."""
   stop.listen()
   app.run(main, flags_parser=cli.parse_flags)
 

@@ -83,8 +83,26 @@ def log_of(workdir: pathlib.Path) -> pathlib.Path:
   return workdir.with_name(f'{workdir.name}.log')
 
 
-def finish(started: list[subprocess.Popen], workdir: pathlib.Path, good: set[int], limit=240):
-  """Waits for the processes of a run.
+def written(workdir: pathlib.Path) -> int:
+  """Returns how long the output of the runs in a workdir is."""
+  return log_of(workdir).stat().st_size if log_of(workdir).exists() else 0
+
+
+def finish(
+  started: list[subprocess.Popen],
+  workdir: pathlib.Path,
+  good: set[int],
+  limit: float = 240,
+  quiet_since: int = -1,
+) -> list[int]:
+  """Waits for the processes of a run; returns their statuses.
+
+  Args:
+    started: the processes.
+    workdir: of the run.
+    good: the statuses that they may have.
+    limit: seconds.
+    quiet_since: with no output beyond this length Python itself was stopped, in its own way.
 
   Raises:
     Broken: a status is none of `good`, there is a traceback, or the run hangs.
@@ -101,6 +119,8 @@ def finish(started: list[subprocess.Popen], workdir: pathlib.Path, good: set[int
   text = log_of(workdir).read_text(errors='replace')
   if 'Traceback' in text:
     raise Broken('traceback: ' + ' | '.join(text[text.index('Traceback') :].splitlines()[-2:]))
+  if written(workdir) == quiet_since:
+    good = good | {-number for number in SIGNALS} | {130}
   wrong = [status for status in statuses if status not in good]
   if wrong:
     raise Broken(f'wrong: status {wrong[0]}: {text.strip().splitlines()[-1:]}')
@@ -147,7 +167,7 @@ def kept_of(workdir: pathlib.Path) -> dict[str, Any]:
 
 def curves_of(workdir: pathlib.Path) -> dict[str, list]:
   """Returns [step, value] of the scalars in TensorBoard that are no times, in their order."""
-  from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+  from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
   from tensorboard.util.tensor_util import make_ndarray
 
   events = EventAccumulator(str(workdir / 'tensorboard'), size_guidance={'tensors': 0})

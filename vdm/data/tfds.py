@@ -211,5 +211,5 @@ def builder_of(name, data_dir, name_field, dir_field):
 
 
 def _root_of(info):
-  """The data_dir of the set with this dataset_info.json, which is in name/[config/]version."""
+  """Returns the data_dir of the set with this dataset_info.json, in name/[config/]version."""
   return info.parents[3 if files.read_json(info).get('configName') else 2]

@@ -79,7 +79,7 @@ def _of_pictures(files):
 
 
 def _read_picture(file: pathlib.Path) -> np.ndarray:
-  """uint8 [H, W, 1] of a grey picture, [H, W, 3] of any other without transparency."""
+  """Returns uint8 [H, W, 1] of a grey picture, [H, W, 3] of any other without transparency."""
   return data.decode(file, str(file))
 
 
@@ -101,7 +101,7 @@ def _of_shards(files):
 
 
 def _header(file: pathlib.Path) -> tuple[int, ...]:
-  """The shape of a shard's images, without reading them."""
+  """Returns the shape of a shard's images, without reading them."""
   with files_lib.reading(file, AGAIN), zipfile.ZipFile(file) as archive:
     key = _key(file, [name.removesuffix('.npy') for name in archive.namelist()])
     with archive.open(f'{key}.npy') as member:

@@ -109,7 +109,7 @@ def read(path: str, extractor: Extractor, batch_size: int) -> Reference:
 
 
 def _arrays(file: pathlib.Path) -> dict[str, np.ndarray]:
-  """All arrays but images, of which only the name."""
+  """Returns all arrays of a file, but of images only their name."""
   with files.reading(f'reference {file}', REMEDY):
     return files.read_arrays(file, REMEDY, without=images.KEYS)
 

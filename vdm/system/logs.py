@@ -16,6 +16,8 @@ def _ours_or_serious(record) -> bool:
 
   Orbax alone has some thirty lines per save.
   """
+  if record.name == 'asyncio' and 'never retrieved' in record.getMessage():
+    return False  # tasks of Orbax, of which it raises the first one's error
   ours = any(f'{os.sep}{name}{os.sep}' in record.pathname for name in ('vdm', 'clu'))
   return ours or record.levelno >= logging.converter.STANDARD_WARNING
 

@@ -99,6 +99,12 @@ class Stop:
   def close(self):
     """Has further signals ignored: all is written, and the process ends by itself."""
     self.name = self.name or 'the end'
+    self._ignore()
+
+  def _ignore(self):
+    """Has the system ignore the signals: Python itself forgets handlers as it ends."""
+    for number in self._handlers:
+      signal.signal(number, signal.SIG_IGN)
 
   def _swallowed(self, what):
     """Ends the process where a callback of a library has swallowed `Stopped`."""
@@ -126,6 +132,7 @@ class Stop:
     _say(f'{name}: stopped; the same command goes on.')
     if _is_one_of_several():  # where leaving would wait for the others
       os._exit(EXIT_PREEMPTED)
+    self._ignore()
     raise Stopped(EXIT_PREEMPTED)
 
 

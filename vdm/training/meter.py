@@ -158,7 +158,7 @@ class Meter:
     self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
 
   def take_bins(self) -> np.ndarray | None:
-    """Bits/dim per unit of log-SNR in each bin since the last call; nan where no example fell.
+    """Returns bits/dim per unit of log-SNR by bin since the last call; nan where none fell.
 
     None if there was no step.
     """

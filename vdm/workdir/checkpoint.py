@@ -332,7 +332,7 @@ def fingerprint(tree: Any) -> str:
 
 def _manifest(path: epath.Path) -> dict[str, Any]:
   """Reads the manifest of the checkpoint at `path`."""
-  body = json.loads((path / 'manifest' / 'metadata').read_text())
+  body = files.read_json(path / 'manifest' / 'metadata')
   if body.pop('crc32') != _crc32(body):
     raise ValueError('the manifest differs from its checksum')
   return body

@@ -120,7 +120,7 @@ def out_folder(workdir: os.PathLike | str, out: epath.Path | None) -> epath.Path
 
 
 def saved_config(workdir: os.PathLike | str) -> dict[str, Any]:
-  """The config.json of a workdir, with lists where the config has tuples."""
+  """Returns the config.json of a workdir, with lists where the config has tuples."""
   remedy = 'choose another --workdir, or restore that file'
   return files.read_json(epath.Path(workdir) / CONFIG, remedy)
 

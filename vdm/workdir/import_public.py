@@ -204,7 +204,7 @@ def newest(path: str) -> epath.Path:
 
 
 def read(path: epath.Path) -> dict[str, Any]:
-  """The tree at `path`: step, params, ema_params."""
+  """Reads the tree at `path`: step, params, ema_params."""
   with files.reading(f'--checkpoint={path}', 'give a whole one of the public VDM code'):
     try:
       tree = flax.serialization.msgpack_restore(path.read_bytes())
