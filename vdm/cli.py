@@ -95,17 +95,24 @@ def in_one_line(
     print(f'another process of the job was lost: {str(error).splitlines()[0]}', file=sys.stderr)
     os._exit(hosts.EXIT_LOST)  # an orderly end would wait for the other
   except (ValueError, FloatingPointError) as error:
-    if full := FULL.search(str(error)):  # as Orbax says it, in a wall of text
-      where = 'of --workdir ' if _WORKDIR.value else ''
-      sys.exit(
-        f'the file system {where}refuses to write: {full[0]}; what was written before is whole: '
-        'the same command goes on.'
-      )
+    _exit_if_full(error)
     # What our own code refused is one line; what broke inside a library keeps its traceback.
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
       raise
     sys.exit(str(error))
+  except Exception as error:
+    _exit_if_full(error)
+    raise
+
+
+def _exit_if_full(error: Exception):
+  """Exits in one line where a library met a file system that takes no more, in its own words."""
+  if full := FULL.search(str(error)):
+    sys.exit(
+      f'the file system of the workdir refuses to write: {full[0]}; what was written before is '
+      'whole: the same command goes on.'
+    )
 
 
 def parse_flags(argv: list[str]) -> list[str]:

@@ -226,7 +226,7 @@ def write(path: pathlib.Path, params: Params, facts: dict):
 
 
 def read(path: pathlib.Path, remedy: str) -> tuple[Params, dict]:
-  """Params and facts, checked against the sha256 that was written with them."""
+  """Reads params and facts, checked against the sha256 that was written with them."""
   with files.reading(f'config.fid.weights: {path}', remedy):
     arrays = files.read_arrays(path, remedy)
     facts = dict(json.loads(str(arrays.pop('facts'))))
