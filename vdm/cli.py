@@ -88,6 +88,9 @@ def in_one_line(
     stop.close()
     sys.exit(status)
   except OSError as error:
+    if isinstance(error, TimeoutError) and jax.process_count() > 1:
+      print(f'another process of the job was lost: {error}', file=sys.stderr)
+      os._exit(hosts.EXIT_LOST)
     sys.exit(f'{_of_file(error)}; what was written before is whole: the same command goes on.')
   except jax.errors.JaxRuntimeError as error:
     if jax.process_count() == 1 or not LOST.search(str(error)):

@@ -109,7 +109,8 @@ class Stop:
   def _swallowed(self, what):
     """Ends the process where a callback of a library has swallowed `Stopped`."""
     if what.exc_type is not Stopped:
-      sys.__unraisablehook__(what)
+      if 'Event loop is closed' not in str(what.exc_value):  # TensorStore's, behind a failed save
+        sys.__unraisablehook__(what)
     elif not self._deferred:
       os._exit(EXIT_PREEMPTED)
 

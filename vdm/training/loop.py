@@ -163,7 +163,10 @@ def _evaluate_and_save(job: Job, step: int, state: TrainState, now: Due):
   """Evaluates and saves, as is due; whatever ends an evaluation, the state is saved."""
   checkpoint.require_finite(state, step)
   if now.snapshot and job.snapshots:
+    # one save after the other: Orbax mixes up the processes' barriers of two at once
+    job.manager.wait_until_finished()
     checkpoint.save(job.snapshots, step, posthoc_ema.power_averages(state))
+    job.snapshots.wait_until_finished()
   scores: dict[str, float] = {}
   try:
     if now.evaluation:

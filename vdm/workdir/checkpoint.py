@@ -106,7 +106,7 @@ def save(
 def size_of(state: Any) -> float:
   """Returns the bytes of a checkpoint of a state, abstract or not, and some room besides."""
   leaves = jax.tree.leaves(state)
-  return 1.1 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+  return 1.1 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) + 2e6
 
 
 def require_finite(state: Any, step: int):
