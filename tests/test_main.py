@@ -104,6 +104,41 @@ BAD_INPUT = {
     'config.profile.first_step=3 must be at most 2',
     'choose an earlier one',
   ),
+  'a word that is no flag': ([DIGITS, 'train'], "'train' is no flag", '--config=FILE'),
+  'unknown preset': (
+    ['--config=configs/digits.py:debgu'],
+    "no preset 'debgu'",
+    ':debug',
+  ),
+  'a config that is no Python': (['--config=/etc/passwd'], "config='/etc/passwd' must be", '*.py'),
+  'a seed beyond 64 bits': (
+    [DIGITS, '--config.seed=9223372036854775808'],
+    'config.seed=',
+    'from 0 to',
+  ),
+  'a negative seed': ([DIGITS, '--config.eval.seed=-1'], 'config.eval.seed=-1', 'from 0 to'),
+  'a number of twenty digits': (
+    [DIGITS, '--config.train.num_steps=10000000000000000000'],
+    'config.train.num_steps=',
+    '2147483647',
+  ),
+  'a rate that is infinite': (
+    [DIGITS, '--config.optimizer.learning_rate=inf'],
+    'config.optimizer.learning_rate=inf must be finite',
+    'give a number',
+  ),
+  'b1': ([DIGITS, '--config.optimizer.b1=2.0'], 'config.optimizer.b1=2.0 must be in [0, 1)', '0.9'),
+  'power_stds': (
+    [DIGITS, '--config.ema.power_stds=(0.05,0.5)'],
+    'config.ema.power_stds=(0.05, 0.5) must be between 0 and 0.289',
+    '0.1',
+  ),
+  'halves': (
+    [DIGITS, '--config.fid.halves=-1'],
+    'config.fid.halves=-1 must be 0 or more',
+    'give 0',
+  ),
+  'on_nan': ([DIGITS, '--config.train.on_nan=go'], "config.train.on_nan='go'", "'skip'"),
   'dtype': ([DIGITS, '--config.model.dtype=float8'], "config.model.dtype='float8'", 'bfloat16'),
 }
 

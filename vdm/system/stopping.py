@@ -19,6 +19,9 @@ from collections.abc import Iterator
 EXIT_PREEMPTED = 75  # not done, and nothing lost: run the same command again
 EXIT_INTERRUPTED = 130  # a second Ctrl-C
 PATIENCE = 2.0  # seconds after which a second Ctrl-C is meant as one
+# What Python prints, in the middle of nowhere, of TensorStore behind a save that failed, and of a
+# signal that came while signals were about to be ignored.
+HARMLESS = ('Event loop is closed', 'ignored due to race condition')
 
 
 class Stopped(SystemExit):
@@ -109,7 +112,7 @@ class Stop:
   def _swallowed(self, what):
     """Ends the process where a callback of a library has swallowed `Stopped`."""
     if what.exc_type is not Stopped:
-      if 'Event loop is closed' not in str(what.exc_value):  # TensorStore's, behind a failed save
+      if not any(text in str(what.exc_value) for text in HARMLESS):
         sys.__unraisablehook__(what)
     elif not self._deferred:
       os._exit(EXIT_PREEMPTED)
