@@ -73,7 +73,6 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
 
   monkeypatch.delenv('JAX_NUM_CPU_DEVICES', raising=False)
   monkeypatch.setattr(ablate.subprocess, 'Popen', Child)
-  monkeypatch.setattr(ablate.signal, 'signal', lambda *_: None)
   monkeypatch.setattr(ablate.sys, 'argv', ['ablate', '--workdir=W', '--workers=3', '--index=0'])
   monkeypatch.setattr(ablate, '_WORKERS', SimpleNamespace(value=3))
   assert ablate._share([1, 4, 5, 7]) == 75

@@ -27,6 +27,7 @@ from vdm.evaluation.study import batches
 from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.labels import Labels, labels_of
 from vdm.system import parallel, runners
+from vdm.system.stopping import Stopped
 from vdm.training import loop
 from vdm.training.step import make_train_step
 from vdm.workdir import checkpoint, config_file, lock
@@ -240,8 +241,12 @@ class Experiment:
     Raises:
       KeyboardInterrupt: it was stopped by a signal, and saved: the same call goes on.
     """
-    if loop.train(self.config, epath.Path(workdir)):
-      raise KeyboardInterrupt(f'{workdir} was stopped and saved; the same call goes on.')
+    try:
+      stopped = loop.train(self.config, epath.Path(workdir)) != 0
+    except Stopped:  # before its first step
+      stopped = True
+    if stopped:
+      raise KeyboardInterrupt(f'{workdir} was stopped, and nothing is lost; the same call goes on.')
     return read_run(self.config, os.fspath(workdir)).state
 
   def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:

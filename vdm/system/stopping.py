@@ -34,6 +34,7 @@ class Stop:
   def __init__(self):
     self._reset()
     self._handlers = {}
+    self._owns_process = False
 
   def _reset(self):
     self.name = ''  # of the first signal
@@ -42,7 +43,11 @@ class Stop:
     self._calls = 0
 
   def listen(self):
-    """Takes the signals over; what `nohup` has the process ignore stays ignored."""
+    """Takes the signals over for good; what `nohup` has the process ignore stays ignored."""
+    self._listen()
+    self._owns_process = True
+
+  def _listen(self):
     if self._handlers or threading.current_thread() is not threading.main_thread():
       return
     self._reset()
@@ -56,7 +61,7 @@ class Stop:
   def listening(self) -> Iterator['Stop']:
     """Takes the signals over and gives them back at the end, unless the process has done so."""
     ours = not self._handlers
-    self.listen()
+    self._listen()
     try:
       yield self
     finally:
@@ -114,7 +119,7 @@ class Stop:
     if what.exc_type is not Stopped:
       if not any(text in str(what.exc_value) for text in HARMLESS):
         sys.__unraisablehook__(what)
-    elif not self._deferred:
+    elif self._owns_process and not self._deferred:
       os._exit(EXIT_PREEMPTED)
 
   def _note(self, number, _):
