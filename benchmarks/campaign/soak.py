@@ -3,9 +3,9 @@
   python -m benchmarks.campaign.soak --out=DIR --minutes=30
 
 Every 100 steps the run evaluates, draws samples and scores them by FD-classifier; every 50 it
-saves. Every 3 to 8 minutes it gets SIGTERM, SIGINT, SIGHUP or SIGKILL and is started again. DIR/soak.csv
-has what /proc says of the process every five seconds, DIR/soak.png shows it, and what is printed
-are the slopes over each life, from its second minute on.
+saves. Every 3 to 8 minutes it gets SIGTERM, SIGINT, SIGHUP or SIGKILL and is started again.
+DIR/soak.csv has what /proc says of the process every five seconds, DIR/soak.png shows it, and what
+is printed are the slopes over each life, from its second minute on.
 """
 
 import argparse
