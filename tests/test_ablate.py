@@ -119,12 +119,14 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
     for step, loss in ((2, 5.0), (4, 3.0 + config.seed - (config.weighting.name == 'sigmoid'))):
       card = dict(step=step, value=2.0 + config.seed, training_loss=dict(value=loss))
       card |= dict(metric='bits_per_dim', bound='continuous-time ELBO', params='ema')
+      card |= dict(num_images=16, whole_split=False, data=dict(split='test'), eval_seed=0)
       path = workdir / 'cards' / f'bits_per_dim_ema_continuous_step{step}.json'
       path.write_text(json.dumps(card))
       part = path.with_name(f'bits_per_dim_ema_continuous_16x1_step{step}.json')
       if step == 4:  # an evaluation of some of the images: another series
         part.write_text(json.dumps(card | dict(value=9.0)))
       card = dict(step=step, value=9.0 / step, metric='fd_classifier', params='ema', num_samples=9)
+      card |= dict(sampler='ddim', network_evaluations=4)
       (workdir / 'cards' / f'fd_classifier_ema_step{step}.json').write_text(json.dumps(card))
     return 0
 

@@ -332,7 +332,9 @@ def fingerprint(tree: Any) -> str:
 
 def _manifest(path: epath.Path) -> dict[str, Any]:
   """Reads the manifest of the checkpoint at `path`."""
-  body = files.read_json(path / 'manifest' / 'metadata')
+  body = json.loads((path / 'manifest' / 'metadata').read_text())
+  if not isinstance(body, dict):
+    raise ValueError('the manifest is no JSON object')
   if body.pop('crc32') != _crc32(body):
     raise ValueError('the manifest differs from its checksum')
   return body
