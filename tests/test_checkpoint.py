@@ -355,7 +355,7 @@ def test_the_broken_one_is_named_and_set_aside(two, tmp_path, caplog):
   for attempt in range(2):
     (directory / '2' / 'manifest' / 'metadata').write_text('')
     manager = checkpoint.manager(tmp_path, 1)
-    with pytest.raises(ValueError, match=r'2: JSONDecodeError'):
+    with pytest.raises(ValueError, match=r'2 is broken .JSONDecodeError'):
       checkpoint.restore(manager, abstract(make_state()), 2)
     caplog.clear()
     with caplog.at_level('WARNING', 'absl'):
