@@ -333,7 +333,8 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   return 0
 
 
-def _main(_):
+def _main(argv):
+  cli.refuse_words(argv)
   logs.set_up_logging()
   cli.in_one_line(run, lambda config: config.base, works_on)
 

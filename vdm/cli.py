@@ -135,9 +135,13 @@ def parse_flags(argv: list[str]) -> list[str]:
   asks_for_help = any(arg.startswith(('--help', '-help')) for arg in argv)
   if _CONFIG.value is None and not asks_for_help:
     sys.exit(f'--config is missing; give a file, or one of {packaged_configs()}.')
-  if rest[1:]:
-    sys.exit(f'{rest[1]!r} is no flag; flags begin with --, as in --config=FILE (see --help).')
   return rest
+
+
+def refuse_words(argv: list[str]):
+  """Exits in one line where `argv`, what is left behind the program's name, holds a word."""
+  if argv[1:]:
+    sys.exit(f'{argv[1]!r} is no flag; flags begin with --, as in --config=FILE (see --help).')
 
 
 def _check_file(arg: str):

@@ -44,8 +44,9 @@ _PLAN_SEARCH = flags.DEFINE_integer(
 )
 
 
-def main(_):
+def main(argv):
   """Dispatches on --mode."""
+  cli.refuse_words(argv)
   logging.getLogger('matplotlib').setLevel(logging.WARNING)  # it says when it looks for fonts
   reads = _MODE.value in ('eval', 'sample', 'release')
   for flag in (_STEP, cli.OUT):
