@@ -63,10 +63,6 @@ RULES = (
       'for 28 x 28 grey images give --config.data.image_shape=28,28,1',
     ),
   ),
-  (
-    'data.image_shape',
-    Rule(lambda shape: len(shape) == 3, 'height, width, channels', 'give three'),
-  ),
   ('optimizer.b1 optimizer.b2', Rule(lambda b: 0 <= b < 1, 'in [0, 1)', 'usual: 0.9, 0.999')),
   ('optimizer.eps', Rule(lambda eps: eps > 0, 'positive', 'usual: 1e-8')),
   ('fid.halves', _at_least(0, 'give 0 for no intervals')),
@@ -112,6 +108,10 @@ def check_config(config: ConfigDict):
     require(
       good, 'config.model.fourier_exponents', exponents, rule, 'usual: (6, 7), or () for none'
     )
+  shape = tuple(config.data.image_shape)
+  good = len(shape) == 3 or (len(shape) > 0 and config.model.name == 'mlp')
+  rule = 'height, width, channels; only the network mlp takes another number of axes'
+  require(good, 'config.data.image_shape', shape, rule, 'give three numbers')
   _check_data(config.data, is_flagged(config.model))
   _check_conditions(config.model.class_conditional, config.data, config.train.label_dropout)
   _check_training(config.train, config.fid.train_every_steps)
@@ -157,7 +157,7 @@ def is_flagged(model: ConfigDict) -> bool:
 def _check_data(data: ConfigDict, flagged: bool):
   shape = tuple(data.image_shape)
   require(
-    not data.rotate or shape[0] == shape[1],
+    not data.rotate or (len(shape) == 3 and shape[0] == shape[1]),
     'config.data.rotate',
     data.rotate,
     f'False for images that are not square, config.data.image_shape={shape}',
