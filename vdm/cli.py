@@ -98,10 +98,10 @@ def in_one_line(
     print(f'another process of the job was lost: {str(error).splitlines()[0]}', file=sys.stderr)
     os._exit(hosts.EXIT_LOST)  # an orderly end would wait for the other
   except (ValueError, FloatingPointError) as error:
-    _exit_if_full(error)
     # What our own code refused is one line; what broke inside a library keeps its traceback.
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
+      _exit_if_full(error)
       raise
     sys.exit(str(error))
   except Exception as error:
