@@ -1,5 +1,6 @@
 """Eight CPU devices, jaxtyping checked, rank promotion an error."""
 
+import collections
 import os
 import pathlib
 import tempfile
@@ -35,6 +36,12 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 CACHE = os.path.join(tempfile.gettempdir(), f'vdm_tests_{jax.__version__}_{os.getuid()}')
 jax.config.update('jax_compilation_cache_dir', CACHE)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
+
+
+def pytest_collection_modifyitems(items):
+  """Takes the files with the most slow tests first: no worker is to end alone."""
+  slow = collections.Counter(item.path for item in items if item.get_closest_marker('slow'))
+  items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture
