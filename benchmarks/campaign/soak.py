@@ -5,7 +5,7 @@
 Every 100 steps the run evaluates, draws samples and scores them by FD-classifier; every 50 it
 saves. Every 3 to 8 minutes it gets SIGTERM, SIGINT, SIGHUP or SIGKILL and is started again.
 DIR/soak.csv has what /proc says of the process every five seconds, DIR/soak.png shows it, and what
-is printed are the slopes over each life, from its second minute on.
+is printed are the slopes over each life, from its fourth minute on.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks.campaign.runs import ROOT, SIGNALS
 from vdm.evaluation import plots
 
-WARM = 60.0  # seconds of a life until all has been compiled
+WARM = 180.0  # seconds of a life until all has been compiled, and run
 
 
 def measure(pid: int) -> tuple[float, int]:
