@@ -112,19 +112,19 @@ def has_namespaces():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_namespaces(), reason='no mounts of its own for this user')
-@pytest.mark.parametrize('kilobytes', [40, 900, 4500])
+@pytest.mark.parametrize('kilobytes', [40, 4500])
 def test_a_full_disk_is_one_line_and_there_is_room_later(kilobytes, tmp_path):
   main = f'{sys.executable} -m vdm.main --config=configs/digits.py:debug --workdir={tmp_path}/m/w'
   (tmp_path / 'm').mkdir()
   script = f'mount -t tmpfs -o size={kilobytes}k none {tmp_path}/m && {main}; status=$?; '
   script += f'cp -r {tmp_path}/m/w {tmp_path}/w; exit $status'
   command = ['unshare', '-rm', 'sh', '-c', script]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
   text = done.stdout + done.stderr
   assert done.returncode == 1 and 'Traceback' not in text, text
   assert 'left, and a checkpoint takes' in text or 'No space left on device' in text
   again = [*main.split()[:-1], f'--workdir={tmp_path}/w']
-  assert subprocess.run(again, cwd=ROOT, capture_output=True, timeout=300).returncode == 0
+  assert subprocess.run(again, cwd=ROOT, capture_output=True, timeout=500).returncode == 0
 
 
 def test_samples_that_are_not_finite_are_not_drawn_as_black_pictures():
