@@ -112,7 +112,7 @@ def has_namespaces():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_namespaces(), reason='no mounts of its own for this user')
-@pytest.mark.parametrize('kilobytes', [40, 4500])
+@pytest.mark.parametrize('kilobytes', [40, 3200])
 def test_a_full_disk_is_one_line_and_there_is_room_later(kilobytes, tmp_path):
   main = f'{sys.executable} -m vdm.main --config=configs/digits.py:debug --workdir={tmp_path}/m/w'
   (tmp_path / 'm').mkdir()
