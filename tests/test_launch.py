@@ -109,7 +109,9 @@ def test_a_signal_to_restart_goes_to_the_command_and_ends_both(number, tmp_path)
     'time.sleep(60)\n'
   )
   command = ['bash', str(LAUNCH / 'restart.sh'), sys.executable, '-c', code]
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+  # bash traps nothing that is ignored where it starts, as in the background of a script
+  heard = lambda: signal.signal(number, signal.SIG_DFL)
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
   while process.stdout.readline() != 'ready\n':
     pass
   process.send_signal(number)
