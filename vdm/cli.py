@@ -1,4 +1,4 @@
-"""What all commands share: flags, one-line errors, exit status."""
+"""Holds what all commands share: flags, one-line errors, exit status."""
 
 import functools
 import os

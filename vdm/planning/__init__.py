@@ -1,3 +1,3 @@
-"""What a run costs on devices that need not be here."""
+"""Plans say what a run costs on devices that need not be here."""
 
 ORDER = ('chips', 'flops', 'hlo', 'costs', 'table', 'plan', '__init__')

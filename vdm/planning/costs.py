@@ -1,4 +1,4 @@
-"""What a jitted step costs on a slice of TPUs, a node of GPUs or the devices at hand.
+"""Counts what a jitted step costs on a slice of TPUs, a node of GPUs or the devices at hand.
 
 For TPUs it is compiled with XLA's TPU compiler, which needs no TPU. For others nothing is compiled:
 FLOPs are counted all the same, memory and traffic are estimated.

@@ -1,4 +1,4 @@
-"""What a program costs: FLOPs of a jaxpr; traffic and collectives of a compiled program's text.
+"""Counts what a program costs: FLOPs of a jaxpr; traffic and collectives of a compiled program.
 
 XLA's own cost analysis counts the body of a loop once. Both counts here multiply it by its length.
 """

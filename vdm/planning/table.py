@@ -1,4 +1,4 @@
-"""What a plan prints: a column per step, and how its numbers came about."""
+"""Makes what a plan prints: a column per step, and how its numbers came about."""
 
 import statistics
 

@@ -146,12 +146,11 @@ class Stop:
 
 
 def _is_one_of_several() -> bool:
-  jax = sys.modules.get('jax')  # before it is imported there is no job
-  return bool(jax) and hasattr(jax, 'distributed') and _joined(jax)
-
-
-def _joined(jax) -> bool:
-  return jax.distributed.is_initialized() and jax.process_count() > 1
+  """Returns whether JAX has joined this process to others; while it is imported, it has not."""
+  distributed = getattr(sys.modules.get('jax'), 'distributed', None)
+  if distributed is None or not distributed.is_initialized():
+    return False
+  return sys.modules['jax'].process_count() > 1
 
 
 def _say(text: str):
