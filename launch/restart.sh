@@ -15,10 +15,10 @@ if [[ $dry_run ]]; then
   run "$@"
   exit
 fi
-stopped='' child=''
+stopped='' signalled='' child=''
 # shellcheck disable=SC2329  # the traps call it
 pass_on() {
-  stopped=true
+  stopped=true signalled=true
   [[ ! $child ]] || kill -TERM "$child" 2>/dev/null
 }
 trap pass_on TERM HUP INT
@@ -26,11 +26,11 @@ while true; do
   quoted "$@"
   "$@" &
   child=$!
-  wait "$child"
-  status=$?
-  while kill -0 "$child" 2>/dev/null; do # a signal ended the wait, not the command
+  while true; do # a signal ends the wait, not the command; its status waits for the next one
+    signalled=''
     wait "$child"
     status=$?
+    [[ $signalled ]] || break
   done
   if [[ $stopped ]] || ((status != 75)); then exit "$status"; fi
   echo 'status 75: saved, starting again'
