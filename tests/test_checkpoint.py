@@ -21,7 +21,7 @@ from vdm.configs import default
 from configs.default import get_config
 from vdm import build
 from vdm.system import parallel
-from vdm.workdir import checkpoint, config_file
+from vdm.workdir import checkpoint, config_file, integrity
 
 
 @flax.struct.dataclass
@@ -257,7 +257,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tree, bad, tmp_path):
     'averages': {'ema': {'kernel': jnp.zeros(7)}, 'std_0.05': {'kernel': jnp.zeros(7)}},
     'opt_state': (jnp.int32(1), jnp.zeros((2, 2))),
   }
-  assert checkpoint.not_finite(state) == []
+  assert integrity.not_finite(state) == []
   paths = {'params': ('params', 'kernel'), 'opt_state': ('opt_state', 1)}
   *way, last = paths.get(tree, ('averages', tree.removeprefix('averages.'), 'kernel'))
   node = state
@@ -276,7 +276,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tree, bad, tmp_path):
 
 def test_one_that_was_saved_all_the_same_is_passed_over(tmp_path, monkeypatch):
   good = {'params': jnp.ones(3)}
-  monkeypatch.setattr(checkpoint, 'require_finite', lambda *_: None)
+  monkeypatch.setattr(integrity, 'require_finite', lambda *_: None)
   save_all(tmp_path, {1: (good, None), 2: ({'params': good['params'] * jnp.nan}, None)})
   manager = checkpoint.manager(tmp_path, 9)
   assert checkpoint.restore(manager, abstract(good))[1] == 1
@@ -291,6 +291,15 @@ def test_scores_may_come_later(tmp_path):
   checkpoint.score(manager, 2, {'bits_per_dim': 4.0})
   assert checkpoint.is_scored(manager, 2) and checkpoint.best_step(manager) == 2
   assert same(checkpoint.restore(manager, abstract(state), 2)[0], state)
+
+
+def test_a_score_that_is_not_finite_is_a_score_and_never_the_best(tmp_path):
+  state = make_state()
+  save_all(tmp_path, {1: (state, 5.0), 2: (state, np.nan), 3: (state, None)})
+  manager = checkpoint.manager(tmp_path, 9)
+  assert [checkpoint.is_scored(manager, step) for step in (1, 2, 3)] == [True, True, False]
+  checkpoint.score(manager, 3, {'bits_per_dim': np.inf})
+  assert checkpoint.is_scored(manager, 3) and checkpoint.best_step(manager) == 1
 
 
 # What is broken.
@@ -406,11 +415,11 @@ def test_checksum_sees_every_bit_and_rows_that_move():
   tables = [x]
   tables += [x.at[i, 1].set(1 << bit) for i in range(4) for bit in (2, 7, 31)]
   tables += [x.astype(jnp.bfloat16).at[2, 3].set(-0.0), jnp.array(True), jnp.float32(-1)]
-  sums = checkpoint._checksums(tables)
+  sums = integrity.checksums(tables)
   assert len(set(sums)) == len(tables) and not sums[0]
-  assert checkpoint._checksums([jnp.zeros((0, 3)), jnp.array(False)]) == [0, 0]
+  assert integrity.checksums([jnp.zeros((0, 3)), jnp.array(False)]) == [0, 0]
   rows = jnp.arange(8.0).reshape(4, 2)
-  assert checkpoint._checksums(rows) != checkpoint._checksums(rows[::-1])
+  assert integrity.checksums(rows) != integrity.checksums(rows[::-1])
 
 
 def start(program, *args, **env):

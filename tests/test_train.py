@@ -279,6 +279,31 @@ def test_what_is_not_finite_is_never_saved_and_the_same_command_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('interrupted', [False, True])
+def test_an_evaluation_that_fails_stops_the_run_once(interrupted, straight, tmp_path, monkeypatch):
+  """At its step, or when it is made up for; the same command then goes on."""
+  original, steps = evaluate.evaluate, []
+
+  def fails(state, *args):
+    steps.append(int(state.step))
+    if interrupted and len(steps) == 1:
+      raise stopping.Stopped
+    if steps[-1] == 2:
+      raise FloatingPointError('the bound of step 2 is nan')
+    return original(state, *args)
+
+  config = config_of(train__eval_every_steps=2, checkpoint__every_steps=1)
+  monkeypatch.setattr(evaluate, 'evaluate', fails)
+  if interrupted:
+    assert loop.train(config, tmp_path) == stopping.EXIT_PREEMPTED
+  with pytest.raises(FloatingPointError, match='the bound of step 2 is nan'):
+    loop.train(config, tmp_path)
+  assert loop.train(config, tmp_path) == 0
+  assert steps == [2, 2, 4][not interrupted :]
+  assert_equal_bit_for_bit(final_state(config, tmp_path), final_state(config_of(), straight))
+
+
+@pytest.mark.slow
 def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(straight, tmp_path, caplog):
   config = config_of()
   assert loop.train(config, tmp_path) == 0

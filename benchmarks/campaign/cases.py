@@ -26,7 +26,7 @@ from vdm.fid import images, references, weights
 from vdm.sampling.folder import read_shards
 from vdm.system import files
 from vdm.training import loop
-from vdm.workdir import config_file
+from vdm.workdir import config_file, integrity
 from vdm.workdir.load import read_run
 
 
@@ -116,9 +116,7 @@ def corruption(rng: random.Random, base: pathlib.Path) -> str:
   if not no:
     manifest = straight / 'checkpoints' / str(int(run.state.step)) / 'manifest' / 'metadata'
     saved = json.loads(manifest.read_text())['leaves']
-    from vdm.workdir import checkpoint
-
-    if [leaf[-1] for leaf in saved.values()] != checkpoint._checksums(run.state):
+    if [leaf[-1] for leaf in saved.values()] != integrity.checksums(run.state):
       raise Broken(f'wrong: another state was restored after {said}')
   return ('refused: ' if no else 'restored: ') + ', '.join(said)
 

@@ -21,7 +21,7 @@ from vdm.sampling.folder import check_format, open_samples, read_shards, write_s
 from vdm.sampling.labels import drawn_classes, embeddings_of, labels_of
 from vdm.sampling.picture import image_grid, save_png
 from vdm.system import files
-from vdm.workdir import checkpoint, config_file
+from vdm.workdir import config_file, integrity
 from vdm.workdir.load import Run
 
 LOG_EVERY_SECONDS = 10.0
@@ -43,7 +43,7 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
   draw, number = make_draw(model, of.mesh, settings, labels, guidance), int(of.state.step)
   made_of = {
     'step': number,
-    'fingerprint': checkpoint.fingerprint((params, guidance[1])),  # of the guide's, too
+    'fingerprint': integrity.fingerprint((params, guidance[1])),  # of the guide's, too
     'dtype': model.dtype,
   }
   manifest = manifest_of(settings, data_settings, conditional) | made_of

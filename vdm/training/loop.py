@@ -1,6 +1,7 @@
 """The loop around the train step: data, evaluation, checkpoints, signals."""
 
 import contextlib
+import math
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -17,7 +18,9 @@ from vdm.system import files, parallel, profile, runners, writers
 from vdm.system.stopping import EXIT_PREEMPTED, Stop, Stopped, stop
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
-from vdm.workdir import checkpoint, config_file, lock, posthoc_ema
+from vdm.workdir import checkpoint, config_file, integrity, lock, posthoc_ema
+
+NOT_FINITE = {'bits_per_dim': math.nan}  # the score of an evaluation that failed
 
 
 class Due(NamedTuple):
@@ -114,7 +117,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
       job = Job(workdir, runner, evaluations, manager, snapshots, writer, meter, every, stop)
       batches = train_batches(source, settings.batch_size, config.seed, start)
       if owed:
-        checkpoint.score(manager, start, _evaluate(job, runner.get_state(state)))
+        _make_up(job, start, runner.get_state(state))
       if _take_steps(job, state, batches, start, num_steps):
         return EXIT_PREEMPTED
   at = '' if start < num_steps else f', at step {start}'
@@ -161,7 +164,7 @@ def _say_stopped(job: Job, step: int):
 
 def _evaluate_and_save(job: Job, step: int, state: TrainState, now: Due):
   """Evaluates and saves, as is due; whatever ends an evaluation, the state is saved."""
-  checkpoint.require_finite(state, step)
+  integrity.require_finite(state, step)
   if now.snapshot and job.snapshots:
     # one save after the other: Orbax mixes up the processes' barriers of two at once
     job.manager.wait_until_finished()
@@ -172,11 +175,22 @@ def _evaluate_and_save(job: Job, step: int, state: TrainState, now: Due):
     if now.evaluation:
       with job.stop.raising():
         scores = _evaluate(job, state)
-  except BaseException:
-    checkpoint.save(job.manager, step, state)
+  except BaseException as error:
+    failed = isinstance(error, FloatingPointError)
+    checkpoint.save(job.manager, step, state, NOT_FINITE if failed else None)
     raise
   if now.save:
     checkpoint.save(job.manager, step, state, scores)
+
+
+def _make_up(job: Job, step: int, state: TrainState):
+  """Evaluates a state that was saved before its evaluation ended; a failure is met only once."""
+  try:
+    scores = _evaluate(job, state)
+  except FloatingPointError:
+    checkpoint.score(job.manager, step, NOT_FINITE)
+    raise
+  checkpoint.score(job.manager, step, scores)
 
 
 def _evaluate(job: Job, state: TrainState) -> dict[str, float]:

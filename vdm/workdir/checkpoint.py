@@ -29,6 +29,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from vdm.system import files
+from vdm.workdir import integrity
 from vdm.workdir.layouts import as_written, named
 
 CheckpointManager = ocp.CheckpointManager
@@ -75,7 +76,8 @@ def save(
     manager: opened for writing.
     step: the training steps done.
     state: a pytree of arrays, the same on every process.
-    metrics: of this very state; 'bits_per_dim' decides which checkpoint is the best.
+    metrics: of this very state, if it was evaluated; 'bits_per_dim' decides which checkpoint is
+      the best, and one that is not finite, of an evaluation that failed, is kept as null.
 
   Raises:
     FloatingPointError: the state is not finite.
@@ -83,22 +85,21 @@ def save(
   """
   if step in manager.all_steps():
     return False
-  require_finite(state, step)
+  integrity.require_finite(state, step)
   files.require_space(manager.directory, size_of(state), 'checkpoints')
-  metrics = {name: float(value) for name, value in (metrics or {}).items()}
-  metrics = {name: value for name, value in metrics.items() if math.isfinite(value)}  # for JSON
+  found = _plain(metrics or {})
   leaves = {
     name: [*_signature(leaf), checksum]
-    for (name, leaf), checksum in zip(named(state).items(), _checksums(state), strict=True)
+    for (name, leaf), checksum in zip(named(state).items(), integrity.checksums(state), strict=True)
   }
-  body = {'metrics': metrics, 'leaves': leaves}
+  body = {'metrics': found, 'leaves': leaves}
   return manager.save(
     step,
     args=ocp.args.Composite(
       state=ocp.args.StandardSave(state),
       manifest=ocp.args.JsonSave(body | {'crc32': _crc32(body)}),
     ),
-    metrics=metrics,
+    metrics=found,
     force=True,  # at any step: the caller's loop knows when
   )
 
@@ -109,45 +110,16 @@ def size_of(state: Any) -> float:
   return 1.1 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) + 2e6
 
 
-def require_finite(state: Any, step: int):
-  """Refuses a state that holds values that are not finite; what it asks for is a scalar per tree.
-
-  Raises:
-    FloatingPointError: the message names the trees, such as 'params' or 'averages.ema'.
-  """
-  bad = not_finite(state)
-  if bad:
-    raise FloatingPointError(f'step {step}: {" and ".join(bad)} not finite')
-
-
-def not_finite(state: Any) -> list[str]:
-  """Returns the names of the trees of a state that hold values that are not finite."""
-  finite = jax.device_get(_finite(state))
-  return [name for name, good in finite.items() if not good]
-
-
-@jax.jit
-def _finite(state: Any) -> dict[str, jax.Array]:
-  """Returns whether all values of each tree are finite: of a state's fields, or of a dict's."""
-  trees: dict[str, list] = {}
-  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-    if jnp.issubdtype(leaf.dtype, jnp.inexact):
-      names = [jax.tree_util.keystr((part,), simple=True) for part in path[:2]]
-      tree = '.'.join(names if names[0] == 'averages' else names[:1])
-      trees.setdefault(tree, []).append(jnp.isfinite(leaf).all())
-  return {name: jnp.stack(parts).all() for name, parts in trees.items()}
-
-
 def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
-  """Returns whether the checkpoint of `step` has the metric by which the best is chosen."""
-  return math.isfinite(_bits_per_dim(manager.directory, step))
+  """Returns whether the state of `step` was evaluated, to a finite end or not."""
+  return 'bits_per_dim' in _metrics(manager.directory, step)
 
 
 def score(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]):
   """Gives the checkpoint of `step` its metrics, which were measured after it was saved."""
   if jax.process_index() == 0:
     path = manager.directory / str(step)
-    body = _manifest(path) | {'metrics': dict(metrics)}
+    body = _manifest(path) | {'metrics': _plain(metrics)}
     files.write(path / 'manifest' / 'metadata', json.dumps(body | {'crc32': _crc32(body)}))
 
 
@@ -229,10 +201,10 @@ def _read(path: epath.Path, abstract_state: Any) -> tuple[Any, str]:
   )
   if cause:
     return None, cause
-  for name, checksum in zip(named(state), _checksums(state), strict=True):
+  for name, checksum in zip(named(state), integrity.checksums(state), strict=True):
     if manifest['leaves'][name][-1] != checksum:
       return None, f'{name} differs from its checksum'
-  if bad := not_finite(state):
+  if bad := integrity.not_finite(state):
     return None, f'{" and ".join(bad)} not finite'
   return convert(state), ''
 
@@ -304,32 +276,6 @@ def _signature(leaf: Any) -> list:
   return [list(leaf.shape), jnp.dtype(leaf.dtype).name]
 
 
-def _checksums(tree: Any) -> list[int]:
-  """Returns one checksum per leaf, the same on every process and for any sharding.
-
-  It is the sum mod 2**64 of each element's bits times its row number: integers, so that shards add
-  up in any order, and exactly. It is computed on the host, because a kernel per shape would take
-  seconds to compile.
-  """
-  leaves = jax.tree.leaves(tree)
-  sums = np.zeros(len(leaves), np.uint64)
-  for i, leaf in enumerate(leaves):
-    for shard in leaf.addressable_shards:
-      if shard.replica_id == 0:
-        bits = np.asarray(shard.data).view(f'u{leaf.dtype.itemsize}')
-        rows = np.atleast_1d(bits.sum(axis=tuple(range(1, bits.ndim)), dtype=np.uint64))
-        first = (shard.index[0].start or 0) if leaf.ndim else 0
-        sums[i] += rows @ np.arange(first + 1, first + 1 + len(rows), dtype=np.uint64)
-  # As uint32: JAX would cut uint64 down to that.
-  every = multihost_utils.process_allgather(sums.view(np.uint32)).view(np.uint64)
-  return every.reshape(-1, len(leaves)).sum(axis=0, dtype=np.uint64).tolist()
-
-
-def fingerprint(tree: Any) -> str:
-  """Returns eight hexadecimal digits of arrays, the same on every process and for any sharding."""
-  return f'{zlib.crc32(json.dumps(_checksums(tree)).encode()):08x}'
-
-
 def _manifest(path: epath.Path) -> dict[str, Any]:
   """Reads the manifest of the checkpoint at `path`."""
   body = json.loads((path / 'manifest' / 'metadata').read_text())
@@ -344,14 +290,27 @@ def _crc32(body: dict[str, Any]) -> int:
   return zlib.crc32(json.dumps(body, sort_keys=True).encode())
 
 
+def _plain(metrics: Mapping[str, float]) -> dict[str, float | None]:
+  """Returns metrics as JSON has them, which has no number that is not finite."""
+  values = {name: float(value) for name, value in metrics.items()}
+  return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def _metrics(directory: epath.Path, step: int) -> Mapping[str, float | None]:
+  """Returns the metrics of a checkpoint; none if its manifest is broken."""
+  try:
+    return _manifest(directory / str(step))['metrics']
+  except (OSError, ValueError, KeyError):
+    return {}
+
+
 def _bits_per_dim(directory: epath.Path, step: int, metrics: Mapping | None = None) -> float:
-  """Returns bits_per_dim of a checkpoint; inf if it was saved without, or has a broken manifest."""
-  if not metrics:  # Orbax hands over those of saves by this process only
-    try:
-      metrics = _manifest(directory / str(step))['metrics']
-    except (OSError, ValueError, KeyError):
-      metrics = {}
-  return metrics.get('bits_per_dim', math.inf)
+  """Returns bits_per_dim of a checkpoint; inf without a finite one.
+
+  Orbax hands over the metrics of saves by this process only.
+  """
+  value = (metrics or _metrics(directory, step)).get('bits_per_dim')
+  return math.inf if value is None else value
 
 
 def _best(bpds: dict[int, float]) -> int | None:
