@@ -5,6 +5,7 @@ ORDER = (
   'config_file',
   'lock',
   'layouts',
+  'integrity',
   'checkpoint',
   'load',
   'release',
