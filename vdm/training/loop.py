@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from vdm import build, cards, data
 from vdm.build.state import TrainState
 from vdm.evaluation import evaluate
-from vdm.system import files, parallel, profile, runners, writers
+from vdm.system import files, hosts, parallel, profile, runners, writers
 from vdm.system.stopping import EXIT_PREEMPTED, Stop, Stopped, stop
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
@@ -203,6 +203,7 @@ def _evaluate(job: Job, state: TrainState) -> dict[str, float]:
   if result.pictures:  # on the first process
     shown = {name: picture[None] for name, picture in result.pictures.items()}
     job.writer.write_images(step, shown)
+  hosts.give_back_memory()
   return {'bits_per_dim': [*result.bounds.values()][-1].value}  # of the last of config.eval.params
 
 
