@@ -59,6 +59,28 @@ def test_inside_an_evaluation_it_is_raised_and_noted():
       raise AssertionError('entered')
 
 
+def importing(tmp_path, before, after=''):
+  """Runs a program that gets SIGTERM while it imports a module."""
+  (tmp_path / 'told.py').write_text('import signal\nsignal.raise_signal(signal.SIGTERM)\n')
+  code = (
+    f'import sys\nfrom vdm.system.stopping import stop\nsys.path.insert(0, {str(tmp_path)!r})\n'
+  )
+  code += f'{before}\ntry:\n  import told\nexcept BaseException:\n  print("raised")\n{after}\n'
+  return subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+
+
+def test_nothing_is_raised_through_an_import_which_cpp_modules_do_not_survive(tmp_path):
+  run = importing(tmp_path, 'stop.listen()')
+  assert (run.returncode, run.stdout) == (75, '')
+  assert run.stderr == 'SIGTERM: stopped; the same command goes on.\n'
+
+
+def test_in_an_evaluation_an_import_ends_and_the_state_is_saved(tmp_path):
+  inside = 'stop.listen()\nstop.defer()\ninside = stop.raising()\ninside.__enter__()'
+  run = importing(tmp_path, inside, 'print("goes on", stop.agreed())')
+  assert (run.returncode, run.stdout) == (0, 'goes on True\n')
+
+
 def test_after_the_end_nothing_is_raised():
   with stopping.Stop().listening() as stop:
     stop.close()

@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 
 EXIT_PREEMPTED = 75  # not done, and nothing lost: run the same command again
@@ -39,6 +40,7 @@ class Stop:
   def _reset(self):
     self.name = ''  # of the first signal
     self._deferred = False
+    self._saves = False  # whether what is raised is caught, to save
     self._interrupted = 0.0  # the time of the first Ctrl-C
     self._calls = 0
 
@@ -84,13 +86,13 @@ class Stop:
     if _is_one_of_several():
       yield
       return
-    deferred, self._deferred = self._deferred, False
+    deferred, self._deferred, self._saves = self._deferred, False, True
     try:
       if self.name:
         raise Stopped(EXIT_PREEMPTED)
       yield
     finally:
-      self._deferred = deferred
+      self._deferred, self._saves = deferred, False
 
   def agreed(self) -> bool:
     """Returns whether to stop here; to be called as often on every process, and as often true."""
@@ -122,7 +124,7 @@ class Stop:
     elif self._owns_process and not self._deferred:
       os._exit(EXIT_PREEMPTED)
 
-  def _note(self, number, _):
+  def _note(self, number, frame):
     name, now = signal.Signals(number).name, time.monotonic()
     if number == signal.SIGINT:
       if self._interrupted and now - self._interrupted > PATIENCE:
@@ -135,14 +137,25 @@ class Stop:
     if self.name:
       return
     self.name = name
-    if self._deferred:
+    importing = _is_importing(frame)  # C++ modules abort the process where their import raises
+    if self._deferred or (importing and self._saves):
       _say(f'{name}: to be saved after this step.')
       return
     _say(f'{name}: stopped; the same command goes on.')
-    if _is_one_of_several():  # where leaving would wait for the others
+    # or where leaving would wait for the others
+    if (importing and self._owns_process) or _is_one_of_several():
       os._exit(EXIT_PREEMPTED)
     self._ignore()
     raise Stopped(EXIT_PREEMPTED)
+
+
+def _is_importing(frame: types.FrameType | None) -> bool:
+  """Returns whether the frame is part of an import."""
+  while frame is not None:
+    if frame.f_globals.get('__name__') == 'importlib._bootstrap':
+      return True
+    frame = frame.f_back
+  return False
 
 
 def _is_one_of_several() -> bool:
