@@ -12,7 +12,6 @@ from scipy.stats import multivariate_normal
 
 from vdm.data import gaussian_field
 from vdm.data.gaussian_field import GaussianField
-from vdm.diffusion import gaussian
 
 FIELDS = {
   '1d': GaussianField((12,), -2.0, 1.5, 0.3, blur=0.7, noise_std=0.4, subsample=3),
