@@ -7,6 +7,7 @@ ORDER = (
   'distances',
   'fields',
   'plots',
+  'field_plots',
   'pictures',
   'evaluate',
   '__init__',
