@@ -17,6 +17,7 @@ ORDER = (
   'pictures',
   'identity',
   'digits',
+  'gaussian_field',
   'tfds',
   'batches',
   'augment',

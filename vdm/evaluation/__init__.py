@@ -1,3 +1,14 @@
 """What is measured and shown of a model."""
 
-ORDER = ('study', 'bound', 'ode', 'distances', 'plots', 'pictures', 'evaluate', '__init__')
+ORDER = (
+  'study',
+  'bound',
+  'ode',
+  'distances',
+  'fields',
+  'plots',
+  'field_plots',
+  'pictures',
+  'evaluate',
+  '__init__',
+)
