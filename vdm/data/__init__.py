@@ -22,6 +22,8 @@ ORDER = (
   'kept',
   'decoded',
   'folder',
+  'columns',
+  'arrays',
   'batches',
   'augment',
   'load',
