@@ -24,6 +24,7 @@ ORDER = (
   'folder',
   'columns',
   'arrays',
+  'huggingface',
   'batches',
   'augment',
   'load',
