@@ -233,7 +233,7 @@ def test_embedding_conditions():
     ),
     ({'channel_multipliers': ()}, (8, 8, 1), r'channel_multipliers=\(\) must be positive'),
     ({'width': 31}, (8, 8, 1), r'config\.model\.width=31 must be even'),
-    ({}, (64, 64), r'adm_unet takes images \[B, H, W, C\]'),
+    ({}, (64,), r'adm_unet takes \[B, \*space, C\] with one to three axes'),
   ],
 )
 def test_errors_name_the_field(fields, shape, message):

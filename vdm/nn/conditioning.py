@@ -7,7 +7,7 @@ from flax import linen as nn
 
 
 class ScaleShift(nn.Module):
-  """Maps x [B, H, W, C], cond [B, D] to x (1 + scale) + shift, both projections [B, C] of cond."""
+  """Maps x [B, *space, C], cond [B, D] to x (1 + scale) + shift, both projections of cond."""
 
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
@@ -15,7 +15,8 @@ class ScaleShift(nn.Module):
   @nn.compact
   def __call__(self, x, cond):
     dense = nn.Dense(2 * x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name='dense')
-    scale, shift = jnp.split(dense(cond)[:, None, None, :], 2, axis=-1)
+    both = jnp.expand_dims(dense(cond), range(1, x.ndim - 1))
+    scale, shift = jnp.split(both, 2, axis=-1)
     return x * (1 + scale) + shift
 
 
