@@ -406,6 +406,8 @@ def test_inputs_that_the_network_has_no_use_for_are_refused():
   t = jnp.zeros(1)
   with pytest.raises(ValueError, match='class_conditional'):
     Conditioning(8).init(jax.random.key(0), t, jnp.zeros(1, jnp.int32))
+  with pytest.raises(ValueError, match='embedding_size=0'):
+    Conditioning(8).init(jax.random.key(0), t, vector=jnp.zeros((1, 2)))
   with pytest.raises(ValueError, match='augmentation_flag'):
     Conditioning(8).init(jax.random.key(0), t, flag=t)
   with pytest.raises(ValueError, match=r'vdm_unet takes \[B, \*space, C\]'):

@@ -78,7 +78,7 @@ class ADMUNet(nn.Module):
     fit_size: appends zeros to spatial axes that the levels do not divide, and cuts what they become
       off the output; axes that are padded with zeros only.
     num_classes: 0 for a network without labels.
-    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    embedding_size: E, for vectors [B, E]; see `Conditioning`. 0: the network takes none.
     dtype: of activations. Parameters and output are float32.
     augmentation_flag: appends a flag, 1 for an augmented image, to the noise level's embedding.
     residual: adds z to the output, as in `VDMUNet`.
@@ -102,7 +102,7 @@ class ADMUNet(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, z, t, label=None, flag=None, *, train):
+  def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     levels = len(self.channel_multipliers)
@@ -137,9 +137,9 @@ class ADMUNet(nn.Module):
       self.augmentation_flag,
       self.embedding_size,
       name='conditioning',
-    )(t, label, flag)
+    )(t, label, vector, flag)
     channels = [self.width * multiplier for multiplier in self.channel_multipliers]
-    h = layers.fit(z, divisor)
+    h = layers.fit(layers.append_field(z, field), divisor)
     attention = [h.shape[1] >> level in self.attention_resolutions for level in range(levels)]
 
     conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)

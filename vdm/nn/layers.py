@@ -270,3 +270,19 @@ def fit(x, divisor):
 def crop(x, sizes):
   """Undoes `fit`: returns the first so many positions along each axis of space."""
   return x[:, *(slice(n) for n in sizes)] if x.shape[1:-1] != sizes else x
+
+
+def append_field(x, field):
+  """Appends a field [B, *coarse, F] to the channels of x [B, *space, C]; None: there is none.
+
+  A field may be coarser than x by a whole factor along each axis; its positions are then repeated.
+  """
+  if field is None:
+    return x
+  sizes, coarse = x.shape[1:-1], field.shape[1:-1]
+  good = len(coarse) == len(sizes) and len(field) == len(x)
+  good = good and all(m and n % m == 0 for n, m in zip(sizes, coarse, strict=True))
+  rule = f'[{len(x)}, *space, C] with space {sizes}, or whole fractions of it, like z'
+  require(good, 'field', field.shape, rule, 'average or repeat the field')
+  times = [n // m for n, m in zip(sizes, coarse, strict=True)]
+  return jnp.concatenate([x, repeat(jnp.asarray(field, x.dtype), times)], axis=-1)

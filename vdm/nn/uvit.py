@@ -79,7 +79,7 @@ class UViT(nn.Module):
     padding: as in `VDMUNet`.
     fit_size: as in `ADMUNet`.
     num_classes: 0 for a network without labels.
-    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    embedding_size: E, for vectors [B, E]; see `Conditioning`. 0: the network takes none.
     dtype: of activations. Parameters and output are float32.
     augmentation_flag: appends a flag, 1 for an augmented image, to the noise level's embedding.
     residual: adds z to the output, as in `VDMUNet`.
@@ -109,7 +109,7 @@ class UViT(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, z, t, label=None, flag=None, *, train):
+  def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     common = (self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
     layers.check_fields(*common, width_field='conditioning_width')
@@ -153,8 +153,8 @@ class UViT(nn.Module):
       self.augmentation_flag,
       self.embedding_size,
       name='conditioning',
-    )(t, label, flag)
-    h = layers.fit(jnp.asarray(z, jnp.float32), divisor)
+    )(t, label, vector, flag)
+    h = layers.fit(layers.append_field(jnp.asarray(z, jnp.float32), field), divisor)
     h = layers.space_to_depth(h, self.patch_size)
     h = conv(self.widths[0], name='conv_in')(h)
 

@@ -75,7 +75,7 @@ class VDMUNet(nn.Module):
     padding: 'zero', or 'periodic' where both ends of space are neighbours; or one for each axis, as
       in 'zero,periodic'.
     num_classes: 0 for a network without labels.
-    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    embedding_size: E, for vectors [B, E]; see `Conditioning`. 0: the network takes none.
     dtype: of activations. Parameters and output are float32.
     augmentation_flag: one more scalar conditioning input, `flag`, 1 where the image was augmented.
       The published checkpoints all have it.
@@ -103,13 +103,16 @@ class VDMUNet(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, z, t, label=None, flag=None, *, train):
+  def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network.
 
     Args:
       z: [B, *space, C] float32, the noisy examples.
       t: [B] float32, the noise level (log_snr_max - log_snr) / (log_snr_max - log_snr_min).
       label: [B] int32; -1 or `num_classes`: no label. None: no labels at all.
+      vector: [B, E] float32, with `embedding_size` only; zeros: no vector. None: none at all.
+      field: [B, *coarse, F] float32, appended to what the first convolution reads, after it was
+        repeated to the shape of z if it is coarser by whole factors. None: there is none.
       flag: [B], with `augmentation_flag` only; None: zeros.
       train: whether dropout is on; it draws from the rng stream 'dropout'.
 
@@ -138,9 +141,9 @@ class VDMUNet(nn.Module):
       self.augmentation_flag,
       self.embedding_size,
       name='conditioning',
-    )(t, label, flag)
+    )(t, label, vector, flag)
     conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
-    h = layers.fourier_features(z, self.fourier_exponents)
+    h = layers.append_field(layers.fourier_features(z, self.fourier_exponents), field)
     h = conv(self.width, name='conv_in')(h)
 
     chain = functools.partial(blocks.chain, block, scan=self.scan_blocks, remat=self.remat)
