@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from vdm.configs import default
 
+from vdm import build
 from vdm.nn import blocks, convolution, layers
 from vdm.nn.adm_unet import ADMUNet
 from vdm.nn.conditioning import Conditioning
@@ -330,3 +332,35 @@ def test_fields_that_do_not_fit_are_refused(name, shape):
   message = rf'field=\({found}\) must be \[2, \*space, C\] with space \(8, 8\), or whole fractions'
   with pytest.raises(ValueError, match=message):
     shapes_of(SMALL[name], jnp.zeros((2, 8, 8, 2)), jnp.zeros(2), field=jnp.zeros(shape))
+
+
+def config_of(shape, **data):
+  config = default.get_config('debug')
+  with config.unlocked():
+    config.data.update(image_shape=shape, **data)
+  return config
+
+
+@pytest.mark.parametrize('shape', [(6, 2), (6, 4, 2), (4, 2, 3, 1)])
+def test_a_config_may_have_one_two_or_three_axes(shape):
+  model = build.model(config_of(shape))
+
+  def predict(key):
+    return model.denoiser(model.init(key))(jnp.zeros((2, *shape)), jnp.zeros(2))
+
+  assert jax.eval_shape(predict, jax.random.key(0)).x.shape == (2, *shape)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'data', 'message'),
+  [
+    ((8,), {}, r'image_shape=\(8,\) must be one to three spatial sizes, then channels; .* to four'),
+    ((2, 2, 2, 2, 1), {}, r'image_shape=\(2, 2, 2, 2, 1\) must be one to three spatial sizes'),
+    ((8, 1), {'flip': True}, r'data\.flip=True must be False for examples that are not images, .*'),
+    ((4, 4, 4, 1), {'flip': True}, r'data\.flip=True must be False .*=\(4, 4, 4, 1\); only height'),
+    ((4, 4, 4, 1), {'rotate': True}, r'data\.rotate=True must be False for images .* not square'),
+  ],
+)
+def test_a_config_of_other_axes_is_refused(shape, data, message):
+  with pytest.raises(ValueError, match=message):
+    build.model(config_of(shape, **data))
