@@ -9,7 +9,7 @@ step, so that a drift of the machine's speed cancels in the shares:
 
   decoder       the reconstruction term: value, and gradient with respect to its end point
   random_bits   all random numbers of the step: times, noise, flips and the masks of dropout
-  convolutions  every 3x3 convolution of the network, forward and backward
+  convolutions  every convolution of width 3 of the network, forward and backward
   rest          the step less these: attention, norms, optimizer, average, communication, ...
 
 Parts alone are fused and overlapped otherwise than in the step, so the shares are estimates. XLA
@@ -22,6 +22,7 @@ TF32 whatever `matmul_precision` is.
 
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -61,7 +62,7 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
 
   def note(call, args, kwargs, context):
     module = context.module
-    if context.method_name == '__call__' and isinstance(module, convolution.Conv3x3):
+    if context.method_name == '__call__' and isinstance(module, convolution.Conv3):
       convs.append((module.features, jax.ShapeDtypeStruct(args[0].shape, module.dtype)))
     elif context.method_name == '__call__' and isinstance(module, layers.Dropout):
       dropouts.append((module.rate, jax.ShapeDtypeStruct(args[0].shape, args[0].dtype)))
@@ -78,12 +79,12 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
 
 
 def conv_flops(features: int, x: jax.ShapeDtypeStruct) -> int:
-  """FLOPs of a 3x3 convolution of x [B, H, W, I], once forward and twice backward.
+  """FLOPs of a convolution of x [B, *space, I] of width 3, once forward and twice backward.
 
   The products with the zeros of the padding are left out, as XLA does.
   """
-  batch, height, width, channels = x.shape
-  return 3 * 2 * batch * (3 * height - 2) * (3 * width - 2) * channels * features
+  batch, *sizes, channels = x.shape
+  return 3 * 2 * batch * math.prod(3 * n - 2 for n in sizes) * channels * features
 
 
 def random_batch(config: ConfigDict) -> dict[str, np.ndarray]:
@@ -135,9 +136,9 @@ def make_parts(config: ConfigDict, model: build.Model, mesh: Mesh) -> dict[str, 
     (zero, *kernels), out = kernels, []
     link, operands = zero, list(zip(kernels, images, strict=True))
     for kernel, (x, _) in operands:
-      link = zero * _one_element(convolution.conv3x3(x, kernel + link.astype(kernel.dtype)))
+      link = zero * _one_element(convolution.conv3(x, kernel + link.astype(kernel.dtype)))
     for kernel, (x, g) in reversed(operands):
-      dx, dkernel = jax.vjp(convolution.conv3x3, x, kernel + link.astype(kernel.dtype))[1](g)
+      dx, dkernel = jax.vjp(convolution.conv3, x, kernel + link.astype(kernel.dtype))[1](g)
       link = zero * _one_element(dx)
       out.append(_one_element(dkernel))
     return jnp.stack([link, *out])
@@ -146,7 +147,9 @@ def make_parts(config: ConfigDict, model: build.Model, mesh: Mesh) -> dict[str, 
   log_snr_max = end_points(learned.as_schedule(learned.init()))[0]
   rng, kernels, images = np.random.default_rng(config.seed), [np.float32(0)], []
   for features, x in convs:
-    kernels.append(rng.standard_normal((3, 3, x.shape[-1], features)).astype(x.dtype))
+    kernels.append(
+      rng.standard_normal((*[3] * (x.ndim - 2), x.shape[-1], features)).astype(x.dtype)
+    )
     shapes = [(num_images, *x.shape[1:-1], channels) for channels in (x.shape[-1], features)]
     images.append([split_normal(next(keys), shape, x.dtype) for shape in shapes])
   eps = split_normal(next(keys), batch['image'].shape, jnp.float32)

@@ -205,21 +205,19 @@ def test_conditions_and_gradients(key):
 
 
 def test_embedding_conditions():
-  """A vector per image in the place of a label: zeros, and none at all, are the learned null."""
+  """A vector per image: zeros, and none at all, are the learned null."""
   module = Conditioning(8, embedding_size=5)
-  t, label = jnp.full(3, 0.5), normal(0, 3, 5).at[1].set(0)
-  parameters = random_parameters(module, t, label)
+  t, vector = jnp.full(3, 0.5), normal(0, 3, 5).at[1].set(0)
+  parameters = random_parameters(module, t, None, vector)
   apply = jax.jit(module.apply)
-  out, absent = apply(parameters, t, label), apply(parameters, t)
+  out, absent = apply(parameters, t, None, vector), apply(parameters, t)
   np.testing.assert_array_equal(out[1], absent[1])
   assert jnp.abs(out[0] - out[2]).max() > 0.1 and jnp.abs(out[0] - out[1]).max() > 0.1
   moved = {'params': parameters['params'] | {'null_embedding': jnp.ones((1, 32))}}
-  changed = jnp.abs(apply(moved, t, label) - out).max(1) > 0
+  changed = jnp.abs(apply(moved, t, None, vector) - out).max(1) > 0
   np.testing.assert_array_equal(changed, [False, True, False])
   with pytest.raises(ValueError, match=r'config\.data\.embedding_size=5 must be that of the'):
-    module.init(jax.random.key(0), t, label[:, :4])
-  with pytest.raises(ValueError, match=r'embedding_size=5 must be 0 for a network with classes'):
-    module.clone(num_classes=3).init(jax.random.key(0), t)
+    module.init(jax.random.key(0), t, None, vector[:, :4])
 
 
 @pytest.mark.parametrize(
@@ -233,7 +231,7 @@ def test_embedding_conditions():
     ),
     ({'channel_multipliers': ()}, (8, 8, 1), r'channel_multipliers=\(\) must be positive'),
     ({'width': 31}, (8, 8, 1), r'config\.model\.width=31 must be even'),
-    ({}, (64, 64), r'adm_unet takes images \[B, H, W, C\]'),
+    ({}, (64,), r'adm_unet takes \[B, \*space, C\] with one to three axes'),
   ],
 )
 def test_errors_name_the_field(fields, shape, message):

@@ -13,9 +13,9 @@ import threading
 import jax
 import numpy as np
 import pytest
+from vdm.configs import digits
 
 from vdm import build, cards
-from vdm.configs import digits
 from vdm.system import hosts, parallel, stopping
 from vdm.workdir import checkpoint
 

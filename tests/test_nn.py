@@ -307,13 +307,15 @@ def naive_attention(q, k, v):
 @pytest.mark.parametrize(('dtype', 'tolerance'), [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 @pytest.mark.parametrize('shape', [(2, 8, 6), (3, 1, 5)])
 def test_conv_gradients(dtype, tolerance, shape):
-  ours = lambda *args: value_and_gradients(convolution.conv3x3, *args)
+  ours = lambda *args: value_and_gradients(convolution.conv3, *args)
 
   @jax.jit
   def run(x, kernel):
     stacked = jax.vmap(ours, in_axes=(0, None))(jnp.stack([x, 2 * x]), kernel)
     # Other platforms take the native gradient, which this one can run too.
-    native = convolution._conv_vjp_native(x, kernel, normal(99, *shape, 4).astype(dtype))
+    native = convolution._conv_vjp_native(
+      ((1, 1), (1, 1)), x, kernel, normal(99, *shape, 4).astype(dtype)
+    )
     expected = value_and_gradients(plain_conv, x, kernel)
     return expected, ours(x, kernel), in_scan(ours)(x, kernel), [a[0] for a in stacked], native
 
@@ -326,7 +328,7 @@ def test_conv_gradients(dtype, tolerance, shape):
 
 def test_conv_gradient_is_not_slow_in_a_loop():
   x, kernel = normal(0, 8, 16, 16, 32), normal(1, 3, 3, 32, 32)
-  straight = lambda *args: value_and_gradients(convolution.conv3x3, *args)
+  straight = lambda *args: value_and_gradients(convolution.conv3, *args)
   runs = [jax.jit(f).lower(x, kernel).compile() for f in (straight, in_scan(straight))]
   seconds = [[], []]
   for _ in range(12):
@@ -404,9 +406,11 @@ def test_inputs_that_the_network_has_no_use_for_are_refused():
   t = jnp.zeros(1)
   with pytest.raises(ValueError, match='class_conditional'):
     Conditioning(8).init(jax.random.key(0), t, jnp.zeros(1, jnp.int32))
+  with pytest.raises(ValueError, match='embedding_size=0'):
+    Conditioning(8).init(jax.random.key(0), t, vector=jnp.zeros((1, 2)))
   with pytest.raises(ValueError, match='augmentation_flag'):
     Conditioning(8).init(jax.random.key(0), t, flag=t)
-  with pytest.raises(ValueError, match='vdm_unet takes images'):
+  with pytest.raises(ValueError, match=r'vdm_unet takes \[B, \*space, C\]'):
     VDMUNet().init(jax.random.key(0), jnp.zeros((1, 4)), t, train=False)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from vdm import build
 from vdm.nn.attention import softmax_attention
+from vdm.nn.convolution import conv3
 from vdm.planning import chips, costs, hlo, plan
 from vdm.planning.flops import matmuls
 from vdm.system import parallel
@@ -170,6 +171,14 @@ def test_matmuls_of_loops_choices_and_convolutions():
     return jax.lax.conv_general_dilated(x, kernel, (1, 1), 'SAME', dimension_numbers=layout)
 
   assert of(convolution, (2, 8, 8, 3), (3, 3, 3, 5)).flops == 2 * 2 * 64 * 5 * 27
+  for num_axes in (1, 2, 3):
+    for padding in ('zero', 'periodic'):
+      count = of(
+        lambda *args, padding=padding: conv3(*args, padding),
+        (2, *[8] * num_axes, 3),
+        (*[3] * num_axes, 3, 5),
+      )
+      assert count.flops == 2 * 2 * 8**num_axes * 5 * 3 ** (num_axes + 1)
 
 
 def test_matmuls_of_a_kernel_on_a_mesh():

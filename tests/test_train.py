@@ -368,9 +368,9 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
 
   conditioning = Conditioning.__call__
 
-  def note(self, t, label=None, flag=None):
+  def note(self, t, label=None, vector=None, flag=None):
     seen.append(flag)
-    return conditioning(self, t, label, flag)
+    return conditioning(self, t, label, vector, flag)
 
   monkeypatch.setattr(Conditioning, '__call__', note)
   for given in (flag, None):  # in training; in evaluation and sampling

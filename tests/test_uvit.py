@@ -212,7 +212,7 @@ def test_two_billion_parameters_for_512():
     ({'transformer_depth': 0}, (16, 16, 1), r'config\.model\.transformer_depth=0 must be at least'),
     ({'widths': ()}, (16, 16, 1), r'config\.model\.widths=\(\) must be positive integers'),
     ({'conditioning_width': 7}, (16, 16, 1), r'config\.model\.conditioning_width=7 must be even'),
-    ({}, (16, 16), r'uvit takes images \[B, H, W, C\]'),
+    ({}, (16,), r'uvit takes \[B, \*space, C\] with one to three axes'),
   ],
 )
 def test_errors_name_the_field(fields, shape, message):

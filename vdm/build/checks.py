@@ -109,9 +109,11 @@ def check_config(config: ConfigDict):
       good, 'config.model.fourier_exponents', exponents, rule, 'usual: (6, 7), or () for none'
     )
   shape = tuple(config.data.image_shape)
-  good = len(shape) == 3 or (len(shape) > 0 and config.model.name == 'mlp')
-  rule = 'height, width, channels; only the network mlp takes another number of axes'
-  require(good, 'config.data.image_shape', shape, rule, 'give three numbers')
+  good = 2 <= len(shape) <= 4 or (len(shape) > 0 and config.model.name == 'mlp')
+  rule = (
+    'one to three spatial sizes, then channels; only the network mlp takes other numbers of axes'
+  )
+  require(good, 'config.data.image_shape', shape, rule, 'give two to four numbers')
   _check_data(config.data, is_flagged(config.model))
   _check_conditions(config.model.class_conditional, config.data, config.train.label_dropout)
   _check_training(config.train, config.fid.train_every_steps)
@@ -157,11 +159,18 @@ def is_flagged(model: ConfigDict) -> bool:
 def _check_data(data: ConfigDict, flagged: bool):
   shape = tuple(data.image_shape)
   require(
+    not data.flip or len(shape) == 3,
+    'config.data.flip',
+    data.flip,
+    f'False for examples that are not images, config.data.image_shape={shape}',
+    'only height, width, channels can be flipped',
+  )
+  require(
     not data.rotate or (len(shape) == 3 and shape[0] == shape[1]),
     'config.data.rotate',
     data.rotate,
     f'False for images that are not square, config.data.image_shape={shape}',
-    'config.data.flip works for any shape',
+    'config.data.flip works for any height and width',
   )
   require(
     not data.rotate or flagged,

@@ -86,10 +86,10 @@ def model(config: ConfigDict) -> Model:
   def init(key):
     z, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,))
     label = jnp.zeros((1,), jnp.int32) if class_conditional else None
-    label = jnp.zeros((1, embedding_size)) if embedding_size else label
+    vector = dict(vector=jnp.zeros((1, embedding_size))) if embedding_size else {}
 
     def params_of(network, key):
-      return network.init(key, z, t, label, train=False)['params']
+      return network.init(key, z, t, label, **vector, train=False)['params']
 
     params = params_of(unrolled, key)
     if scan:  # the same numbers in either layout
@@ -106,8 +106,9 @@ def model(config: ConfigDict) -> Model:
     else:
       ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
-    label = label if class_conditional or embedding_size else None
     kwargs = dict(train=train, rngs=rngs) | (dict(flag=flag) if flagged else {})
+    kwargs |= dict(vector=label) if embedding_size else {}
+    label = label if class_conditional else None
 
     def denoise(z, log_snr):
       t = mean_over_dims((ends[0] - log_snr) / (ends[0] - ends[1]))

@@ -37,7 +37,7 @@ def scan_blocks(model: ConfigDict, platform: str = '') -> bool:
   """Returns whether the network of config.model runs its equal blocks in a loop.
 
   One that has no such choice does not; by default none does on CPU, where convolutions in a loop
-  have been slow (`vdm.nn.convolution.conv3x3`).
+  have been slow (`vdm.nn.convolution.conv3`).
   """
   if 'scan_blocks' not in model:
     return False

@@ -7,10 +7,10 @@ from vdm.nn.vdm_unet import VDMUNet
 
 NETWORKS = {'vdm_unet': VDMUNet, 'adm_unet': ADMUNet, 'uvit': UViT, 'mlp': MLP}
 ORDER = (
-  'convolution',
   'conditioning',
   'attention',
   'layers',
+  'convolution',
   'blocks',
   'vdm_unet',
   'adm_unet',

@@ -1,5 +1,6 @@
 """ADM's network: a U-Net that halves the image between its levels (arXiv 2105.05233)."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -26,17 +27,19 @@ class Block(nn.Module):
   train: bool
   num_heads: int = 0  # 0: no attention
   norm_groups: int = 0
+  padding: str = 'zero'
   resample: Callable[[jax.Array], jax.Array] = lambda x: x
 
   @nn.compact
   def __call__(self, h, skip, cond):
+    conv = functools.partial(convolution.Conv3, self.features, self.dtype, padding=self.padding)
     x = h if skip is None else jnp.concatenate([h, skip], axis=-1)
     h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0', self.norm_groups)(x))
-    h = convolution.Conv3x3(self.features, self.dtype, name='conv_0')(self.resample(h))
+    h = conv(name='conv_0')(self.resample(h))
     h = layers.group_norm(self.features, self.dtype, 'norm_1', self.norm_groups)(h)
     h = nn.swish(ScaleShift(self.dtype, name='cond')(h, cond))
     h = layers.Dropout(self.dropout)(h, train=self.train)
-    h = convolution.Conv3x3(self.features, self.dtype, nn.initializers.zeros, name='conv_1')(h)
+    h = conv(kernel_init=nn.initializers.zeros, name='conv_1')(h)
     x = self.resample(x)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
@@ -52,10 +55,12 @@ class ADMUNet(nn.Module):
   Each level has `num_blocks` residual blocks on the way in and one more on the way out, where each
   reads also what one on the way in has written; residual blocks halve the image between levels (the
   mean of 2 x 2) and double it again (each pixel four times). The lowest level has attention between
-  two more blocks. The defaults, 1000 classes and 3 channels make 295,900,035 parameters. EDM's
-  version (arXiv 2206.00364) has 768 fewer, for our null label has its own row; ADM's has 5,187 more
-  than EDM's, since it also predicts a variance. The noise level's frequencies, and 1e-6 instead of
-  1e-5 in the norms, are those of `VDMUNet`.
+  two more blocks. Space has one to three axes, and all of them are halved.
+
+  For images the defaults, 1000 classes and 3 channels make 295,900,035 parameters. EDM's version
+  (arXiv 2206.00364) has 768 fewer, for our null label has its own row; ADM's has 5,187 more than
+  EDM's, since it also predicts a variance. The noise level's frequencies, and 1e-6 instead of 1e-5
+  in the norms, are those of `VDMUNet`.
 
   There is no `scan_blocks`: within a level the first block, and on the way out most, read other
   numbers of channels than their neighbours, so that there are no long chains of equal blocks.
@@ -64,12 +69,16 @@ class ADMUNet(nn.Module):
     width: channels of a multiplier of 1, and size of the noise level's embedding; even.
     channel_multipliers: one per level, from the top.
     num_blocks: residual blocks per level on the way in.
-    attention_resolutions: the heights of the levels, in pixels, whose blocks have attention.
+    attention_resolutions: the sizes of the first spatial axis at the levels whose blocks have
+      attention.
     head_width: channels per head; divides the channels wherever there is attention.
     dropout: rate in each residual block.
     norm_groups: as in `VDMUNet`.
+    padding: as in `VDMUNet`.
+    fit_size: appends zeros to spatial axes that the levels do not divide, and cuts what they become
+      off the output; axes that are padded with zeros only.
     num_classes: 0 for a network without labels.
-    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    embedding_size: E, for vectors [B, E]; see `Conditioning`. 0: the network takes none.
     dtype: of activations. Parameters and output are float32.
     augmentation_flag: appends a flag, 1 for an augmented image, to the noise level's embedding.
     residual: adds z to the output, as in `VDMUNet`.
@@ -83,6 +92,8 @@ class ADMUNet(nn.Module):
   head_width: int = 64
   dropout: float = 0.1
   norm_groups: int = 0
+  padding: str = 'zero'
+  fit_size: bool = False
   num_classes: int = 0
   embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
@@ -91,7 +102,7 @@ class ADMUNet(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, z, t, label=None, flag=None, *, train):
+  def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     levels = len(self.channel_multipliers)
@@ -102,7 +113,8 @@ class ADMUNet(nn.Module):
       'positive integers, one per level',
       '(1, 2, 3, 4)',
     )
-    layers.check_image_shape('adm_unet', z.shape, 2 ** (levels - 1), 'channel_multipliers')
+    divisor, rule = 2 ** (levels - 1), (self.padding, self.fit_size)
+    layers.check_image_shape('adm_unet', z.shape, divisor, 'channel_multipliers', *rule)
 
     def heads(channels):
       layers.check_head_width(self.head_width, channels)
@@ -111,7 +123,7 @@ class ADMUNet(nn.Module):
     def block(name, h, channels, skip=None, attention=False, **kwargs):
       num_heads = heads(channels) if attention else 0
       fields = (channels, self.dropout, self.dtype, train, num_heads, self.norm_groups)
-      module = Block(*fields, name=name, **kwargs)
+      module = Block(*fields, self.padding, name=name, **kwargs)
       return run(module, h, skip, cond)
 
     def run(module, h, skip, cond):
@@ -125,11 +137,13 @@ class ADMUNet(nn.Module):
       self.augmentation_flag,
       self.embedding_size,
       name='conditioning',
-    )(t, label, flag)
+    )(t, label, vector, flag)
     channels = [self.width * multiplier for multiplier in self.channel_multipliers]
-    attention = [z.shape[1] >> level in self.attention_resolutions for level in range(levels)]
+    h = layers.fit(layers.append_field(z, field), divisor)
+    attention = [h.shape[1] >> level in self.attention_resolutions for level in range(levels)]
 
-    h = convolution.Conv3x3(channels[0], self.dtype, name='conv_in')(z)
+    conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
+    h = conv(channels[0], name='conv_in')(h)
     skips = [h]
     for level in range(levels):
       if level:
@@ -149,7 +163,6 @@ class ADMUNet(nn.Module):
         h = block(f'double_{level}', h, channels[level], resample=layers.double)
 
     h = nn.swish(layers.group_norm(channels[0], self.dtype, 'norm_out', self.norm_groups)(h))
-    zeros = nn.initializers.zeros
-    h = convolution.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
-    h = h.astype(jnp.float32)
+    h = conv(z.shape[-1], kernel_init=nn.initializers.zeros, name='conv_out')(h)
+    h = layers.crop(h.astype(jnp.float32), z.shape[1:-1])
     return h + z if self.residual else h

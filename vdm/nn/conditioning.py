@@ -1,4 +1,4 @@
-"""Noise level, label and flag as one vector, and how it enters a network."""
+"""Noise level, label, vector and flag as one vector, and how it enters a network."""
 
 import math
 
@@ -7,7 +7,7 @@ from flax import linen as nn
 
 
 class ScaleShift(nn.Module):
-  """Maps x [B, H, W, C], cond [B, D] to x (1 + scale) + shift, both projections [B, C] of cond."""
+  """Maps x [B, *space, C], cond [B, D] to x (1 + scale) + shift, both projections of cond."""
 
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
@@ -15,7 +15,8 @@ class ScaleShift(nn.Module):
   @nn.compact
   def __call__(self, x, cond):
     dense = nn.Dense(2 * x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name='dense')
-    scale, shift = jnp.split(dense(cond)[:, None, None, :], 2, axis=-1)
+    both = jnp.expand_dims(dense(cond), range(1, x.ndim - 1))
+    scale, shift = jnp.split(both, 2, axis=-1)
     return x * (1 + scale) + shift
 
 
@@ -31,15 +32,14 @@ def sinusoidal_embedding(t, size):
 
 
 class Conditioning(nn.Module):
-  """Maps noise level t [B], label and flag [B] to a conditioning vector [B, 4 width], float32.
+  """Maps t, label and flag [B] and vector [B, E] to a conditioning vector [B, 4 width], float32.
 
-  VDM's public code has a sinusoidal embedding of t, then twice Dense, swish. Our addition is the
-  embedding of the label, added before the last swish. Labels -1 and `num_classes`, and no labels
-  at all, are the null label, which has its own row in the table.
-
-  With `embedding_size` E > 0 the label is instead a vector of each image, float [B, E], such as
-  another network's; its projection is added. Zeros, and no labels at all, stand for its absence,
-  for which a vector is learned.
+  VDM's public code has a sinusoidal embedding of the noise level t, then twice Dense, swish. Our
+  addition is what is added before the last swish. With `num_classes` it is the embedding of the
+  label: labels -1 and `num_classes`, and no labels at all, are the null label, which has its own
+  row in the table. With `embedding_size` E > 0 it is the projection of a vector of each example,
+  such as another network's embedding: zeros, and no vectors at all, stand for its absence, for
+  which a projection is learned. A network may have both.
   """
 
   width: int
@@ -48,16 +48,16 @@ class Conditioning(nn.Module):
   embedding_size: int = 0
 
   @nn.compact
-  def __call__(self, t, label=None, flag=None):
-    if label is not None and not self.num_classes and not self.embedding_size:
+  def __call__(self, t, label=None, vector=None, flag=None):
+    if label is not None and not self.num_classes:
       raise ValueError(
         'labels were given to a network with num_classes=0; set '
         'config.model.class_conditional=True, or pass label=None.'
       )
-    if self.num_classes and self.embedding_size:
+    if vector is not None and not self.embedding_size:
       raise ValueError(
-        f'config.data.embedding_size={self.embedding_size} must be 0 for a network with classes; '
-        'set config.model.class_conditional=False to condition on embeddings.'
+        'vectors were given to a network with embedding_size=0; set config.data.embedding_size to '
+        'their size, or pass vector=None.'
       )
     if flag is not None and not self.augmentation_flag:
       raise ValueError(
@@ -81,14 +81,14 @@ class Conditioning(nn.Module):
         name='label',
       )(label)
     if self.embedding_size:
-      label = jnp.zeros((len(t), self.embedding_size)) if label is None else label
-      if label.shape != (len(t), self.embedding_size):
+      vector = jnp.zeros((len(t), self.embedding_size)) if vector is None else vector
+      if vector.shape != (len(t), self.embedding_size):
         raise ValueError(
           f'config.data.embedding_size={self.embedding_size} must be that of the embeddings, '
-          f'whose shape is {label.shape}.'
+          f'whose shape is {vector.shape}.'
         )
-      label = jnp.asarray(label, jnp.float32)
+      vector = jnp.asarray(vector, jnp.float32)
       null = self.param('null_embedding', nn.initializers.normal(1.0), (1, 4 * self.width))
-      projected = nn.Dense(4 * self.width, use_bias=False, name='embedding')(label)
-      h += jnp.where(label.any(axis=-1, keepdims=True), projected, null)
+      projected = nn.Dense(4 * self.width, use_bias=False, name='embedding')(vector)
+      h += jnp.where(vector.any(axis=-1, keepdims=True), projected, null)
     return nn.swish(h)

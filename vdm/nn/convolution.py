@@ -1,70 +1,86 @@
-"""The 3x3 convolution of the networks, with a gradient that XLA:CPU runs fast in a loop, too."""
+"""The convolution of the networks, with a gradient that XLA:CPU runs fast in a loop, too."""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-
-def _conv(x, kernel):
-  """Returns x [B, H, W, I] * kernel [3, 3, I, O], [B, H, W, O]."""
-  return lax.conv_general_dilated(
-    x, kernel, (1, 1), 'SAME', dimension_numbers=('NHWC', 'HWIO', 'NHWC')
-  )
+from vdm.nn.layers import axis_paddings
 
 
-@jax.custom_vjp
-def conv3x3(x, kernel):
-  """Convolves x [B, H, W, I] with kernel [3, 3, I, O], stride 1, zero padding, to [B, H, W, O].
+def conv3(x, kernel, padding='zero'):
+  """Convolves x [B, *space, I] with kernel [3, ..., O], stride 1, to [B, *space, O].
+
+  The kernel is [3, I, O], [3, 3, I, O] or [3, 3, 3, I, O], by the number of axes. Each axis is
+  padded with zeros, or where it is periodic with what is at its other end.
 
   It equals `lax.conv_general_dilated` in value and gradient (reverse mode only). On CPU the
-  gradient is written out as two plain NHWC/HWIO convolutions: XLA:CPU takes its fast path for this
-  layout only, and inside the body of a loop nothing rewrites the transposed layout of the automatic
-  kernel gradient, which is then some forty times slower.
+  gradient is written out as two plain convolutions with channels last: XLA:CPU takes its fast path
+  for this layout only, and inside the body of a loop nothing rewrites the transposed layout of the
+  automatic kernel gradient, which is then some forty times slower.
   """
-  return _conv(x, kernel)
+  zero = [kind == 'zero' for kind in axis_paddings(padding, x.ndim - 2)]
+  if not all(zero):
+    x = jnp.pad(x, [(0, 0), *((not z, not z) for z in zero), (0, 0)], mode='wrap')
+  return _conv(x, kernel, tuple((int(z), int(z)) for z in zero))
 
 
-def _conv3x3_fwd(x, kernel):
-  return _conv(x, kernel), (x, kernel)
+def _plain(x, kernel, pads):
+  """Returns x [B, *space, I] * kernel [*size, I, O] with these zeros at the ends of each axis."""
+  space = 'DHW'[-len(pads) :]
+  layout = (f'N{space}C', f'{space}IO', f'N{space}C')
+  return lax.conv_general_dilated(x, kernel, (1,) * len(pads), pads, dimension_numbers=layout)
 
 
-def _conv3x3_bwd(residuals, g):
-  return lax.platform_dependent(*residuals, g, cpu=_conv_vjp_plain, default=_conv_vjp_native)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _conv(x, kernel, pads):
+  return _plain(x, kernel, pads)
 
 
-def _conv_vjp_native(x, kernel, g):
-  (dx,) = jax.linear_transpose(lambda x: _conv(x, kernel), x)(g)
-  (dkernel,) = jax.linear_transpose(lambda kernel: _conv(x, kernel), kernel)(g)
+def _conv_fwd(x, kernel, pads):
+  return _plain(x, kernel, pads), (x, kernel)
+
+
+def _conv_bwd(pads, residuals, g):
+  plain, native = (functools.partial(f, pads) for f in (_conv_vjp_plain, _conv_vjp_native))
+  return lax.platform_dependent(*residuals, g, cpu=plain, default=native)
+
+
+def _conv_vjp_native(pads, x, kernel, g):
+  (dx,) = jax.linear_transpose(lambda x: _plain(x, kernel, pads), x)(g)
+  (dkernel,) = jax.linear_transpose(lambda kernel: _plain(x, kernel, pads), kernel)(g)
   return dx, dkernel
 
 
-def _conv_vjp_plain(x, kernel, g):
-  dx = _conv(g, kernel[::-1, ::-1].swapaxes(2, 3))
-  # Input channels act as the batch, examples as the channels, g as an H x W kernel.
-  dkernel = lax.conv_general_dilated(
-    x.transpose(3, 1, 2, 0),
-    g.transpose(1, 2, 0, 3),
-    (1, 1),
-    ((1, 1), (1, 1)),
-    dimension_numbers=('NHWC', 'HWIO', 'NHWC'),
-  )
-  return dx, dkernel.transpose(1, 2, 0, 3)
+def _conv_vjp_plain(pads, x, kernel, g):
+  num_axes = len(pads)
+  flipped = lax.rev(kernel, range(num_axes)).swapaxes(-2, -1)
+  dx = _plain(g, flipped, tuple((2 - before, 2 - after) for before, after in pads))
+  # Input channels act as the batch, examples as the channels, g as a kernel of the size of space.
+  dkernel = _plain(x.swapaxes(0, -1), jnp.moveaxis(g, 0, num_axes), pads)
+  return dx, jnp.moveaxis(dkernel, 0, num_axes)
 
 
-conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
+_conv.defvjp(_conv_fwd, _conv_bwd)
 
 
-class Conv3x3(nn.Module):
-  """Applies a 3x3 convolution with bias: x [B, H, W, I] -> [B, H, W, features]; see `conv3x3`."""
+class Conv3(nn.Module):
+  """Applies a convolution of width 3 and a bias: x [B, *space, I] -> [B, *space, features].
+
+  See `conv3`; `padding` is 'zero', 'periodic', or a list of these with one per axis.
+  """
 
   features: int
   dtype: jnp.dtype = jnp.float32
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+  padding: str = 'zero'
 
   @nn.compact
   def __call__(self, x):
-    kernel = self.param('kernel', self.kernel_init, (3, 3, x.shape[-1], self.features))
+    size = (3,) * (x.ndim - 2)
+    kernel = self.param('kernel', self.kernel_init, (*size, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
-    y = conv3x3(x.astype(self.dtype), kernel.astype(self.dtype))
-    return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+    y = conv3(x.astype(self.dtype), kernel.astype(self.dtype), self.padding)
+    return y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))

@@ -101,7 +101,7 @@ def auto_groups(channels):
 
 
 class Attention(nn.Module):
-  """Applies residual self-attention over all positions: x [B, H, W, C] -> [B, H, W, C].
+  """Applies residual self-attention over all positions: x [B, *space, C] -> [B, *space, C].
 
   GroupNorm comes first, then projections to queries, keys and values, a float32 softmax, and an
   output projection that starts at zero, so that the layer starts as the identity.
@@ -113,9 +113,9 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x):
-    batch, height, width, channels = x.shape
+    batch, *sizes, channels = x.shape
     h = group_norm(channels, self.dtype, 'norm', self.norm_groups)(x)
-    heads = (batch, height * width, self.num_heads, channels // self.num_heads)
+    heads = (batch, math.prod(sizes), self.num_heads, channels // self.num_heads)
     q, k, v = (
       nn.Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads)
       for name in ('query', 'key', 'value')
@@ -126,28 +126,48 @@ class Attention(nn.Module):
 
 
 def halve(x):
-  """Returns the mean of every 2 x 2 pixels: x [B, 2H, 2W, C] -> [B, H, W, C]."""
-  batch, height, width, channels = x.shape
-  return x.reshape(batch, height // 2, 2, width // 2, 2, channels).mean((2, 4))
+  """Returns the mean of every two positions along each axis: x [B, 2H, 2W, C] -> [B, H, W, C]."""
+  inside = tuple(2 * axis for axis in range(1, x.ndim - 1))
+  return _patches(x, 2).mean(inside)
 
 
 def double(x):
-  """Repeats each pixel four times: x [B, H, W, C] -> [B, 2H, 2W, C]; a right inverse of `halve`."""
-  return x.repeat(2, axis=1).repeat(2, axis=2)
+  """Repeats each position along each axis: x [B, H, W, C] -> [B, 2H, 2W, C].
+
+  It is a right inverse of `halve`.
+  """
+  return repeat(x, (2,) * (x.ndim - 2))
+
+
+def repeat(x, times):
+  """Repeats each position so many times along each axis: x [B, H, W, C] -> [B, S H, T W, C]."""
+  for axis, number in enumerate(times, 1):
+    x = x.repeat(number, axis=axis)
+  return x
 
 
 def space_to_depth(x, size):
-  """Makes channels of patches of size x size pixels: [B, S H, S W, C] -> [B, H, W, S S C]."""
-  batch, height, width, channels = x.shape
-  x = x.reshape(batch, height // size, size, width // size, size, channels)
-  return x.swapaxes(2, 3).reshape(batch, height // size, width // size, size * size * channels)
+  """Turns patches of this size per axis into channels: [B, S H, S W, C] -> [B, H, W, S S C]."""
+  batch, *sizes, channels = x.shape
+  outside = range(1, 2 * len(sizes), 2)
+  inside = range(2, 2 * len(sizes) + 1, 2)
+  x = _patches(x, size).transpose(0, *outside, *inside, 2 * len(sizes) + 1)
+  return x.reshape(batch, *(n // size for n in sizes), size ** len(sizes) * channels)
 
 
 def depth_to_space(x, size):
   """Undoes `space_to_depth`: [B, H, W, S S C] -> [B, S H, S W, C]."""
-  batch, height, width, _ = x.shape
-  x = x.reshape(batch, height, width, size, size, -1).swapaxes(2, 3)
-  return x.reshape(batch, height * size, width * size, -1)
+  batch, *sizes, _ = x.shape
+  num_axes = len(sizes)
+  x = x.reshape(batch, *sizes, *[size] * num_axes, -1)
+  pairs = [axis for outside in range(1, num_axes + 1) for axis in (outside, num_axes + outside)]
+  return x.transpose(0, *pairs, 2 * num_axes + 1).reshape(batch, *(n * size for n in sizes), -1)
+
+
+def _patches(x, size):
+  """Splits each axis of space in two: [B, S H, S W, C] -> [B, H, S, W, S, C]."""
+  batch, *sizes, channels = x.shape
+  return x.reshape(batch, *(m for n in sizes for m in (n // size, size)), channels)
 
 
 def fourier_features(z, exponents):
@@ -170,6 +190,20 @@ def fourier_features(z, exponents):
 def require_field(valid, name, value, rule, remedy):
   """Raises ValueError with the name of the network's field unless it is valid."""
   require(valid, f'config.model.{name}', value, rule, f'try {remedy}')
+
+
+def axis_paddings(padding, num_axes):
+  """Returns 'zero' or 'periodic' for each of the spatial axes, of a network's field `padding`.
+
+  Raises ValueError unless the field is one of these, for all axes, or a list with one per axis.
+  """
+  kinds = tuple(padding.split(',')) if isinstance(padding, str) else ()
+  kinds = kinds * num_axes if len(kinds) == 1 else kinds
+  valid = len(kinds) == num_axes and set(kinds) <= {'zero', 'periodic'}
+  rule = f"'zero', 'periodic', or a list of these with one for each of the {num_axes} spatial axes"
+  remedy = repr(','.join(('zero', *['periodic'] * (num_axes - 1))))
+  require_field(valid, 'padding', padding, rule, remedy)
+  return kinds
 
 
 def check_fields(width, num_blocks, dropout, num_classes, width_field='width'):
@@ -195,14 +229,60 @@ def check_head_width(head_width, width):
   require_field(valid, 'head_width', head_width, f'a divisor of the width {width}', min(width, 64))
 
 
-def check_image_shape(name, shape, divisor, field):
-  """Raises ValueError unless z is images [B, H, W, C] whose H and W the levels can divide."""
-  if len(shape) != 4:
-    raise ValueError(f'{name} takes images [B, H, W, C], but z has shape {shape}.')
-  _, height, width, channels = shape
-  if height % divisor or width % divisor:
-    larger = tuple(-(-n // divisor) * divisor for n in (height, width))
+def check_axes(name, shape):
+  """Raises ValueError unless z has one, two or three spatial axes between batch and channels."""
+  if not 3 <= len(shape) <= 5:
     raise ValueError(
-      f'config.data.image_shape={shape[1:]} must have a height and width divisible by {divisor} '
-      f'for this {name}; try {(*larger, channels)}, or fewer config.model.{field}.'
+      f'{name} takes [B, *space, C] with one to three axes of space, but z has shape {shape}.'
     )
+
+
+def check_image_shape(name, shape, divisor, field, padding, fit_size):
+  """Raises ValueError unless the levels can divide each spatial axis of z [B, *space, C].
+
+  With `fit_size` an axis that is padded with zeros may have any size, for `fit` adds what it lacks.
+  """
+  check_axes(name, shape)
+  sizes = shape[1:-1]
+  kinds = axis_paddings(padding, len(sizes))
+  bad = [bool(n % divisor) for n in sizes]
+  if fit_size:
+    bad = [wrong and kind == 'periodic' for wrong, kind in zip(bad, kinds, strict=True)]
+  if any(bad):
+    larger = [
+      -(-n // divisor) * divisor if wrong else n for n, wrong in zip(sizes, bad, strict=True)
+    ]
+    where = ' along its periodic axes' if fit_size else ''
+    zero = all(kind == 'zero' for kind, wrong in zip(kinds, bad, strict=True) if wrong)
+    remedy = ', or config.model.fit_size=True' if zero else ''
+    raise ValueError(
+      f'config.data.image_shape={shape[1:]} must have sizes divisible by {divisor}{where} for this '
+      f'{name}; try {(*larger, shape[-1])}, or fewer config.model.{field}{remedy}.'
+    )
+
+
+def fit(x, divisor):
+  """Appends zeros to the axes of space that `divisor` does not divide: x [B, *space, C]."""
+  lacking = [-n % divisor for n in x.shape[1:-1]]
+  return jnp.pad(x, [(0, 0), *((0, n) for n in lacking), (0, 0)]) if any(lacking) else x
+
+
+def crop(x, sizes):
+  """Undoes `fit`: returns the first so many positions along each axis of space."""
+  return x[:, *(slice(n) for n in sizes)] if x.shape[1:-1] != sizes else x
+
+
+def append_field(x, field):
+  """Appends a field [B, *coarse, F] to the channels of x [B, *space, C]; None: there is none.
+
+  A field may be coarser than x by a whole factor along each axis; its positions are then repeated.
+  """
+  if field is None:
+    return x
+  sizes, coarse = x.shape[1:-1], field.shape[1:-1]
+  good = len(coarse) == len(sizes) and len(field) == len(x)
+  good = good and all(m and n % m == 0 for n, m in zip(sizes, coarse, strict=True))
+  rule = f'[{len(x)}, *space, C] with space {sizes}, or whole fractions of it, like z'
+  require(good, 'field', field.shape, rule, 'average or repeat the field')
+  times = [n // m for n, m in zip(sizes, coarse, strict=True)]
+  return jnp.concatenate([x, repeat(jnp.asarray(field, x.dtype), times)], axis=-1)

@@ -20,7 +20,7 @@ class MLP(nn.Module):
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
     dropout: rate in each block.
     num_classes: 0 for a network without labels.
-    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    embedding_size: E, for vectors [B, E]; see `Conditioning`. 0: the network takes none.
     dtype: of activations. Parameters and output are float32.
     residual: adds z to the output, as in `VDMUNet`.
   """
@@ -35,8 +35,11 @@ class MLP(nn.Module):
   residual: bool = True
 
   @nn.compact
-  def __call__(self, z, t, label=None, *, train):
-    """Returns the raw output; the shapes are as in `VDMUNet`, but z and the output are [B ...]."""
+  def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
+    """Returns the raw output; the shapes are as in `VDMUNet`, but z, field and output are [B ...].
+
+    The first layer reads the field, of any size, beside z.
+    """
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     if z.ndim < 2:
       raise ValueError(f'mlp takes vectors [B, D] or images, but z has shape {z.shape}.')
@@ -45,9 +48,12 @@ class MLP(nn.Module):
     zeros = nn.initializers.zeros
     cond = Conditioning(
       self.width, self.num_classes, embedding_size=self.embedding_size, name='conditioning'
-    )(t, label)
+    )(t, label, vector, flag)
     own = layers.fourier_features(z[..., None], self.fourier_exponents)  # [B, D, F] of each element
-    h = nn.Dense(self.width, dtype=self.dtype, name='dense_in')(own.reshape(len(z), -1))
+    h = own.reshape(len(z), -1)
+    if field is not None:
+      h = jnp.concatenate([h, jnp.asarray(field, jnp.float32).reshape(len(z), -1)], axis=-1)
+    h = nn.Dense(self.width, dtype=self.dtype, name='dense_in')(h)
     for i in range(self.num_blocks):
       u = nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(h)
       u = nn.Dense(self.width, dtype=self.dtype, name=f'dense_{i}_0')(nn.swish(u))

@@ -1,6 +1,7 @@
 """U-ViT: convolutional levels around a transformer (arXiv 2301.11093; residual: 2410.19324)."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -11,7 +12,7 @@ from vdm.nn.conditioning import Conditioning, ScaleShift
 
 
 class TransformerBlock(nn.Module):
-  """Applies self-attention, then a perceptron four times as wide, both residual, to h [B, H, W, C].
+  """Applies self-attention, then a perceptron four times as wide, residual, to h [B, *space, C].
 
   Each begins with a LayerNorm, times 1 + scale, plus shift, both of cond and zero at first, as in
   DiT (arXiv 2212.09748), and ends in a projection that starts at zero. Queries and keys are
@@ -26,7 +27,7 @@ class TransformerBlock(nn.Module):
 
   @nn.compact
   def __call__(self, h, _, cond):
-    batch, height, width, channels = h.shape
+    batch, *sizes, channels = h.shape
     dense = functools.partial(nn.Dense, dtype=self.dtype)
     zeros = nn.initializers.zeros
 
@@ -36,7 +37,7 @@ class TransformerBlock(nn.Module):
 
     u = norm(h, 'attention')
     q, k, v = (
-      dense(channels, name=name)(u).reshape(batch, height * width, -1, self.head_width)
+      dense(channels, name=name)(u).reshape(batch, math.prod(sizes), -1, self.head_width)
       for name in ('query', 'key', 'value')
     )
     q = nn.RMSNorm(dtype=self.dtype, name='norm_query')(q)
@@ -58,6 +59,9 @@ class UViT(nn.Module):
   open. For 512 x 512 images the defaults with patch_size=4, transformer_width=2048,
   transformer_depth=36, head_width=128 and 1000 classes have 2,152,439,856 parameters.
 
+  Space has one to three axes. Along a periodic one the transformer is not told where it is, so that
+  a shift of z by whole positions of the transformer shifts the output.
+
   Attributes:
     widths: channels of the levels, from the top.
     num_blocks: residual blocks per level, on the way in and on the way out.
@@ -72,8 +76,10 @@ class UViT(nn.Module):
       numbers. Even.
     dropout: rate in the transformer only.
     norm_groups: as in `VDMUNet`.
+    padding: as in `VDMUNet`.
+    fit_size: as in `ADMUNet`.
     num_classes: 0 for a network without labels.
-    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    embedding_size: E, for vectors [B, E]; see `Conditioning`. 0: the network takes none.
     dtype: of activations. Parameters and output are float32.
     augmentation_flag: appends a flag, 1 for an augmented image, to the noise level's embedding.
     residual: adds z to the output, as in `VDMUNet`.
@@ -92,6 +98,8 @@ class UViT(nn.Module):
   conditioning_width: int = 256
   dropout: float = 0.1
   norm_groups: int = 0
+  padding: str = 'zero'
+  fit_size: bool = False
   num_classes: int = 0
   embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
@@ -101,7 +109,7 @@ class UViT(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, z, t, label=None, flag=None, *, train):
+  def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     common = (self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
     layers.check_fields(*common, width_field='conditioning_width')
@@ -123,16 +131,18 @@ class UViT(nn.Module):
       "'concatenate' or 'residual'",
       "'residual'",
     )
-    factor = self.patch_size * 2 ** len(self.widths)
-    layers.check_image_shape('uvit', z.shape, factor, 'widths or a smaller config.model.patch_size')
+    divisor, rule = self.patch_size * 2 ** len(self.widths), (self.padding, self.fit_size)
+    fewer = 'widths or a smaller config.model.patch_size'
+    layers.check_image_shape('uvit', z.shape, divisor, fewer, *rule)
 
     dense = functools.partial(nn.Dense, dtype=self.dtype)
+    conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
     chain = functools.partial(blocks.chain, scan=self.scan_blocks, remat=self.remat)
     concatenate = self.skip == 'concatenate'
 
     def convolutional(features, name):
-      groups = self.norm_groups
-      return adm_unet.Block(features, 0.0, self.dtype, train, norm_groups=groups, name=name)
+      same = dict(norm_groups=self.norm_groups, padding=self.padding)
+      return adm_unet.Block(features, 0.0, self.dtype, train, **same, name=name)
 
     def transformer(name):
       return TransformerBlock(self.head_width, self.dropout, self.dtype, train, name=name)
@@ -143,9 +153,10 @@ class UViT(nn.Module):
       self.augmentation_flag,
       self.embedding_size,
       name='conditioning',
-    )(t, label, flag)
-    h = layers.space_to_depth(jnp.asarray(z, jnp.float32), self.patch_size)
-    h = convolution.Conv3x3(self.widths[0], self.dtype, name='conv_in')(h)
+    )(t, label, vector, flag)
+    h = layers.fit(layers.append_field(jnp.asarray(z, jnp.float32), field), divisor)
+    h = layers.space_to_depth(h, self.patch_size)
+    h = conv(self.widths[0], name='conv_in')(h)
 
     skips = []
     for level, width in enumerate(self.widths):
@@ -155,7 +166,9 @@ class UViT(nn.Module):
       wider = (*self.widths, self.transformer_width)[level + 1]
       h = dense(wider, name=f'halve_{level}')(layers.halve(h))
 
-    position = self.param('position', nn.initializers.normal(0.02), (1, *h.shape[1:]))
+    kinds = layers.axis_paddings(self.padding, z.ndim - 2)
+    told = [1 if kind == 'periodic' else n for n, kind in zip(h.shape[1:-1], kinds, strict=True)]
+    position = self.param('position', nn.initializers.normal(0.02), (1, *told, h.shape[-1]))
     h += position.astype(self.dtype)
     h, _ = chain(transformer, 'transformer_*', self.transformer_depth, h, None, cond)
 
@@ -167,7 +180,8 @@ class UViT(nn.Module):
       h, _ = chain(make, f'up_{level}_*', self.num_blocks, h, skip, cond)
 
     h = nn.swish(layers.group_norm(self.widths[0], self.dtype, 'norm_out', self.norm_groups)(h))
-    features = self.patch_size**2 * z.shape[-1]
-    h = convolution.Conv3x3(features, self.dtype, nn.initializers.zeros, name='conv_out')(h)
+    features = self.patch_size ** (z.ndim - 2) * z.shape[-1]
+    h = conv(features, kernel_init=nn.initializers.zeros, name='conv_out')(h)
     h = layers.depth_to_space(h.astype(jnp.float32), self.patch_size)
+    h = layers.crop(h, z.shape[1:-1])
     return h + z if self.residual else h

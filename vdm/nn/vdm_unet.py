@@ -10,7 +10,7 @@ from vdm.nn.conditioning import Conditioning
 
 
 class ResBlock(nn.Module):
-  """Applies a residual block: x [B, H, W, C], cond [B, D] -> [B, H, W, features].
+  """Applies a residual block: x [B, *space, C], cond [B, D] -> [B, *space, features].
 
   GroupNorm, swish, conv; + projection of cond; GroupNorm, swish, dropout, conv. The projection and
   the second convolution start at zero, so that the block starts as its shortcut.
@@ -20,19 +20,21 @@ class ResBlock(nn.Module):
   dropout: float
   dtype: jnp.dtype
   norm_groups: int = 0
+  padding: str = 'zero'
 
   @nn.compact
   def __call__(self, x, cond, *, train):
     zeros = nn.initializers.zeros
     h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0', self.norm_groups)(x))
-    h = convolution.Conv3x3(self.features, self.dtype, name='conv_0')(h)
+    conv = functools.partial(convolution.Conv3, self.features, self.dtype, padding=self.padding)
+    h = conv(name='conv_0')(h)
     shift = nn.Dense(
       self.features, use_bias=False, kernel_init=zeros, dtype=self.dtype, name='cond'
     )(cond)
-    h += shift[:, None, None, :]
+    h += jnp.expand_dims(shift, range(1, h.ndim - 1))
     h = nn.swish(layers.group_norm(self.features, self.dtype, 'norm_1', self.norm_groups)(h))
     h = layers.Dropout(self.dropout)(h, train=train)
-    h = convolution.Conv3x3(self.features, self.dtype, zeros, name='conv_1')(h)
+    h = conv(kernel_init=zeros, name='conv_1')(h)
     if x.shape[-1] != self.features:
       x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
     return x + h
@@ -60,7 +62,7 @@ class VDMUNet(nn.Module):
 
   The layers are conv; `num_blocks` residual blocks; block, attention, block; `num_blocks` + 1
   blocks, each of which also reads one of the earlier outputs, the last first; GroupNorm, swish,
-  conv. All are at full resolution, for any H, W, C.
+  conv. All are at full resolution, for one to three spatial axes of any size.
 
   Attributes:
     width: channels of every activation; even, and a multiple of `num_heads`.
@@ -70,8 +72,10 @@ class VDMUNet(nn.Module):
     fourier_exponents: sin and cos of 2 pi 2^n z for each n are appended to z; may be empty.
     dropout: rate in each residual block.
     norm_groups: groups of channels in every norm; 0: `vdm.nn.layers.auto_groups`.
+    padding: 'zero', or 'periodic' where both ends of space are neighbours; or one for each axis, as
+      in 'zero,periodic'.
     num_classes: 0 for a network without labels.
-    embedding_size: E, for a label that is an embedding [B, E]; see `layers.Conditioning`.
+    embedding_size: E, for vectors [B, E]; see `Conditioning`. 0: the network takes none.
     dtype: of activations. Parameters and output are float32.
     augmentation_flag: one more scalar conditioning input, `flag`, 1 where the image was augmented.
       The published checkpoints all have it.
@@ -89,6 +93,7 @@ class VDMUNet(nn.Module):
   fourier_exponents: tuple[int, ...] = (6, 7)
   dropout: float = 0.1
   norm_groups: int = 0
+  padding: str = 'zero'
   num_classes: int = 0
   embedding_size: int = 0
   dtype: jnp.dtype = jnp.float32
@@ -98,26 +103,29 @@ class VDMUNet(nn.Module):
   remat: bool = False
 
   @nn.compact
-  def __call__(self, z, t, label=None, flag=None, *, train):
+  def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network.
 
     Args:
-      z: [B, H, W, C] float32, the noisy images.
+      z: [B, *space, C] float32, the noisy examples.
       t: [B] float32, the noise level (log_snr_max - log_snr) / (log_snr_max - log_snr_min).
       label: [B] int32; -1 or `num_classes`: no label. None: no labels at all.
+      vector: [B, E] float32, with `embedding_size` only; zeros: no vector. None: none at all.
+      field: [B, *coarse, F] float32, appended to what the first convolution reads, after it was
+        repeated to the shape of z if it is coarser by whole factors. None: there is none.
       flag: [B], with `augmentation_flag` only; None: zeros.
       train: whether dropout is on; it draws from the rng stream 'dropout'.
 
     Returns:
-      [B, H, W, C] float32.
+      [B, *space, C] float32.
     """
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     layers.check_heads(self.num_heads, self.width)
-    if z.ndim != 4:
-      raise ValueError(f'vdm_unet takes images [B, H, W, C], but z has shape {z.shape}.')
+    layers.check_axes('vdm_unet', z.shape)
 
     def residual(name):
-      return ResBlock(self.width, self.dropout, self.dtype, self.norm_groups, name=name)
+      fields = (self.width, self.dropout, self.dtype, self.norm_groups, self.padding)
+      return ResBlock(*fields, name=name)
 
     def attention(name):
       return layers.Attention(self.num_heads, self.dtype, self.norm_groups, name=name)
@@ -133,9 +141,10 @@ class VDMUNet(nn.Module):
       self.augmentation_flag,
       self.embedding_size,
       name='conditioning',
-    )(t, label, flag)
-    h = layers.fourier_features(z, self.fourier_exponents)
-    h = convolution.Conv3x3(self.width, self.dtype, name='conv_in')(h)
+    )(t, label, vector, flag)
+    conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
+    h = layers.append_field(layers.fourier_features(z, self.fourier_exponents), field)
+    h = conv(self.width, name='conv_in')(h)
 
     chain = functools.partial(blocks.chain, block, scan=self.scan_blocks, remat=self.remat)
     first = h
@@ -146,7 +155,6 @@ class VDMUNet(nn.Module):
     h, _ = chain('up_*', self.num_blocks + 1, h, blocks.last_first(first, skips), cond)
 
     h = nn.swish(layers.group_norm(self.width, self.dtype, 'norm_out', self.norm_groups)(h))
-    zeros = nn.initializers.zeros
-    h = convolution.Conv3x3(z.shape[-1], self.dtype, zeros, name='conv_out')(h)
+    h = conv(z.shape[-1], kernel_init=nn.initializers.zeros, name='conv_out')(h)
     h = h.astype(jnp.float32)
     return h + z if self.residual else h
