@@ -22,6 +22,7 @@ from absl import app, flags
 
 from benchmarks import train_step
 from vdm import build
+from vdm.data import conditions_of
 from vdm.diffusion.gaussian import end_points, fold_in
 from vdm.diffusion.samplers import dpmpp_2m, sample, time_grid
 from vdm.nn.attention import softmax_attention
@@ -91,7 +92,7 @@ def evaluated(name: str, leaves: dict, precision: str, device: jax.Device) -> di
     )
     ends = end_points(model.schedule(params))
     levels = jnp.linspace(ends[1], ends[0], len(z))
-    eps_hat = model.denoiser(params, batch['label'])(z, levels).eps
+    eps_hat = model.denoiser(params, conditions_of(batch))(z, levels).eps
     return {'loss': value[None], 'eps_hat': eps_hat, 'gradient': gradient}
 
   context = jax.default_matmul_precision(products) if products else jax.default_device(device)

@@ -40,9 +40,9 @@ def forward_flops(config: ConfigDict) -> float:
   model = build.model(config)
   params = jax.eval_shape(model.init, jax.random.key(0))
   z = jax.ShapeDtypeStruct((1, *model.image_shape), 'float32')
-  label = jax.ShapeDtypeStruct((1,), 'int32') if config.model.class_conditional else None
-  run = jax.jit(lambda params, z, label: model.denoiser(params, label)(z, z[:, 0, 0, 0]).eps)
-  return run.lower(params, z, label).cost_analysis()['flops']
+  given = {'label': jax.ShapeDtypeStruct((1,), 'int32')}
+  run = jax.jit(lambda params, z, given: model.denoiser(params, given)(z, z[:, 0, 0, 0]).eps)
+  return run.lower(params, z, given).cost_analysis()['flops']
 
 
 def table(names: list[str]) -> str:

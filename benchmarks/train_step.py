@@ -69,7 +69,7 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
     return call(*args, **kwargs)
 
   def forward(key, z, label):
-    denoiser = model.denoiser(model.init(key), label, train=True, key_dropout=key)
+    denoiser = model.denoiser(model.init(key), {'label': label}, train=True, key_dropout=key)
     with nn.intercept_methods(note):
       return denoiser(z, jnp.zeros(num_images))
 

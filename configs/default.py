@@ -33,21 +33,44 @@ def get_config(arg=''):
 
   config.data = ConfigDict(
     dict(
-      name='digits',  # 'digits' (embedded), or a TFDS image data set: 'imagenet_resized/64x64'
+      # 'digits' (embedded); 'folder' of pictures, 'arrays' in a file, or 'huggingface', all at
+      # `path`; 'gaussian_field' (synthetic); or a TFDS image set: 'imagenet_resized/64x64'
+      name='digits',
+      path='',
       dir='',  # TFDS data_dir; empty: $TFDS_DATA_DIR, else ~/tensorflow_datasets
-      train_split='train',
+      train_split='train',  # or a part of files and rows in their order, such as '[:90%]'
       eval_split='test',
-      # What the data must be. The run stops when what was loaded differs.
+      eval_share=0.1,  # of examples that are in 'test' where the data itself has no such split
+      cache=True,  # of `folder`: keep the pictures decoded, in ~/.cache/vdm/pictures
+      # What the data must be. The run stops when what was loaded differs; with as_found=True these
+      # leaves, down to `masked`, are taken from the data instead, once, and kept with the run.
+      as_found=False,
       train_images=1437,
       eval_images=360,
-      image_shape=(8, 8, 1),  # height, width, channels
-      num_values=17,  # pixels are integers 0 .. num_values - 1
+      image_shape=(8, 8, 1),  # one, two or three spatial axes, and channels
+      num_values=17,  # values are integers 0 .. num_values - 1; 0: they are real
+      num_classes=10,  # 0: the data has no labels
+      embedding_size=0,  # of a vector on which the network is conditioned; 0: none
+      condition_shape=(),  # of a field on which it is: spatial axes and channels; (): none
+      masked=False,  # each example has a mask of the dimensions that count
+      # Condition and mask made of the image: 'low_resolution', block means of condition_shape, or
+      # 'inpainting', its middle given the rest; '': those that are stored, if any.
+      derive='',
+      # Mean and standard deviation per channel of real values, of conditions and of vectors, with
+      # which the network sees them; (): measured over the training split, and kept with the run.
+      shift=(),
+      scale=(),
+      condition_shift=(),
+      condition_scale=(),
+      vector_shift=(),
+      vector_scale=(),
+      # `gaussian_field`, periodic: P(k) ~ (cutoff^2 + k^2)^(exponent / 2), of variance std^2. The
+      # condition, if condition_shape is not (), is blurred, subsampled and noisy.
+      gaussian_field=dict(
+        exponent=-3.0, std=1.0, mean=0.0, cutoff=0.0, blur=1.0, noise_std=0.5, subsample=1
+      ),
       resize=False,  # scale images of any size to cover image_shape, and crop the middle
       num_bits=0,  # 5: keep the 5 highest bits of 8-bit pixels, with num_values=32; 0: all bits
-      num_classes=10,  # 0: the data has no labels
-      # Size of the float vector "embedding" stored with each image (of its caption, say), on which
-      # the network is conditioned in place of labels, with class_conditional=False; 0: none.
-      embedding_size=0,
       flip=False,  # random horizontal flips in training
       rotate=False,  # random quarter turns in half of training's images; needs augmentation_flag
     )
@@ -59,6 +82,7 @@ def get_config(arg=''):
       width=32,
       num_blocks=2,  # ResNet blocks on the way in; one more on the way out
       attention=False,  # attention in every block, not only in the middle
+      padding='zero',  # of convolutions: 'zero' or 'periodic', or one per axis, 'zero,periodic'
       num_heads=1,
       fourier_exponents=(3, 4),  # sin and cos of 2 pi 2^n z for each n; 6, 7 for 8-bit data
       dropout=0.1,
@@ -73,6 +97,9 @@ def get_config(arg=''):
       dtype='auto',  # of activations: 'float32', 'bfloat16'; auto: bfloat16 on TPU and GPU
     )
   )
+  # p(u | z_0): 'discrete' for integers, in bits/dim; 'normal' for real values, in nats/dim, and
+  # 'censored' for those in [low, high] that are often a bound; both with learned_std or without.
+  config.decoder = ConfigDict(dict(name='discrete', learned_std=False, low=0.0, high=1.0))
   config.schedule = ConfigDict(dict(name='learned_endpoints', log_snr_min=-5.0, log_snr_max=8.0))
   # image_size=128, beside the name, moves any weighting from 64 x 64: `weightings.shifted`
   config.weighting = ConfigDict(dict(name='elbo'))
@@ -126,6 +153,9 @@ def get_config(arg=''):
       # Of the bound: the model's own schedule, or a fixed one by its name between its end points.
       schedule=dict(name='schedule'),
       augmented_elbo=False,  # --mode=eval: the weighted loss as bounds of data with noise, by level
+      # --mode=eval of real values, or given fields: samples beside the first examples, spectrum,
+      # histogram, and with conditions the coverage of intervals; 0 examples: none.
+      fields=dict(num_examples=256, samples_per_example=16),
       fid=False,  # --mode=eval: scores fid.num_images samples, by config.sample and config.fid
       likelihood='elbo',  # of --mode=eval: 'elbo', 'ode', or 'elbo,ode' for both; training: elbo
       # The exact likelihood by the probability-flow ODE: see vdm.diffusion.ode. A solve per draw.
@@ -241,6 +271,7 @@ def debug(config):
   config.train.update(batch_size=8, num_steps=4, log_every_steps=1, eval_every_steps=2)
   config.eval.update(batch_size=8, draws=2, max_images=16)
   config.eval.ode.update(rtol=1e-2, atol=1e-2)
+  config.eval.fields.update(num_examples=4, samples_per_example=2)
   config.sample.update(num_images=8, batch_size=8, num_steps=4)
   config.fid.update(
     num_images=8, train_every_steps=0, train_images=8, batch_size=8, halves=2, allow_few=True

@@ -205,9 +205,9 @@ def test_conditions_and_gradients(key):
 
 
 def test_embedding_conditions():
-  """A vector per image: zeros, and none at all, are the learned null."""
+  """A vector per image: NaN, and none at all, are the learned null; zeros are a vector."""
   module = Conditioning(8, embedding_size=5)
-  t, vector = jnp.full(3, 0.5), normal(0, 3, 5).at[1].set(0)
+  t, vector = jnp.full(3, 0.5), normal(0, 3, 5).at[1].set(jnp.nan)
   parameters = random_parameters(module, t, None, vector)
   apply = jax.jit(module.apply)
   out, absent = apply(parameters, t, None, vector), apply(parameters, t)
@@ -216,6 +216,7 @@ def test_embedding_conditions():
   moved = {'params': parameters['params'] | {'null_embedding': jnp.ones((1, 32))}}
   changed = jnp.abs(apply(moved, t, None, vector) - out).max(1) > 0
   np.testing.assert_array_equal(changed, [False, True, False])
+  assert jnp.abs(apply(parameters, t, None, jnp.zeros((3, 5))) - absent).max() > 0.1
   with pytest.raises(ValueError, match=r'config\.data\.embedding_size=5 must be that of the'):
     module.init(jax.random.key(0), t, None, vector[:, :4])
 
@@ -263,7 +264,9 @@ def test_builds_from_a_config_and_shrinks(name, key):
   assert full['network']['conditioning']['label']['embedding'].shape[0] == 11
 
   def predict(params, z):
-    return build.model(config).denoiser(params, jnp.zeros(2, jnp.int32), key)(z, jnp.zeros(2))
+    return build.model(config).denoiser(params, {'label': jnp.zeros(2, jnp.int32)}, key)(
+      z, jnp.zeros(2)
+    )
 
   z = jnp.zeros((2, 64, 64, 3))
   assert jax.eval_shape(predict, small, z).x.shape == z.shape

@@ -267,7 +267,7 @@ def test_label_and_vector_add_to_each_other():
   """Each changes the condition, whatever the other; each is the null if it is absent."""
   module, t = Conditioning(8, num_classes=3, embedding_size=5), np.full(6, 0.5, np.float32)
   label = np.array([0, 1, -1, 0, 1, -1])
-  vector = np.concatenate([np.tile(normal(0, 1, 5), (3, 1)), np.zeros((3, 5))])
+  vector = np.concatenate([np.tile(normal(0, 1, 5), (3, 1)), np.full((3, 5), np.nan)])
   shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), t, label, vector))
   parameters = random_parameters(shapes)
   out = module.apply(parameters, t, label, vector)

@@ -352,13 +352,14 @@ def test_tfds_images_are_those_stored(root, name, cached, monkeypatch):
 
 
 @pytest.mark.parametrize('cached', [True, False])
-def test_embeddings_take_the_place_of_labels(root, cached, monkeypatch):
+def test_embeddings_are_vectors(root, cached, monkeypatch):
   monkeypatch.setattr(tfds_kind, 'CACHE_BYTES', 2**30 if cached else 0)
   source = vdm_data.load(toy(root, name='vectors', embedding_size=3), 'train')
   for _ in range(2):
     batch = source.fetch(np.array([4, 2]))
-    assert batch['label'].dtype == np.float32
-    np.testing.assert_array_equal(batch['label'], [[4, -4, 0.5], [2, -2, 0.5]])
+    assert batch['vector'].dtype == np.float32
+    np.testing.assert_array_equal(batch['label'], [4, 2])
+    np.testing.assert_array_equal(batch['vector'], [[4, -4, 0.5], [2, -2, 0.5]])
     np.testing.assert_array_equal(batch['image'], toy_images(23)[[4, 2]])
 
 

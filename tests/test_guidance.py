@@ -90,48 +90,59 @@ def test_outside_the_limits_the_model_is_alone():
   assert len(calls) == 1  # not even computed
 
 
-def test_label_pair_is_one_call_of_twice_the_batch():
+def test_conditions_pair_is_one_call_of_twice_the_batch():
   shapes = []
 
-  def denoiser_of(label):
+  def denoiser_of(given):
     def denoise(z, log_snr):
       shapes.append(z.shape)
-      x = z * expand_to(label + 0.5, z) + expand_to(log_snr, z)
+      x = z * expand_to(given['label'] + 0.5, z) + expand_to(log_snr, z)
       return Prediction(x, 2 * x)
 
     return denoise
 
   z, log_snr, label = normal(3, 2, 2, 1), jnp.arange(3.0), jnp.array([4, 0, 7])
-  own, null = guidance.label_pair(denoiser_of, label)(z, log_snr)
+  own, null = guidance.conditions_pair(denoiser_of, {'label': label})(z, log_snr)
   assert shapes == [(6, 2, 2, 1)]
-  for a, b in zip(own, denoiser_of(label)(z, log_snr), strict=True):
+  for a, b in zip(own, denoiser_of({'label': label})(z, log_snr), strict=True):
     np.testing.assert_array_equal(a, b)
-  for a, b in zip(null, denoiser_of(jnp.full(3, -1))(z, log_snr), strict=True):
+  for a, b in zip(null, denoiser_of({'label': jnp.full(3, -1)})(z, log_snr), strict=True):
     np.testing.assert_array_equal(a, b)
 
 
 def test_labels_are_dropped_one_by_one_at_the_rate(key):
   label = jnp.arange(10_000) % 10
   keys = fold_in(key, jnp.arange(10_000))
-  dropped = np.asarray(guidance.drop_labels(keys, label, 0.1))
+  drop = lambda keys, label: np.asarray(guidance.drop(keys, {'label': label}, 0.1)['label'])
+  dropped = drop(keys, label)
   lost = dropped == -1
   assert abs(lost.mean() - 0.1) < 5 * 0.003
   np.testing.assert_array_equal(dropped[~lost], label[~lost])
-  np.testing.assert_array_equal(guidance.drop_labels(keys[7:], label[7:], 0.1), dropped[7:])
+  np.testing.assert_array_equal(drop(keys[7:], label[7:]), dropped[7:])
 
 
-def test_embeddings_are_withheld_as_zeros(key):
-  label = jnp.ones((1000, 3))
-  dropped = np.asarray(guidance.drop_labels(fold_in(key, jnp.arange(1000)), label, 0.1))
-  lost = (dropped == 0).all(axis=1)
+def test_all_conditions_of_an_example_are_withheld_together_but_never_its_mask(key):
+  given = {
+    'label': jnp.full(1000, 3),
+    'vector': jnp.ones((1000, 3)),
+    'condition': jnp.full((1000, 2, 2, 1), 7, jnp.uint8),
+    'valid': jnp.ones((1000, 4, 4, 1), bool),
+  }
+  dropped = jax.device_get(guidance.drop(fold_in(key, jnp.arange(1000)), given, 0.1))
+  lost = dropped['label'] == -1
   assert abs(lost.mean() - 0.1) < 5 * 0.01
-  assert (dropped[~lost] == 1).all()
+  for name in ('vector', 'condition'):
+    np.testing.assert_array_equal(np.isnan(dropped[name]).reshape(1000, -1).all(axis=1), lost)
+    np.testing.assert_array_equal(np.isnan(dropped[name]).reshape(1000, -1).any(axis=1), lost)
+    np.testing.assert_array_equal(dropped[name][~lost], given[name][~lost])
+  assert dropped['valid'].all()
 
-  def denoiser_of(label):
-    return lambda z, log_snr: Prediction(z, label.sum(axis=1)[:, None] + z)
+  def denoiser_of(given):
+    total = jnp.nan_to_num(given['vector']).sum(axis=1)
+    return lambda z, log_snr: Prediction(z, total[:, None] + z)
 
   z = jnp.zeros((4, 2))
-  own, null = guidance.label_pair(denoiser_of, jnp.ones((4, 3)))(z, jnp.zeros(4))
+  own, null = guidance.conditions_pair(denoiser_of, {'vector': jnp.ones((4, 3))})(z, jnp.zeros(4))
   assert (own.eps == 3).all() and (null.eps == 0).all()
 
 
@@ -143,8 +154,8 @@ def test_training_withholds_labels(rate, key):
   class Seen(Exception):
     """Carries the labels that the network would have been given."""
 
-  def denoiser(params, label, flag, *, train, key_dropout):
-    raise Seen(label)
+  def denoiser(params, given, flag, *, train, key_dropout):
+    raise Seen(given['label'])
 
   linear = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=5.0)
   model = build.Model(None, lambda params: linear, denoiser, None, (1, 2, 1), discrete(17))
@@ -199,7 +210,11 @@ def config_of(**guidance_settings):
     ('sample.guidance.log_snr_min', 200.0, r'log_snr_min=200.0 must be below'),
     ('sample.threshold.name', 'hard', r"threshold.name='hard' must be one of none, static"),
     ('sample.threshold.percentile', 0.9, r"threshold.name='none' does not take percentile"),
-    ('train.label_dropout', 0.1, r'label_dropout=0.1 must be in \[0, 1\), and 0 without labels'),
+    (
+      'train.label_dropout',
+      0.1,
+      r'label_dropout=0.1 must be in \[0, 1\), and 0 without conditions',
+    ),
   ],
 )
 def test_bad_input_is_refused_when_the_model_is_built(path, value, message):
@@ -272,7 +287,9 @@ def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):
   config.sample.update(denoise_last=True, num_images=8)
   build.model(config)
 
-  def denoiser(params, label=None):
+  def denoiser(params, given):
+    label = given['label']
+
     def denoise(z, log_snr):
       level = jnp.where(label == -1, 0.0, 0.1 * label)
       x = jnp.broadcast_to(expand_to(level, z), z.shape)

@@ -20,7 +20,7 @@ from vdm.diffusion.schedules import SCHEDULES
 from vdm.sampling import run as run_lib
 from vdm.sampling.draw import make_sampler
 from vdm.sampling.folder import check_format, read_shards, write_shard
-from vdm.sampling.labels import drawn_classes, labels_of
+from vdm.sampling.labels import conditions_of, drawn_classes
 from vdm.sampling.picture import image_grid, save_png
 from vdm.sampling.run import folder_name, manifest_of
 from vdm.system import parallel
@@ -39,14 +39,16 @@ def config_of(**settings):
 
 
 def all_labels(config):
-  return labels_of(config.sample, config.data, config.model.class_conditional)
+  conditions = conditions_of(config.sample, config.data, config.model.class_conditional)
+  return lambda index: conditions(index)['label']
 
 
 def stub_model():
   """x_hat is z and the class: images differ, and follow their labels."""
 
-  def denoiser(params, label=None):
-    return lambda z, log_snr: Prediction(0.8 * z + params * expand_to(label / 30.0, z), z)
+  def denoiser(params, given):
+    level = given['label'] / 30.0
+    return lambda z, log_snr: Prediction(0.8 * z + params * expand_to(level, z), z)
 
   own = SCHEDULES['linear'](-5.0, 8.0)
   return build.Model(None, lambda params: own, denoiser, None, SHAPE, discrete(VALUES))
@@ -77,8 +79,9 @@ def test_embeddings_are_taken_in_turn(tmp_path):
   np.save(tmp_path / 'e.npy', rows)
   config = config_of(embeddings=str(tmp_path / 'e.npy'))
   config.model.class_conditional, config.data.embedding_size = False, 3
-  labels = all_labels(config)(np.array([3, 4, 5, 11]))
-  np.testing.assert_array_equal(labels, rows[[3, 4, 0, 1]].astype(np.float32))
+  conditions = conditions_of(config.sample, config.data, False)
+  vectors = conditions(np.array([3, 4, 5, 11]))['vector']
+  np.testing.assert_array_equal(vectors, rows[[3, 4, 0, 1]].astype(np.float32))
   config.data.embedding_size = 4
   with pytest.raises(ValueError, match=r'sample.embeddings=.* an array \[N, 4\]'):
     all_labels(config)
@@ -301,10 +304,11 @@ def test_bad_input_is_refused_before_anything_is_written(settings, message, read
 
 def test_png_holds_one_or_three_channels():
   for channels in (1, 3):
-    check_format('png', channels)
-  with pytest.raises(ValueError, match=r"sample.format='png' must be 'npz' for images of 2 chan"):
-    check_format('png', 2)
-  check_format('npz', 2)
+    check_format('png', (8, 8, channels))
+  for shape in ((8, 8, 2), (8, 1), (8, 8, 8, 3)):
+    with pytest.raises(ValueError, match=r"sample.format='png' must be 'npz' for images \(8, "):
+      check_format('png', shape)
+    check_format('npz', shape)
 
 
 @pytest.mark.parametrize('channels', [1, 2, 3, 4, 5])

@@ -350,7 +350,7 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   model, seen = build.model(config), []
   params = jax.eval_shape(model.init, jax.random.key(0))
 
-  def denoiser(params, label, flag, *, train, key_dropout):
+  def denoiser(params, given, flag, *, train, key_dropout):
     seen.append(flag)
     return lambda z, log_snr: Prediction(z, z)
 
@@ -362,7 +362,7 @@ def test_the_network_sees_the_flag_in_training_and_zeros_after(monkeypatch):
   given = ({'schedule': learned.init()}, None, {}, batch, jax.random.key(1), None)
   loss(recipe(config, fake), *given)
   keys = [fold_in(key, index) for key in jax.random.split(jax.random.key(1), 6)[3:5]]
-  _, flag = augment(*keys, batch['image'], True, True)
+  _, flag = augment(*keys, {'image': batch['image']}, True, True)
   np.testing.assert_array_equal(seen, [flag])
   assert 0 < flag.sum() < 8
 

@@ -30,6 +30,9 @@ from vdm.system import files
 ODE = 'probability-flow ODE'  # the bound of a card that is no bound begins with it
 
 
+UNITS = {'bits_per_dim': 'bits/dim', 'nats_per_dim': 'nats/dim'}  # of likelihoods, by metric
+
+
 class Field(NamedTuple):
   """Says of a card's field where it is, its column in the table ('' for none), and what it decides.
 
@@ -42,7 +45,8 @@ class Field(NamedTuple):
 
 
 FIELDS = (
-  Field('metric', 'metric', 'another quantity'),
+  Field('metric', 'metric', 'another quantity'),  # such as a density, and no probability
+  Field('decoder', '', 'densities alone, or with probabilities at bounds, or probabilities'),
   Field('estimate', 'estimate', 'bounds differ in how tight they are, and from the likelihood'),
   # of the data
   Field('data.full_name', 'data', 'another data set or version, with other pixels'),
@@ -50,6 +54,9 @@ FIELDS = (
   Field('num_images', 'images', 'other images'),
   Field('data.image_shape', '', 'images of another size'),
   Field('data.num_values', '', 'another vocabulary: bits/dim of other symbols'),
+  Field('data.derive', '', 'another condition'),
+  Field('data.masked', '', 'other dimensions are counted'),
+  Field('data.condition_shape', '', 'conditioned on other fields, or on none'),
   Field('data.num_bits', '', 'other bits of the pixels'),
   Field('data.resize', '', 'pixels scaled in another way'),
   Field('data.sha256_first_64', '', 'other pixels'),
@@ -167,7 +174,12 @@ def series(*workdirs: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
 def is_bound(card: dict[str, Any]) -> bool:
   """Returns whether the card is of a variational bound."""
-  return card['metric'] == 'bits_per_dim' and not card['bound'].startswith(ODE)
+  return is_likelihood(card) and not card['bound'].startswith(ODE)
+
+
+def is_likelihood(card: dict[str, Any]) -> bool:
+  """Returns whether the card is of a likelihood: of probabilities, or of densities."""
+  return card['metric'] in UNITS
 
 
 def is_distance(card: dict[str, Any]) -> bool:
@@ -188,7 +200,7 @@ def images_of(card: dict[str, Any]) -> str:
 
 def description(card: dict[str, Any]) -> list[str]:
   """Returns what the number is, but for the step, in as many parts for every card of a kind."""
-  if card['metric'] != 'bits_per_dim':
+  if not is_likelihood(card):
     drawn = f'{card["sampler"]}, {card["network_evaluations"]} evaluations'
     return [card['metric'], f'{card["params"]} parameters', f'{card["num_samples"]} samples', drawn]
   draws = _at(card, 'draws_per_image') or 1
@@ -197,7 +209,7 @@ def description(card: dict[str, Any]) -> list[str]:
 
 
 def last_result(workdir: pathlib.Path) -> str:
-  """Returns the bits/dim of the newest step in a sentence that says which; '' if there are none.
+  """Returns the likelihood of the newest step in a sentence that says which; '' if there are none.
 
   Of several at that step the first of these decides: averaged parameters, the bound, the whole
   split, the number of images, and of draws.
@@ -207,7 +219,7 @@ def last_result(workdir: pathlib.Path) -> str:
     own = card['params'] == 'ema', is_bound(card), card['whole_split'], card['num_images']
     return card['step'], *own, _at(card, 'draws_per_image') or 1
 
-  found = [cards for cards in series(workdir).values() if cards[0]['metric'] == 'bits_per_dim']
+  found = [cards for cards in series(workdir).values() if is_likelihood(cards[0])]
   if not found:
     return ''
   cards = max(found, key=lambda cards: rank(cards[-1]))
@@ -215,7 +227,7 @@ def last_result(workdir: pathlib.Path) -> str:
   value = plus_minus(card['value'], card['stderr'])
   whose = 'the best' if lowest is card else f'the best is {lowest["value"]:.4f} at {lowest["step"]}'
   return (
-    f'{", ".join(description(card))}: {value} bits/dim at step {card["step"]}, '
+    f'{", ".join(description(card))}: {value} {UNITS[card["metric"]]} at step {card["step"]}, '
     f'{whose} of {len(cards)} ({card["path"]}).'
   )
 
@@ -246,8 +258,11 @@ def facts(card: dict[str, Any]) -> dict[str, Any]:
   at = functools.partial(_at, card)
   revision, plus, changes = str(at('environment.git_revision') or '').partition('+')
   derived = {'revision': revision[:9] + plus + changes}
-  if isinstance(at('data'), dict):  # a card older than these two fields is of data as it was
-    derived['data'] = {'num_bits': 0, 'resize': False} | at('data')
+  if at('bound') and not at('decoder'):  # a card older than the field is of probabilities
+    derived['decoder'] = 'discrete'
+  if isinstance(at('data'), dict):  # a card older than these fields is of data as it was
+    blank = {'num_bits': 0, 'resize': False, 'masked': False, 'condition_shape': [], 'derive': ''}
+    derived['data'] = blank | at('data')
   own, other = at('config.schedule.name'), at('config.eval.schedule.name')
   bound = str(at('bound') or '')
   if bound.startswith(ODE):

@@ -12,20 +12,21 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, data
 from vdm.build.state import TrainState, named_params
-from vdm.diffusion.gaussian import Denoiser, Schedule
+from vdm.diffusion.gaussian import Denoiser, Schedule, count_dims
 from vdm.diffusion.samplers import Sampler
 from vdm.errors import require
 from vdm.evaluation import ode
 from vdm.evaluation.bound import BitsPerDim, jit_step, make_evaluator
 from vdm.evaluation.study import batches
 from vdm.sampling.draw import make_draw, make_guidance
-from vdm.sampling.labels import Labels, labels_of
+from vdm.sampling.labels import conditions_of
 from vdm.system import parallel, runners
 from vdm.system.stopping import Stopped
 from vdm.training import loop
@@ -65,7 +66,7 @@ class Experiment:
     Raises:
       ValueError: there is no such config or leaf, or a value cannot be used.
     """
-    self.config = config_file.read_config(config, overrides or {})
+    self.config = config_file.settled(config_file.read_config(config, overrides or {}))
     self.model = build.model(self.config)
     build.check_devices(self.config, jax.device_count())
     self.mesh = parallel.make_mesh(self.config.parallel.fsdp)
@@ -113,7 +114,9 @@ class Experiment:
     split: str | data.Source = 'eval',
     **settings: Any,
   ) -> BitsPerDim:
-    """Returns the variational bound, with `.value`, `.stderr` and `.terms`, in bits/dim.
+    """Returns the variational bound, with `.value`, `.stderr` and `.terms`, in `.unit`.
+
+    That is bits/dim, or for continuous data nats/dim, of the density per unit of the data.
 
     Args:
       state: of this experiment.
@@ -133,6 +136,9 @@ class Experiment:
     draws: int = 8,
     seed: int = 0,
     label: np.ndarray | None = None,
+    vector: np.ndarray | None = None,
+    condition: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
     bound: str = 'elbo',
     params: str = 'ema',
   ) -> LogProb:
@@ -140,20 +146,25 @@ class Experiment:
 
     Args:
       state: of this experiment.
-      images: [N H W C], in the data's units.
+      images: [N *spatial C], in the data's units.
       draws: independent estimates of each image.
       seed: of the draws.
-      label: classes [N], or embeddings [N E]; None: no label, for a model by class its null label.
+      label: classes [N]; None: the null label, for a model by class.
+      vector: conditions [N E]; None: what stands for none.
+      condition: fields [N *spatial' Cc]; None: what stands for none.
+      mask: [N *spatial 1], nonzero in the dimensions that count; None: all.
       bound: 'elbo', the variational bound, or 'ode', the probability-flow ODE with the settings of
         config.eval.ode.
       params: as in `bits_per_dim`.
     """
     require(bound in ('elbo', 'ode'), 'bound', bound, "'elbo' or 'ode'", 'choose one')
     settings = self._changed('eval', dict(seed=seed, draws=draws, max_images=0))
-    if label is None and self.config.model.class_conditional:
-      label = np.full(len(images), -1, np.int32)  # no class: the model's null label
-    source, weights = data.of_arrays(images, label), named_params(state, params)
-    nats = math.prod(self.model.image_shape) * math.log(2)
+    given = _given(self.model, len(images), label, vector, condition, mask)
+    source = data.of_arrays(images, 'log_prob', **given)
+    weights = named_params(state, params)
+    valid = jnp.asarray(given['valid']) if 'valid' in given else None
+    counted = count_dims(self.model.image_shape, valid)  # of an example, [N] or one for all
+    nats = np.asarray(counted, np.float64) * self.model.decoder.nats_per_unit
     if bound == 'elbo':
       compiled = jit_step(self.model, self.mesh, settings)
     else:
@@ -170,7 +181,7 @@ class Experiment:
         finished = all(part['finished'][kept].all() for part in parts)
         most = settings.ode.max_steps
         require(finished, 'config.eval.ode.max_steps', most, 'larger for these images', 'raise it')
-        estimates.append(np.stack([part['bits'][kept] for part in parts]))
+        estimates.append(np.stack([part['value'][kept] for part in parts]))
     values = -nats * np.concatenate(estimates, axis=1).astype(np.float64)  # [draws N]
     spread = values.std(axis=0, ddof=1) if draws > 1 else np.full(len(source), np.nan)
     return LogProb(values.mean(axis=0), spread / math.sqrt(draws))
@@ -181,17 +192,24 @@ class Experiment:
     num_images: int,
     sampler: Sampler | None = None,
     label: int | np.ndarray | None = None,
+    vector: np.ndarray | None = None,
+    condition: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
     guidance: float | None = None,
     params: str = 'ema',
     **settings: Any,
   ) -> np.ndarray:
-    """Returns images [N H W C] in the data's units; each depends on its number and the seed alone.
+    """Returns images [N *spatial C] in the data's units; each depends on its number and the seed.
 
     Args:
       state: of this experiment.
       num_images: N.
       sampler: such as `vdm.samplers.ddim()`; None: config.sample.sampler.
-      label: a class for all, classes [N] or embeddings [N E]; None: by config.sample.label_rule.
+      label: a class for all, or classes [N]; None: by config.sample.label_rule.
+      vector: conditions [N E]. Where one of these three is given, what is not given stands for
+        none; else all are those of the evaluation split.
+      condition: fields [N *spatial' Cc].
+      mask: [N *spatial 1], nonzero in the dimensions that count.
       guidance: weight of classifier-free guidance, 1 is none; None: config.sample.guidance.
       params: as in `bits_per_dim`.
       **settings: leaves of config.sample to change, such as num_steps=32, seed=1.
@@ -202,20 +220,32 @@ class Experiment:
     if guidance is not None and guidance != 1:
       config.sample.guidance.update(kind='classifier_free', weight=float(guidance))
     build.check_sampling(config.sample, self.schedule(state, params), config.train.label_dropout)
-    if label is None:
-      labels = labels_of(config.sample, config.data, config.model.class_conditional)
+    if all(value is None for value in (label, vector, condition, mask)):
+      conditions = conditions_of(config.sample, config.data, config.model.class_conditional)
     else:
-      classes = self.config.data.num_classes if self.config.model.class_conditional else 0
-      labels = _given(label, num_images, classes)
+      rows = _given(self.model, num_images, label, vector, condition, mask)
+      last = num_images - 1  # the last batch is filled up
+      conditions = lambda index: {k: v[np.minimum(index, last)] for k, v in rows.items()}
     made = make_guidance(config.sample.guidance, config.schedule, self.model, self.mesh)
-    draw = make_draw(self.model, self.mesh, config.sample, labels, made, sampler)
+    draw = make_draw(self.model, self.mesh, config.sample, conditions, made, sampler)
     return np.concatenate(list(draw(named_params(state, params), num_images)))
 
   def denoiser(
-    self, state: TrainState, params: str = 'ema', label: np.ndarray | None = None
+    self,
+    state: TrainState,
+    params: str = 'ema',
+    label: np.ndarray | None = None,
+    vector: np.ndarray | None = None,
+    condition: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
   ) -> Denoiser:
-    """Returns (z [B ...], log_snr [B]) -> Prediction(x, eps) of a state."""
-    return self.model.denoiser(named_params(state, params), label)
+    """Returns (z [B ...], log_snr [B]) -> Prediction(x, eps) of a state, in the network's units.
+
+    The conditions are those of `log_prob`, one for each of the B examples.
+    """
+    given = dict(label=label, vector=vector, condition=condition, valid=mask)
+    conditions = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
+    return self.model.denoiser(named_params(state, params), conditions)
 
   def schedule(self, state: TrainState, params: str = 'ema') -> Schedule:
     """Returns t [B] -> log_snr [B] of a state."""
@@ -262,17 +292,50 @@ class Experiment:
     return split if isinstance(split, data.Source) else self.source(split)
 
 
-def _given(label: int | np.ndarray, num_images: int, num_classes: int) -> Labels:
-  """Returns image numbers -> the labels that were given."""
-  rows = np.asarray(label)
-  if np.issubdtype(rows.dtype, np.integer):
-    good = num_classes > 0 and rows.size and rows.min() >= -1 and rows.max() < num_classes
-    rule = f'classes, 0 .. {num_classes - 1}, or -1 for none' if num_classes else 'left out'
+def _given(
+  model: build.Model,
+  count: int,
+  label: int | np.ndarray | None,
+  vector: np.ndarray | None,
+  condition: np.ndarray | None,
+  mask: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+  """Returns the conditions of `count` examples that were given, and what stands for the others.
+
+  Raises:
+    ValueError: the model does not take one of them, or it has another shape.
+  """
+  takes, spatial, classes = model.takes, model.image_shape[:-1], model.takes.num_classes
+  found: dict[str, np.ndarray] = {}
+  if label is not None:
+    rows = np.asarray(label)
+    good = np.issubdtype(rows.dtype, np.integer) and classes > 0
+    good = good and rows.size > 0 and rows.min() >= -1 and rows.max() < classes
+    rule = f'classes, 0 .. {classes - 1}, or -1 for none' if classes else 'left out'
     require(bool(good), 'label', label, rule, 'config.model.class_conditional says what it takes')
-  if rows.ndim == 0:
-    return lambda index: np.full(len(index), rows, np.int32)
-  require(len(rows) == num_images, 'label', rows.shape, f'{num_images} labels', 'give one each')
-  return lambda index: rows[np.minimum(index, num_images - 1)]
+    found['label'] = np.broadcast_to(rows, (count,)) if rows.ndim == 0 else rows
+  elif classes:
+    found['label'] = np.full(count, -1)
+  sizes = {
+    'vector': (vector, (takes.vector_size,) if takes.vector_size else ()),
+    'condition': (condition, takes.condition_shape),
+    'mask': (mask, (*spatial, 1) if takes.masked else ()),
+  }
+  for name, (value, shape) in sizes.items():
+    remedy = f'the model takes {name}s of shape {[count, *shape]}' if shape else 'it takes none'
+    rule = f'an array {[count, *shape]}' if shape else 'left out'
+    if value is None and shape:
+      found[name] = np.full((count, *shape), 1 if name == 'mask' else np.nan, np.float32)
+    elif value is not None:
+      array = np.asarray(value)
+      require(bool(shape) and array.shape == (count, *shape), name, array.shape, rule, remedy)
+      found[name] = array
+  if 'mask' in found:
+    found['valid'] = found.pop('mask') != 0
+  if 'label' in found:
+    require(len(found['label']) == count, 'label', len(found['label']), f'{count}', 'one each')
+    found['label'] = found['label'].astype(np.int32)
+  return found
 
 
 def load(

@@ -35,7 +35,7 @@ from vdm import cli
 _MODES = ['train', 'eval', 'sample', 'release', 'reconstruct', 'import_vdm', 'plan']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
 _STEP = flags.DEFINE_string(
-  'step', 'newest', 'For eval, sample and release: newest, best (by bits/dim), or a number.'
+  'step', 'newest', 'For eval, sample and release: newest, best (by likelihood), or a number.'
 )
 _CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Of the public VDM code, for import_vdm.')
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'For plan: v5e:2x4, h100:8; else what is here.')

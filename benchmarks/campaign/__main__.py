@@ -9,14 +9,17 @@ two), corruption (damaged checkpoints), faults (values that are not finite in th
 (any value of any leaf), files (damaged cards, configs, shards, references, weights, pictures) and
 disks (file systems that are full). A case is a function of its kind, --seed and its number. After
 every case DIR/<kind>_<seed>.json holds all of them, so that the same command goes on where it
-stopped; DIR/report.md says how many held, and how to repeat those that did not. Status 1 if any.
+stopped; DIR/report.md says how many held, and how to repeat those that did not, of which the
+runs' output is DIR/broken_<kind>_<seed>_<number>.log. Status 1 if any.
 """
 
 import argparse
 import collections
 import json
+import os
 import pathlib
 import random
+import shutil
 import sys
 import time
 
@@ -35,6 +38,8 @@ def run_case(kind: str, seed: int, number: int, base: pathlib.Path) -> dict:
     verdict, note = 'held', KINDS[kind](rng, base)
   except Broken as error:
     verdict, _, note = str(error).partition(': ')
+    for log in base.glob(f'*_{os.getpid()}.log'):  # of the run that was broken
+      shutil.copy(log, base / f'broken_{kind}_{seed}_{number}.log')
   return {'verdict': verdict, 'note': note, 'seconds': round(time.monotonic() - began, 1)}
 
 

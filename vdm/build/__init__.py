@@ -7,7 +7,16 @@ from vdm.build.optimizer import ema_decays, optimizer
 from vdm.build.platform import dtype, for_platform, scan_blocks
 from vdm.build.state import InitState, init_state
 
-ORDER = ('platform', 'factories', 'optimizer', 'checks', 'model', 'state', '__init__')
+ORDER = (
+  'platform',
+  'factories',
+  'optimizer',
+  'checks',
+  'conditioning',
+  'model',
+  'state',
+  '__init__',
+)
 
 __all__ = [
   'InitState',

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from vdm.build.factories import other_schedule, sampler, threshold
+from vdm.build.factories import decoder, other_schedule, sampler, threshold
 from vdm.build.optimizer import ema_decays
-from vdm.diffusion.decoders import discrete
+from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.gaussian import Schedule
 from vdm.diffusion.ode import PROBES
 from vdm.errors import require
@@ -45,7 +45,7 @@ RULES = (
     'train.batch_size train.num_steps train.microbatches train.log_every_steps '
     'train.eval_every_steps eval.batch_size eval.draws sample.num_images sample.preview_images '
     'sample.batch_size sample.num_steps checkpoint.every_steps checkpoint.keep fid.batch_size '
-    'fid.num_images fid.train_images data.num_values parallel.fsdp optimizer.learning_rate '
+    'fid.num_images fid.train_images parallel.fsdp optimizer.learning_rate '
     'ema.halflife_images train.most_skipped',
     POSITIVE,
   ),
@@ -71,7 +71,8 @@ RULES = (
     'ema.extra_halflives_images',
     Rule(lambda halflives: all(n > 0 for n in halflives), 'positive', 'give images'),
   ),
-  ('data.num_values', _at_least(2, '256 for 8-bit pixels')),
+  ('data.num_values', Rule(lambda n: n == 0 or n >= 2, '0, or 2 or more', '256 for 8-bit pixels')),
+  ('data.eval_share', Rule(lambda s: 0 < s < 1, 'between 0 and 1', 'usual: 0.1')),
   ('parallel.mode', _one_of('jit', 'pmap')),
   ('train.on_nan', _one_of('stop', 'skip')),
   ('model.condition_on', _one_of('live', 'configured')),
@@ -85,6 +86,15 @@ RULES = (
   ('eval.ode.num_probes eval.ode.importance_samples', _at_least(1, 'give 1 or more')),
   ('sample.guidance.kind', _one_of('none', 'classifier_free', 'auto')),
 )
+
+
+# Leaves that only make sense for pictures, by the value that they have for real values.
+OF_PICTURES = {
+  'eval.fid': False,
+  'fid.train_every_steps': 0,
+  'sample.threshold.name': 'none',
+  'data.num_bits': 0,
+}
 
 
 def check_config(config: ConfigDict):
@@ -120,9 +130,39 @@ def check_config(config: ConfigDict):
   kept = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
   for leaf in ('eval.params', 'eval.ode.params', 'sample.params'):
     _check_parameters(leaf, _value(config, leaf), kept)
-  choices = _one_of(*discrete(config.data.num_values).dequantizations)
-  value = config.eval.ode.dequantization
-  require(choices.holds(value), 'config.eval.ode.dequantization', value, *choices[1:])
+  require(
+    config.decoder.name != 'discrete' or config.data.num_values >= 2,
+    'config.decoder.name',
+    config.decoder.name,
+    "'normal' or 'censored' for real values, config.data.num_values=0",
+    'choose one',
+  )
+  made = decoder(config.decoder, config.data, config.schedule.log_snr_max)
+  _check_decoder(made, config.eval)
+  for leaf, none in OF_PICTURES.items() if made.is_density else ():
+    rule = f'{none!r} for {made.units}: it is for pictures, whose range is known'
+    require(_value(config, leaf) == none, f'config.{leaf}', _value(config, leaf), rule, 'change it')
+
+
+def _check_decoder(made: Decoder, evaluation: ConfigDict):
+  """Refuses a likelihood by the ODE that a decoder does not have.
+
+  Args:
+    made: of config.decoder.
+    evaluation: config.eval.
+  """
+  asks = 'ode' in evaluation.likelihood.split(',')
+  require(
+    bool(made.dequantizations) or not asks,
+    'config.eval.likelihood',
+    evaluation.likelihood,
+    f"'elbo' for {made.units}, which have no density",
+    'choose it',
+  )
+  if made.dequantizations and (asks or not made.is_density):
+    choices = _one_of(*made.dequantizations)
+    value = evaluation.ode.dequantization
+    require(choices.holds(value), 'config.eval.ode.dequantization', value, *choices[1:])
 
 
 def _check_numbers(tree: ConfigDict, prefix: str = 'config'):
@@ -190,18 +230,13 @@ def _check_conditions(class_conditional: bool, data: ConfigDict, label_dropout: 
     'state config.data.num_classes, or set it to False',
   )
   size = data.embedding_size
+  require(size >= 0, 'config.data.embedding_size', size, '0 or more', 'give 0 for none')
+  conditional = class_conditional or size > 0 or bool(data.condition_shape)
   require(
-    size >= 0 and not (size and class_conditional),
-    'config.data.embedding_size',
-    size,
-    '0 for a network with classes, and never below',
-    'set config.model.class_conditional=False to condition on embeddings',
-  )
-  require(
-    0 <= label_dropout < 1 and (class_conditional or size > 0 or label_dropout == 0),
+    0 <= label_dropout < 1 and (conditional or label_dropout == 0),
     'config.train.label_dropout',
     label_dropout,
-    'in [0, 1), and 0 without labels or embeddings',
+    'in [0, 1), and 0 without conditions',
     'give 0, or 0.1 with config.model.class_conditional=True',
   )
 

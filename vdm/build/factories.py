@@ -6,12 +6,16 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from vdm.diffusion.adaptive import Adaptive, adaptive
+from vdm.diffusion.continuous import censored, normal
+from vdm.diffusion.decoders import Decoder, discrete
 from vdm.diffusion.gaussian import Denoiser, Schedule, end_points
 from vdm.diffusion.guidance import THRESHOLDS
 from vdm.diffusion.samplers import SAMPLERS, Sampler
 from vdm.diffusion.schedules import SCHEDULES, Learned, linear
 from vdm.diffusion.weightings import WEIGHTINGS, Weighting, shifted
 from vdm.errors import require, within
+
+DECODERS = {'discrete': discrete, 'normal': normal, 'censored': censored}
 
 
 def factory(table: dict, field: str, block: dict, **extra):
@@ -82,6 +86,23 @@ def _of_chosen(table: dict, block: ConfigDict) -> dict:
   ]
   kept = lambda k, v: k == 'name' or k in taken or (k, v) not in defaults
   return {k: v for k, v in block.to_dict().items() if kept(k, v)}
+
+
+def decoder(block: ConfigDict, data: ConfigDict, log_snr_max: float) -> Decoder:
+  """Returns config.decoder; a continuous one has the data's statistics, 0 and 1 if not measured.
+
+  Args:
+    block: config.decoder.
+    data: config.data.
+    log_snr_max: of the untrained schedule.
+  """
+  chosen = _of_chosen(DECODERS, block)
+  if block.name == 'discrete':
+    return factory(DECODERS, 'decoder', chosen, num_values=data.num_values)
+  channels = data.image_shape[-1]
+  shift, scale = tuple(data.shift) or (0.0,) * channels, tuple(data.scale) or (1.0,) * channels
+  given = dict(shift=shift, scale=scale, log_snr_max=log_snr_max)
+  return factory(DECODERS, 'decoder', chosen, **given)
 
 
 def sampler(block: ConfigDict) -> Sampler:

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from vdm.build import factories
+from vdm.build import conditioning, factories
 from vdm.build.checks import check_config, check_sampling, is_flagged
 from vdm.build.platform import dtype, scan_blocks
 from vdm.diffusion.adaptive import Adaptive
-from vdm.diffusion.decoders import Decoder, discrete
-from vdm.diffusion.gaussian import Denoiser, Schedule, end_points, mean_over_dims
+from vdm.diffusion.decoders import Decoder
+from vdm.diffusion.gaussian import Denoiser, Prediction, Schedule, end_points, mean_over_dims
 from vdm.diffusion.heads import HEADS, network_input, to_prediction
 from vdm.diffusion.weightings import Weighting
 from vdm.errors import require
@@ -23,16 +23,22 @@ from vdm.nn import NETWORKS, blocks
 class Model(NamedTuple):
   """Holds everything the loss, the likelihood and the samplers need of a config."""
 
-  init: Callable[[jax.Array], Any]  # key -> params {'network', 'schedule'}
+  init: Callable[[jax.Array], Any]  # key -> params {'network', 'schedule'}, and 'decoder' if any
   schedule: Callable[[Any], Schedule]  # params -> Schedule
-  # (params, label=None, flag=None, *, train=False, key_dropout=None) -> Denoiser
+  # (params, conditions={}, flag=None, *, train=False, key_dropout=None) -> Denoiser; conditions
+  # that the model does not take are passed over (`data.source.CONDITIONS`)
   denoiser: Callable[..., Denoiser]
   weighting: Weighting
-  image_shape: tuple[int, ...]
-  decoder: Decoder
+  image_shape: tuple[int, ...]  # spatial axes, channels
+  decoder: Decoder  # untrained: of the data's units and the likelihood's
   adaptive: Adaptive | None = None
   network: str = ''  # its name
   dtype: str = 'float32'  # of its activations
+  takes: conditioning.Takes = conditioning.Takes()  # of conditions
+
+  def decoder_of(self, params: Any) -> Decoder:
+    """Returns the decoder, with the parameters that it has if any."""
+    return self.decoder.with_params(params)
 
   def training_schedule(self, params: Any, adaptive_state: Any) -> Schedule:
     """Returns what training draws its times from: the adaptive schedule, if any, or its own."""
@@ -54,19 +60,18 @@ def model(config: ConfigDict) -> Model:
     f'one of {", ".join(HEADS)}',
     'choose one of these',
   )
-  num_classes = config.data.num_classes if class_conditional else 0
-  embedding_size = config.data.embedding_size
-  flagged, scan = is_flagged(config.model), scan_blocks(config.model)
+  data, scan = config.data, scan_blocks(config.model)
+  flagged, takes = is_flagged(config.model), conditioning.of_config(data, class_conditional)
   unrolled = factories.factory(
     NETWORKS,
     'model',
     block | ({'scan_blocks': False} if 'scan_blocks' in block else {}),
-    num_classes=num_classes,
+    num_classes=data.num_classes if class_conditional else 0,
     dtype=dtype(config.model.dtype),
     # z is nearly eps where noise dominates; x, v and F are nothing like it, the score is -z there,
     # and o = eps - x has the wrong sign of x
     residual=output == 'eps',
-    **(dict(embedding_size=embedding_size) if embedding_size else {}),
+    **(dict(embedding_size=data.embedding_size) if data.embedding_size else {}),
   )
   network = unrolled.clone(scan_blocks=True) if scan else unrolled
   learned, adapts = factories.schedule(config.schedule)
@@ -81,44 +86,48 @@ def model(config: ConfigDict) -> Model:
   own = learned.as_schedule(learned.init())
   check_sampling(config.sample, own, config.train.label_dropout)
   factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
-  image_shape = tuple(config.data.image_shape)
+  image_shape = tuple(data.image_shape)
+  decoder = factories.decoder(config.decoder, data, config.schedule.log_snr_max)
 
   def init(key):
     z, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,))
-    label = jnp.zeros((1,), jnp.int32) if class_conditional else None
-    vector = dict(vector=jnp.zeros((1, embedding_size))) if embedding_size else {}
+    inputs = takes.inputs(takes.nothing(1, image_shape))
 
     def params_of(network, key):
-      return network.init(key, z, t, label, **vector, train=False)['params']
+      return network.init(key, z, t, **inputs, train=False)['params']
 
     params = params_of(unrolled, key)
     if scan:  # the same numbers in either layout
       names = blocks.stacked_names(jax.eval_shape(functools.partial(params_of, network), key))
       params = blocks.stack(params, names)
-    return {'network': params, 'schedule': learned.init()}
+    of_decoder = decoder.init()
+    more = {'decoder': of_decoder} if of_decoder else {}
+    return {'network': params, 'schedule': learned.init(), **more}
 
   def as_schedule(params):
     return learned.as_schedule(params['schedule'])
 
-  def denoiser(params, label=None, flag=None, *, train=False, key_dropout=None):
+  def denoiser(params, conditions=None, flag=None, *, train=False, key_dropout=None):
     if condition_on == 'live':
       ends = end_points(as_schedule(params))  # so that t is always in [0, 1]
     else:
       ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
     kwargs = dict(train=train, rngs=rngs) | (dict(flag=flag) if flagged else {})
-    kwargs |= dict(vector=label) if embedding_size else {}
-    label = label if class_conditional else None
+    given = conditions or {}
+    valid = given.get('valid') if data.masked else None
+    inside = lambda a: a if valid is None else jnp.where(valid, a, 0)
 
     def denoise(z, log_snr):
+      z = inside(z)
       t = mean_over_dims((ends[0] - log_snr) / (ends[0] - ends[1]))
       z_in = network_input(output, z, log_snr)
-      out = network.apply({'params': params['network']}, z_in, t, label, **kwargs)
-      return to_prediction(output, out, z, log_snr)
+      inputs = takes.inputs(takes.nothing(len(z), image_shape) | given)
+      out = network.apply({'params': params['network']}, z_in, t, **inputs, **kwargs)
+      return Prediction(*map(inside, to_prediction(output, out, z, log_snr)))
 
     return denoise
 
-  decoder = discrete(config.data.num_values)
   return Model(
     init,
     as_schedule,
@@ -129,4 +138,5 @@ def model(config: ConfigDict) -> Model:
     adapts,
     network=config.model.name,
     dtype=dtype(config.model.dtype).name,
+    takes=takes,
   )

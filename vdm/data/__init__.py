@@ -10,7 +10,7 @@ from vdm.data.batches import eval_batches, num_eval_images, train_batches
 from vdm.data.identity import fingerprint
 from vdm.data.load import classes, load, num_images
 from vdm.data.pictures import centre_crop, decode
-from vdm.data.source import Batch, Source, of_arrays
+from vdm.data.source import Batch, Source, conditions_of, of_arrays
 
 ORDER = (
   'source',
@@ -28,7 +28,9 @@ ORDER = (
   'huggingface',
   'batches',
   'augment',
+  'derive',
   'load',
+  'settle',
   'prepare',
   '__init__',
   '__main__',
@@ -39,6 +41,7 @@ __all__ = [
   'Source',
   'centre_crop',
   'classes',
+  'conditions_of',
   'decode',
   'eval_batches',
   'fingerprint',

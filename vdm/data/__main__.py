@@ -1,4 +1,4 @@
-"""python -m vdm.data: looks at and converts prepared TFDS data sets."""
+"""python -m vdm.data: looks at data sets, and converts prepared TFDS data sets."""
 
 import argparse
 import sys
@@ -9,7 +9,8 @@ from vdm.data.prepare import convert, show
 def main(argv: list[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(
-    prog='python -m vdm.data', description='Looks at and converts prepared TFDS data sets.'
+    prog='python -m vdm.data',
+    description='Looks at data sets, and converts prepared TFDS data sets.',
   )
   commands = parser.add_subparsers(required=True)
   for function, text in (
@@ -18,13 +19,22 @@ def main(argv: list[str] | None = None) -> int:
   ):
     command = commands.add_parser(function.__name__, help=text, description=text)
     command.set_defaults(function=function)
-    command.add_argument('--name', required=True, help="e.g. 'imagenet_resized/64x64'")
+    command.add_argument(
+      '--name', required=True, help="e.g. 'folder', 'arrays' or 'imagenet_resized/64x64'"
+    )
     command.add_argument(
       '--data_dir', default='', help='default: $TFDS_DATA_DIR, else ~/tensorflow_datasets'
     )
-  args = parser.parse_args(argv)
+    if function is show:
+      command.add_argument('--path', default='', help='of a folder, or a file of arrays')
+      shape = lambda text: tuple(map(int, text.split(',')))
+      command.add_argument(
+        '--image_shape', type=shape, help='e.g. 64,64,3: pictures of any size become so large'
+      )
+  args = vars(parser.parse_args(argv))
+  function = args.pop('function')
   try:
-    print(args.function(args.name, args.data_dir))
+    print(function(**args))
   except (ValueError, OSError) as error:
     print(f'error: {error}', file=sys.stderr)
     return 1

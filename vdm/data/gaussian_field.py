@@ -300,6 +300,14 @@ def load(data, split: str):
   return fetch, lambda indices: np.zeros(len(indices), np.int32), full_name, num_images, 0
 
 
+def exact(data, split: str) -> float:
+  """Returns the mean exact -log p(u), or -log p(u | y), of a split, in nats per dimension."""
+  field = of(data)
+  u, y = _examples(field, SPLITS.index(data[f'{split}_split']), data[f'{split}_images'])
+  log_prob = field.log_prob_given(u, y) if data.condition_shape else field.log_prob(u)
+  return float(-log_prob.mean() / math.prod(field.shape))
+
+
 def _examples(field: GaussianField, split: int, count: int) -> tuple[np.ndarray, np.ndarray]:
   """Returns u [count *shape 1] and y [count *observed_shape 1] of a split, float32."""
   u = np.empty((count, *field.shape, 1), np.float32)

@@ -26,22 +26,24 @@ def require_shape(data, full_name, found, number):
 
 
 def checked(data, full_name, fetch):
-  """Returns a `fetch` that refuses pixels, labels and embeddings other than the config says."""
+  """Returns a `fetch` that refuses values and conditions other than the config says.
+
+  Every example that is read is looked at.
+  """
 
   def fetch_checked(indices):
     batch = fetch(indices)
     image, label = batch['image'], batch['label']
     require_shape(data, full_name, image.shape[1:], indices[0])
-    field, value, high = 'config.data.num_values', data.num_values, int(image.max())
-    number = indices[image.reshape(len(image), -1).max(axis=1).argmax()] if high >= value else 0
-    fact = f'but {full_name} has values up to {high} in image {number}'
-    confirm(high < value, field, value, fact, f'set --{field} to at least {high + 1}')
-    if data.embedding_size:
-      field, value = 'config.data.embedding_size', data.embedding_size
-      bad = indices[~np.isfinite(label).all(axis=1)]
-      fact = f'but {full_name} has embeddings of nan or inf'
-      confirm(not len(bad), field, value, fact, f'correct that of image {bad[:1]}')
-      return batch
+    if data.num_values:
+      _check_integers(data, full_name, image, indices)
+    for name in ('image', 'vector', 'condition'):
+      if name in batch and np.issubdtype(batch[name].dtype, np.floating):
+        _check_finite(full_name, name, batch[name], batch.get('valid'), indices)
+    if data.masked:
+      empty = indices[~batch['valid'].reshape(len(indices), -1).any(axis=1)]
+      fact = f'but {full_name} has a mask of zeros in image {empty[:1]}'
+      confirm(not len(empty), 'config.data.masked', True, fact, 'leave that image out')
     field, value = 'config.data.num_classes', data.num_classes
     bad = (label < 0) | (label >= max(value, 1))
     if bad.any():
@@ -52,6 +54,29 @@ def checked(data, full_name, fetch):
     return batch
 
   return fetch_checked
+
+
+def _check_integers(data, full_name, image, indices):
+  field, value, high = 'config.data.num_values', data.num_values, int(image.max())
+  whole = np.issubdtype(image.dtype, np.integer)
+  remedy = "set --config.data.num_values=0 and --config.decoder.name='normal' for real values"
+  confirm(whole, field, value, f'but {full_name} has real values, {image.dtype}', remedy)
+  number = indices[image.reshape(len(image), -1).max(axis=1).argmax()] if high >= value else 0
+  fact = f'but {full_name} has values up to {high} in image {number}'
+  confirm(high < value, field, value, fact, f'set --{field} to at least {high + 1}')
+
+
+def _check_finite(full_name, name, values, valid, indices):
+  """Refuses NaN and infinity; where a mask says that a dimension does not count they may be."""
+  good = np.isfinite(values)
+  if name == 'image' and valid is not None:
+    good = good | ~valid
+  bad = indices[~good.reshape(len(good), -1).all(axis=1)]
+  if len(bad):
+    raise ValueError(
+      f'{full_name} has values of nan or inf in the {name} of example {bad[0]}; correct them, or '
+      'leave it out.'
+    )
 
 
 def identify(data, split, full_name, fetch, num_images):
@@ -65,21 +90,28 @@ def identify(data, split, full_name, fetch, num_images):
   remedy = f'set --{field}={num_images} if this is the data you mean'
   confirm(value == num_images, field, value, fact, remedy)
   num_checked = num_images if data.name == 'digits' else min(CHECKED_IMAGES, num_images)
-  digest, low, high = '', 255, 0
+  number_of = int if data.num_values else float
+  digest, low, high = '', number_of(2**31), number_of(-(2**31))
   for start in range(0, num_checked, 64):
     image = fetch(np.arange(start, min(start + 64, num_checked)))['image']
     digest = digest or fingerprint(image)
-    low, high = min(low, int(image.min())), max(high, int(image.max()))
+    low, high = min(low, number_of(image.min())), max(high, number_of(image.max()))
 
   # Fewer than half of the values is another unit: bits/dim and the range of x would mean little.
   field, value = 'config.data.num_values', data.num_values
   fact = f'but {full_name} has values {low} .. {high} in its first {num_checked} images'
   remedy = f'set --{field}={high + 1}, or at most {2 * high + 1}'
-  if not high:
+  if data.num_values and not high:
     field, value, fact = f'config.data.{split}_split', name, f'of {full_name} is black'
     remedy = 'choose a split that has its images'
-  confirm(2 * high + 1 >= data.num_values, field, value, fact, remedy)
+  confirm(2 * high + 1 >= data.num_values or not data.num_values, field, value, fact, remedy)
+  conditions = {
+    'masked': data.masked,
+    'condition_shape': list(data.condition_shape),
+    'vector_size': data.embedding_size,
+  }
   return {
+    **{name: value for name, value in conditions.items() if value},
     'num_images': num_images,
     'image_shape': list(data.image_shape),
     'num_values': data.num_values,

@@ -1,11 +1,23 @@
 """Loads a split by the kind of its data set."""
 
+from typing import Any
+
 import numpy as np
 
-from vdm.data import digits, tfds
+from vdm.data import arrays, digits, folder, gaussian_field, huggingface, tfds
+from vdm.data.derive import derived
 from vdm.data.identity import checked, identify
 from vdm.data.source import Source
 from vdm.errors import require
+
+# by config.data.name; any other name is that of a TFDS data set
+KINDS = {
+  'digits': digits,
+  'folder': folder,
+  'arrays': arrays,
+  'huggingface': huggingface,
+  'gaussian_field': gaussian_field,
+}
 
 
 def load(data, split: str) -> Source:
@@ -16,15 +28,28 @@ def load(data, split: str) -> Source:
   """
   require(split in ('train', 'eval'), 'split', split, "'train' or 'eval'", 'choose one')
 
-  kind = digits if data.name == 'digits' else tfds
-  fetch, labels, full_name, num_images, num_threads = kind.load(data, split)
+  fetch, labels, full_name, num_images, num_threads = KINDS.get(data.name, tfds).load(data, split)
   if data.num_bits:
     fetch = _quantized(data, fetch)
+  if data.derive:
+    fetch = derived(data, fetch)
   identity = {'name': data.name, 'full_name': full_name, 'split': data[f'{split}_split']}
   identity |= {'num_bits': data.num_bits, 'resize': data.resize}
+  identity |= {leaf: data[leaf] for leaf in ('path', 'derive') if data[leaf]}
   fetch = checked(data, full_name, fetch)
   identity |= identify(data, split, full_name, fetch, num_images)
+  if data.name == 'gaussian_field':
+    identity['exact_nats_per_dim'] = gaussian_field.exact(data, split)
   return Source(fetch, identity, num_threads, labels)
+
+
+def found(data) -> dict[str, Any]:
+  """Returns the leaves of config.data as the data have them, for config.data.as_found."""
+  kind = KINDS.get(data.name, tfds)
+  known = kind is not digits
+  rule = 'False for digits, which configs/default.py describes'
+  require(known, 'config.data.as_found', data.as_found, rule, 'leave it out')
+  return kind.found(data)
 
 
 def classes(source: Source, num_classes: int) -> np.ndarray:
@@ -45,7 +70,7 @@ def classes(source: Source, num_classes: int) -> np.ndarray:
 
 def num_images(data, split: str) -> int:
   """Returns how many images the split of `config.data` has, whatever the config says of it."""
-  if data.name == 'digits':
+  if data.name in KINDS:
     return data[f'{split}_images']
   info = tfds.builder_of(data.name, data.dir, 'config.data.name', 'config.data.dir').info
   return info.splits[data[f'{split}_split']].num_examples

@@ -1,7 +1,8 @@
-"""Looks at and converts prepared TFDS data sets."""
+"""Looks at data sets, and converts prepared TFDS data sets."""
 
-from vdm.data.load import load
-from vdm.data.tfds import builder_of, has_array_record, open_records, require_features
+from vdm.data.load import KINDS, load
+from vdm.data.settle import FOUND, STATISTICS, settle
+from vdm.data.tfds import builder_of, has_array_record, require_features
 from vdm.errors import confirm
 from vdm.system.packages import require_tensorflow
 
@@ -58,40 +59,41 @@ def convert(name: str, data_dir: str = '') -> str:
   return f'{info.full_name} is in ArrayRecord now, beside the old files: {builder.data_path}'
 
 
-def show(name: str, data_dir: str = '') -> str:
-  """Returns the lines of config.data for a prepared data set; the choice of splits is a guess.
+def show(
+  name: str, data_dir: str = '', path: str = '', image_shape: tuple[int, ...] | None = None
+) -> str:
+  """Returns the lines of config.data for a data set; of a TFDS set the choice of splits is a guess.
 
-  Raises ValueError if the data set is not one that `load` takes.
+  Args:
+    name: a kind of data, or the name of a TFDS set.
+    data_dir: as config.data.dir.
+    path: as config.data.path.
+    image_shape: as config.data.image_shape, to which pictures of any size are scaled and cropped;
+      for `gaussian_field` what it is.
+
+  Raises:
+    ValueError: the data set is not one that `load` takes.
   """
   from vdm.configs import default
 
-  builder = builder_of(name, data_dir, '--name', '--data_dir')
-  info = builder.info
-  counts = {split: part.num_examples for split, part in info.splits.items()}
-  train = 'train' if 'train' in counts else next(iter(counts))
-  evaluate = next((split for split in ('test', 'validation') if split in counts), train)
-  config = default.get_config().data.unlock()
-  config.update(name=name, num_classes=0)
-  require_features(info, config)
-  records, image_of = open_records(builder, train, '--name')
-  label = info.features['label'] if 'label' in info.features else None
-  one_class = label is not None and label.shape == ()
-  first = [image_of(records[i], i) for i in range(min(64, len(records)))]
-  high = max(int(image.max()) for image in first)
-  lines = {
-    'name': name,
-    'dir': data_dir,
-    'train_split': train,
-    'eval_split': evaluate,
-    'train_images': counts[train],
-    'eval_images': counts[evaluate],
-    'image_shape': first[0].shape,
-    'num_values': 256 if high > 127 else max(2, high + 1),
-    'resize': len({image.shape for image in first}) > 1,
-    'num_classes': (one_class and getattr(label, 'num_classes', None)) or 0,
-  }
-  config.update(lines)
+  data = default.get_config().data.unlock()
+  data.update(name=name, dir=data_dir, path=path, as_found=True)
+  if image_shape:
+    data.update(image_shape=image_shape, resize=name == 'folder')
+  if name not in KINDS:
+    info = builder_of(name, data_dir, '--name', '--data_dir').info
+    require_features(info, data, conditions=False)
+    splits = list(info.splits)
+    data.train_split = 'train' if 'train' in splits else splits[0]
+    data.eval_split = next((s for s in ('test', 'validation') if s in splits), data.train_split)
+  settled = settle(data, continuous=False)
+  if not settled.num_values:
+    settled = settle(settled.copy_and_resolve_references(), continuous=True)
   for split in ('train', 'eval'):
-    load(config, split)  # what it refuses is not printed
-  head = f'# {info.full_name}: {", ".join(f"{split} {n}" for split, n in counts.items())}'
-  return '\n'.join([head, *(f'config.data.{field} = {value!r}' for field, value in lines.items())])
+    load(settled, split)  # what it refuses is not printed
+  chosen = ('name', 'path', 'dir', 'train_split', 'eval_split', 'resize')
+  blank = default.get_config().data
+  lines = {leaf: settled[leaf] for leaf in (*chosen, *FOUND)}
+  for leaf in (leaf for pair in STATISTICS.values() for leaf in pair):
+    lines |= {leaf: settled[leaf]} if settled[leaf] != blank[leaf] else {}
+  return '\n'.join(f'config.data.{leaf} = {value!r}' for leaf, value in lines.items())

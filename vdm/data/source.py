@@ -2,8 +2,8 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Callable
-from typing import Required, TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Required, TypedDict, cast
 
 import numpy as np
 
@@ -13,10 +13,21 @@ from vdm.errors import require
 class Batch(TypedDict, total=False):
   """Holds some examples of a split; each array has one row per example."""
 
-  image: Required[np.ndarray]  # uint8 [b H W C]
-  label: Required[np.ndarray]  # classes int32 [b], or embeddings float32 [b E]
+  image: Required[np.ndarray]  # [b *spatial C], in the data's units
+  label: Required[np.ndarray]  # classes int32 [b]; 0 without any
+  vector: np.ndarray  # float32 [b E], a condition
+  condition: np.ndarray  # [b *spatial' Cc], a condition that is a field, at most as fine as image
+  valid: np.ndarray  # bool [b *spatial 1]: the dimensions that count
   index: np.ndarray  # int32 [b], in the global batch or in the split
   mask: np.ndarray  # float32 [b], 1 for an example that counts and 0 for filling
+
+
+CONDITIONS = ('label', 'vector', 'condition', 'valid')  # what a network may be told of an example
+
+
+def conditions_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns what a network may be told of the examples of a batch."""
+  return {name: batch[name] for name in CONDITIONS if name in batch}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +35,7 @@ class Source:
   """Holds a split with random access: `len(source)`, `source[i]`, `source.fetch(indices)`.
 
   Attributes:
-    fetch: indices [b] -> {'image': uint8 [b, H, W, C], 'label': int32 [b]}; labels are 0 where
-      config.data.num_classes is 0. With config.data.embedding_size E, 'label' is the embedding
-      stored with each image, float32 [b, E].
+    fetch: indices [b] -> a batch; labels are 0 where config.data.num_classes is 0.
     identity: what was loaded, in plain values, for number cards.
     num_threads: threads that read ahead; 0 where the images are in memory already.
     labels: indices [b] -> int32 [b], the labels alone, for which no image is decoded.
@@ -44,22 +53,37 @@ class Source:
     if not 0 <= index < len(self):  # also what ends `for image in source`
       raise IndexError(index)
     batch = self.fetch(np.array([index]))
-    return Batch(image=batch['image'][0], label=batch['label'][0])
+    return cast(Batch, {name: array[0] for name, array in cast(dict, batch).items()})
 
 
-def of_arrays(images: np.ndarray, labels: np.ndarray | None = None, name: str = 'arrays') -> Source:
-  """Returns a source of images [N H W C], in memory, and their labels [N] or embeddings [N E].
+def of_arrays(
+  images: np.ndarray,
+  name: str = 'arrays',
+  label: np.ndarray | None = None,
+  vector: np.ndarray | None = None,
+  condition: np.ndarray | None = None,
+  valid: np.ndarray | None = None,
+) -> Source:
+  """Returns a source of images [N *spatial C], in memory, and what each is conditioned on.
 
   Args:
     images: in the data's units.
-    labels: 0 for all images by default.
     name: for number cards.
+    label: classes [N]; 0 for all images by default.
+    vector: [N E].
+    condition: fields [N *spatial' Cc].
+    valid: [N *spatial 1], the dimensions that count.
   """
   images = np.asarray(images)
-  labels = np.zeros(len(images), np.int32) if labels is None else np.asarray(labels)
-  require(images.ndim == 4, 'images', images.shape, '[N, H, W, C]', 'add the axes that it lacks')
-  require(len(labels) == len(images), 'labels', len(labels), f'{len(images)} labels', 'one each')
+  given = dict(label=label, vector=vector, condition=condition, valid=valid)
+  arrays = {k: np.asarray(v) for k, v in given.items() if v is not None}
+  arrays.setdefault('label', np.zeros(len(images), np.int32))
+  shape, remedy = images.shape, 'add the axes that it lacks'
+  require(3 <= images.ndim <= 5, 'images', shape, '[N, *spatial, C]', remedy)
+  for key, array in arrays.items():
+    require(len(array) == len(images), key, len(array), f'{len(images)} of them', 'one each')
   digest = hashlib.sha256(images.tobytes()).hexdigest()[:16]
   identity = {'name': name, 'num_images': len(images), 'sha256': digest}
-  fetch = lambda indices: Batch(image=images[indices], label=labels[indices])
-  return Source(fetch, identity, labels=lambda indices: labels[indices])
+  arrays = {'image': images, **arrays}
+  fetch = lambda indices: cast(Batch, {k: array[indices] for k, array in arrays.items()})
+  return Source(fetch, identity, labels=lambda indices: arrays['label'][indices])

@@ -15,6 +15,7 @@ from vdm.system import files
 # Decoded images are kept in memory while the whole split fits: PNG is read at 4 000 images/s per
 # core, memory at a hundred times that.
 CACHE_BYTES = 2**30
+SPLITS = ('train', 'eval')
 
 
 def load(data, split: str):
@@ -31,9 +32,7 @@ def load(data, split: str):
     ) from error
   shape, count = tuple(data.image_shape), len(records)
 
-  def conditions(rows):
-    if data.embedding_size:
-      return np.stack([row['embedding'] for row in rows]).astype(np.float32)
+  def labels_of(rows):
     return np.array([row['label'] if data.num_classes else 0 for row in rows], np.int32)
 
   def read(indices):
@@ -43,10 +42,13 @@ def load(data, split: str):
       images = [centre_crop(image, *shape[:2]) for image in images]
     for image, number in zip(images, indices, strict=True):
       require_shape(data, info.full_name, image.shape, number)
-    return {'image': np.stack(images), 'label': conditions(rows)}
+    batch = {'image': np.stack(images), 'label': labels_of(rows)}
+    if data.embedding_size:
+      batch['vector'] = np.stack([row['embedding'] for row in rows]).astype(np.float32)
+    return batch
 
   def labels(indices):
-    return conditions(records.__getitems__(indices.tolist()))
+    return labels_of(records.__getitems__(indices.tolist()))
 
   # Decoding holds the interpreter lock about half of the time: many threads gain nothing.
   num_threads = min(8, os.cpu_count() or 1)
@@ -67,6 +69,30 @@ def load(data, split: str):
     return {name: value[indices] for name, value in cache.items()}
 
   return fetch, labels, info.full_name, count, num_threads
+
+
+def found(data) -> dict:
+  """Returns the leaves of config.data as the data have them; those that follow are as given."""
+  builder = builder_of(data.name, data.dir, 'config.data.name', 'config.data.dir')
+  info = builder.info
+  for split in ('train', 'eval'):
+    field, value = f'config.data.{split}_split', data[f'{split}_split']
+    choices = ', '.join(info.splits)
+    confirm(value in info.splits, field, value, f'is none of {choices}', 'choose one')
+  counts = {f'{split}_images': info.splits[data[f'{split}_split']].num_examples for split in SPLITS}
+  records, image_of = open_records(builder, data.train_split, 'config.data.name')
+  features = info.features
+  label = features['label'] if 'label' in features else None
+  one_class = label is not None and label.shape == ()
+  first = [image_of(records[i], i) for i in range(min(64, len(records)))]
+  high = max(int(image.max()) for image in first)
+  return counts | {
+    'image_shape': first[0].shape,
+    'num_values': 256 if high > 127 else max(2, high + 1),
+    'resize': len({image.shape for image in first}) > 1,
+    'num_classes': (one_class and getattr(label, 'num_classes', None)) or 0,
+    'embedding_size': features['embedding'].shape[0] if 'embedding' in features else 0,
+  }
 
 
 def open_records(builder, split, field):
@@ -135,8 +161,8 @@ def has_array_record(info):
   return 'array_record' in {kind.value for kind in info.available_file_formats()}
 
 
-def require_features(info, data):
-  """Refuses a data set without 8-bit images, or without the labels or embeddings asked for."""
+def require_features(info, data, conditions=True):
+  """Refuses a data set without 8-bit images, or without the `conditions` that the config names."""
   import tensorflow_datasets as tfds
 
   features, field, value = info.features, 'config.data.name', data.name
@@ -147,13 +173,13 @@ def require_features(info, data):
   good = dtype == np.uint8 and len(shape) == 3
   fact = f'has images of {dtype} {shape}, must be uint8 [H, W, C]'
   confirm(good, field, value, fact, 'choose a data set of 8-bit images')
-  if data.embedding_size:
+  if conditions and data.embedding_size:
     field, value = 'config.data.embedding_size', data.embedding_size
     found = features['embedding'].shape if 'embedding' in names else 'none'
     fact = f'but {info.full_name} has no feature "embedding" of that size; found: {found}'
     size = found[0] if found != 'none' and len(found) == 1 else 0
     confirm(found == (value,), field, value, fact, f'set --{field}={size}')
-  if data.num_classes:
+  if conditions and data.num_classes:
     field, value = 'config.data.num_classes', data.num_classes
     label = features['label'] if 'label' in names else None
     good = label is not None and label.shape == () and np.issubdtype(label.np_dtype, np.integer)

@@ -9,6 +9,7 @@ ORDER = (
   'weightings',
   'averages',
   'decoders',
+  'continuous',
   'elbo',
   'noisy_elbo',
   'ode',

@@ -7,7 +7,7 @@ it. Loss, likelihood, samplers and plots ask a `Decoder` and never which one it 
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int, Integer, Shaped
 
 from vdm.diffusion.gaussian import (
   alpha,
+  count_dims,
   expand_to,
   kl_to_standard_normal,
   sigma,
@@ -27,8 +28,9 @@ RADIUS = 3
 # ... while the values left out weigh less than e^-40 in all: ((RADIUS + 1/2)^2 - 1/4) d^2 / 2 > 40
 WINDOW_SPACING = float(np.sqrt(80 / (RADIUS * (RADIUS + 1))))
 
-# (keys [B], u [B ...], log_snr_max) -> y = z_0 / alpha_0 drawn from q(y | u), and log q(y | u) [B]
-Dequantization = Callable[[Array, Array, Array], tuple[Array, Array]]
+# (keys [B], u [B ...], log_snr_max, valid=None) -> y = z_0 / alpha_0 drawn from q(y | u), and
+# log q(y | u) [B] over the valid dimensions
+Dequantization = Callable[..., tuple[Array, Array]]
 
 
 class Decoder(NamedTuple):
@@ -36,26 +38,59 @@ class Decoder(NamedTuple):
 
   z_0 = alpha_0 x + sigma_0 eps is the latent at log_snr_max, which is a scalar or, for a
   multivariate schedule, an array that broadcasts against z_0. Likelihoods are in nats, summed over
-  dimensions.
+  dimensions: all, or those that are `valid`, an array that broadcasts against u.
   """
 
   to_model: Callable[[Shaped[Array, '...']], Float[Array, '...']]  # u -> x, elementwise
   from_model: Callable[[Float[Array, '...']], Shaped[Array, '...']]  # x -> the nearest u
-  # (u [B ...], z_0 [B ...], log_snr_max) -> log p(u | z_0) [B]
-  log_prob: Callable[[Array, Array, Array], Array]
-  # (u [B ...], eps [B ...], log_snr_max) -> -log p(u | z_0) [B] of the z_0 made with eps, without
-  # the rounding of z_0
-  loss: Callable[[Array, Array, Array], Array]
+  # (u [B ...], z_0 [B ...], log_snr_max, valid=None) -> log p(u | z_0) [B]
+  log_prob: Callable[..., Array]
+  # (u [B ...], eps [B ...], log_snr_max, valid=None) -> -log p(u | z_0) [B] of the z_0 made with
+  # eps, without the rounding of z_0
+  loss: Callable[..., Array]
   # (keys [B], z_0 [B ...], log_snr_max) -> u drawn from p(u | z_0)
   sample: Callable[[Array, Array, Array], Array]
   dequantizations: Mapping[str, Dequantization]  # how a density in x becomes one of u, by name
   to_pixels: Callable[[np.ndarray], np.ndarray]  # u -> uint8, to look at; NumPy
   dtype: np.dtype  # in which u is stored
   units: str  # of the data, in words: '256 values'
+  # the likelihood's: 'bits/dim' of probabilities, 'nats/dim' of densities per unit of the data
+  unit: str = 'bits/dim'
+  init: Callable[[], Any] = dict  # () -> parameters, {} for most
+  # parameters -> the decoder that has them; None: it has none
+  bind: Callable[[Any], 'Decoder'] | None = None
 
   def mode(self, z_0: Float[Array, 'b ...'], log_snr_max: Array) -> Shaped[Array, 'b ...']:
     """Returns the u of the greatest p(u | z_0)."""
     return self.from_model(z_0 / expand_to(alpha(log_snr_max), z_0))
+
+  def with_params(self, params: Any) -> 'Decoder':
+    """Returns the decoder that has the parameters of a model, {'network', 'schedule', ...}."""
+    return self if self.bind is None else self.bind(params['decoder'])
+
+  @property
+  def metric(self) -> str:
+    """Returns the name of the likelihood per dimension in logs, cards and TensorBoard."""
+    return self.unit.replace('/', '_per_')
+
+  @property
+  def suffix(self) -> str:
+    """Returns the end of the names of its terms: 'recon_bpd'."""
+    return 'npd' if self.is_density else 'bpd'
+
+  @property
+  def is_density(self) -> bool:
+    """Returns whether likelihoods are densities, which depend on the data's unit."""
+    return self.unit == 'nats/dim'
+
+  @property
+  def nats_per_unit(self) -> float:
+    """Returns the nats of one bit, or of one nat, as is the likelihood's unit."""
+    return 1.0 if self.is_density else math.log(2)
+
+  def per_dim(self, nats, num_dims):
+    """Converts the nats of whole examples to the likelihood's unit."""
+    return nats / num_dims if self.is_density else bits_per_dim(nats, num_dims)
 
 
 def discrete(num_values: int) -> Decoder:
@@ -75,13 +110,13 @@ def discrete(num_values: int) -> Decoder:
   def centres(u):
     return to_grid(u, num_values)
 
-  def log_prob(u, z_0, log_snr_max):
+  def log_prob(u, z_0, log_snr_max, valid=None):
     y = z_0 / expand_to(alpha(log_snr_max), z_0)
     offset = (y - centres(u)) * expand_to(jnp.exp(log_snr_max / 2), z_0)
-    return _discrete_log_prob(u.astype(jnp.int32), offset, log_snr_max, num_values)
+    return _discrete_log_prob(u.astype(jnp.int32), offset, log_snr_max, num_values, valid)
 
-  def loss(u, eps, log_snr_max):
-    return -_discrete_log_prob(u.astype(jnp.int32), eps, log_snr_max, num_values)
+  def loss(u, eps, log_snr_max, valid=None):
+    return -_discrete_log_prob(u.astype(jnp.int32), eps, log_snr_max, num_values, valid)
 
   def sample(keys, z_0, log_snr_max):
     y = (z_0 / expand_to(alpha(log_snr_max), z_0))[..., None]
@@ -121,7 +156,7 @@ def from_grid(x: Float[Array | np.ndarray, '...'], num_values: int) -> Int[Array
   return jnp.clip(u, 0, num_values - 1).astype(jnp.int32)
 
 
-def _discrete_log_prob(u, offset, log_snr_max, num_values):
+def _discrete_log_prob(u, offset, log_snr_max, num_values, valid):
   """Returns log p(u | z_0), given how far z_0 / alpha_0 is from u, in units of its noise: eps."""
   spacing = 2 / num_values * expand_to(jnp.exp(log_snr_max / 2), offset)
 
@@ -143,8 +178,8 @@ def _discrete_log_prob(u, offset, log_snr_max, num_values):
     return -0.5 * offset**2 - jax.nn.logsumexp(logits, axis=-1)
 
   if num_values <= 2 * RADIUS + 1:
-    return sum_over_dims(full())
-  return sum_over_dims(jax.lax.cond(spacing.min() > WINDOW_SPACING, window, full))
+    return sum_over_dims(full(), valid)
+  return sum_over_dims(jax.lax.cond(spacing.min() > WINDOW_SPACING, window, full), valid)
 
 
 def _logsumexp(terms):
@@ -152,10 +187,14 @@ def _logsumexp(terms):
   return largest + jnp.log(sum(jnp.exp(term - largest) for term in terms))
 
 
-def prior_loss(x: Float[Array, 'b ...'], log_snr_min: Float[Array, '']) -> Float[Array, ' b']:
-  """Returns KL(q(z_1 | x) || N(0, I)) in nats (VDM eq. 11, first term)."""
+def prior_loss(
+  x: Float[Array, 'b ...'],
+  log_snr_min: Float[Array, ''],
+  valid: Shaped[Array, 'b ...'] | None = None,
+) -> Float[Array, ' b']:
+  """Returns KL(q(z_1 | x) || N(0, I)) in nats, over `valid` dims (VDM eq. 11, first term)."""
   mean = expand_to(alpha(log_snr_min), x) * x
-  return kl_to_standard_normal(mean, expand_to(sigma(log_snr_min) ** 2, x))
+  return kl_to_standard_normal(mean, expand_to(sigma(log_snr_min) ** 2, x), valid)
 
 
 def bits_per_dim(nats: Float[Array, '...'], num_dims: int) -> Float[Array, '...']:
@@ -164,16 +203,26 @@ def bits_per_dim(nats: Float[Array, '...'], num_dims: int) -> Float[Array, '...'
 
 
 def uniform(
-  keys: Array, u: Integer[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
+  keys: Array,
+  u: Integer[Array, 'b ...'],
+  log_snr_max: Float[Array, ''],
+  valid: Shaped[Array, 'b ...'] | None = None,
+  *,
+  num_values: int,
 ) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
   """Draws y uniformly in the cell of u, of width 2 / K; returns y and log q(y | u) [B] in nats."""
   noise = jax.vmap(lambda key: jax.random.uniform(key, u.shape[1:], minval=-1.0))(keys)
-  log_q = math.prod(u.shape[1:]) * math.log(num_values / 2)
+  log_q = count_dims(u.shape[1:], valid) * math.log(num_values / 2)
   return to_grid(u, num_values) + noise / num_values, jnp.full(len(u), log_q)
 
 
 def truncated_normal(
-  keys: Array, u: Integer[Array, 'b ...'], log_snr_max: Float[Array, ''], num_values: int
+  keys: Array,
+  u: Integer[Array, 'b ...'],
+  log_snr_max: Float[Array, ''],
+  valid: Shaped[Array, 'b ...'] | None = None,
+  *,
+  num_values: int,
 ) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
   """Draws y ~ N(centre, e^-log_snr_max) truncated to the cell of u; returns y and log q(y | u) [B].
 
@@ -186,4 +235,4 @@ def truncated_normal(
   eps = jax.vmap(lambda key: jax.random.truncated_normal(key, -bound, bound, u.shape[1:]))(keys)
   log_mass = jnp.log(jax.scipy.special.erf(bound / math.sqrt(2)))
   log_q = -0.5 * eps**2 - 0.5 * math.log(2 * math.pi) - jnp.log(std) - log_mass
-  return to_grid(u, num_values) + std * eps, sum_over_dims(log_q)
+  return to_grid(u, num_values) + std * eps, sum_over_dims(log_q, valid)

@@ -41,6 +41,7 @@ def diffusion_loss(
   eps: Float[Array, 'b ...'],
   num_timesteps: int = 0,
   probe: tuple[Array, Array] | None = None,
+  valid: Shaped[Array, 'b ...'] | None = None,
 ) -> DiffusionTerm:
   """Returns the weighted diffusion loss at times t, with its unweighted value, log_snr and slope.
 
@@ -59,6 +60,7 @@ def diffusion_loss(
     num_timesteps: T; 0 for continuous time.
     probe: zeros [B] and [B], added to log_snr and dlog_snr/dt in continuous time: the gradient of
       the mean loss with respect to them is 1/B that of each example's loss (`interior_gradient`).
+    valid: the dimensions that count, broadcasting against x; None: all.
   """
   if num_timesteps:
     t = discretize(t, num_timesteps)
@@ -75,7 +77,10 @@ def diffusion_loss(
   loss = expand_to(weighting(log_snr), x) * elbo
   # each dimension has its own step and weight before the sum, for a multivariate schedule
   return DiffusionTerm(
-    sum_over_dims(loss), sum_over_dims(elbo), mean_over_dims(log_snr), mean_over_dims(slope)
+    sum_over_dims(loss, valid),
+    sum_over_dims(elbo, valid),
+    mean_over_dims(log_snr),
+    mean_over_dims(slope),
   )
 
 
@@ -149,16 +154,20 @@ def variational_bound(
   eps: Float[Array, 'b ...'],
   num_timesteps: int = 0,
   probe: tuple[Array, Array] | None = None,
+  valid: Shaped[Array, 'b ...'] | None = None,
 ) -> Bound:
   """Returns the three terms of the bound for data u [B ...], in the decoder's units.
 
   The reconstruction and prior terms depend on the end points of the schedule alone. Their noise
-  is drawn apart from the diffusion term's, so that each term is unbiased by itself.
+  is drawn apart from the diffusion term's, so that each term is unbiased by itself. Where `valid`
+  is given the dimensions that are not have no part in it: their u may be anything.
   """
   x = decoder.to_model(u)
+  if valid is not None:
+    u, x = jnp.where(valid, u, jnp.zeros_like(u)), jnp.where(valid, x, 0)
   log_snr_max, log_snr_min = end_points(schedule)
   return Bound(
-    recon=decoder.loss(u, eps_recon, log_snr_max),
-    prior=prior_loss(x, log_snr_min),
-    diffusion=diffusion_loss(denoiser, schedule, weighting, x, t, eps, num_timesteps, probe),
+    recon=decoder.loss(u, eps_recon, log_snr_max, valid),
+    prior=prior_loss(x, log_snr_min, valid),
+    diffusion=diffusion_loss(denoiser, schedule, weighting, x, t, eps, num_timesteps, probe, valid),
   )

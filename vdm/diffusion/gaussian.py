@@ -4,8 +4,9 @@ Everything is a function of the log signal-to-noise ratio (VDM eq. 2; gamma = -l
 alpha^2 = sigmoid(log_snr), sigma^2 = sigmoid(-log_snr), z = alpha x + sigma eps.
 """
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,25 @@ def expand_to(a: Shaped[Array, '...'], z: Shaped[Array, '...']) -> Shaped[Array,
   return a.reshape(a.shape + (1,) * (z.ndim - a.ndim))
 
 
-def sum_over_dims(a: Float[Array, 'b ...']) -> Float[Array, ' b']:
-  """Sums over all axes but the first."""
+def per_channel(values: Any, z: Shaped[Array, '...']) -> Float[Array, '...']:
+  """Returns one number per channel [C] as float32 that broadcasts against z [... C]."""
+  return jnp.asarray(values, jnp.float32).reshape((1,) * (z.ndim - 1) + (-1,))
+
+
+def sum_over_dims(
+  a: Float[Array, 'b ...'], valid: Shaped[Array, 'b ...'] | None = None
+) -> Float[Array, ' b']:
+  """Sums over all axes but the first, where `valid`, which broadcasts against a, if it is given."""
+  if valid is not None:
+    a = jnp.where(valid, a, 0)
   return a.reshape(a.shape[0], -1).sum(axis=1)
+
+
+def count_dims(shape: tuple[int, ...], valid: Shaped[Array, 'b ...'] | None = None):
+  """Returns the number of dimensions of an example, or [B], of those that are `valid`."""
+  if valid is None:
+    return math.prod(shape)
+  return sum_over_dims(jnp.broadcast_to(valid, (len(valid), *shape)).astype(jnp.float32))
 
 
 def mean_over_dims(a: Float[Array, 'b ...']) -> Float[Array, ' b']:
@@ -96,10 +113,12 @@ def posterior(
 
 
 def kl_to_standard_normal(
-  mean: Float[Array, 'b ...'], variance: Float[Array, '...']
+  mean: Float[Array, 'b ...'],
+  variance: Float[Array, '...'],
+  valid: Shaped[Array, 'b ...'] | None = None,
 ) -> Float[Array, ' b']:
-  """Returns KL(N(mean, variance I) || N(0, I)) in nats, summed over dims; variance broadcasts."""
-  return 0.5 * sum_over_dims(mean**2 + variance - jnp.log(variance) - 1)
+  """Returns KL(N(mean, variance I) || N(0, I)) in nats, over `valid` dims; variance broadcasts."""
+  return 0.5 * sum_over_dims(mean**2 + variance - jnp.log(variance) - 1, valid)
 
 
 def standard_normal(keys: Array, shape: tuple[int, ...]) -> Float[Array, 'b ...']:

@@ -1,14 +1,14 @@
-"""Guidance and thresholding: functions from denoisers to a denoiser, and dropped labels.
+"""Guidance and thresholding: functions from denoisers to a denoiser, and withheld conditions.
 
 Two predictions for one z are combined with weights that sum to one, so that z = alpha x + sigma eps
 holds of the guided prediction too, and guiding x, eps or v is the same thing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from vdm.diffusion.gaussian import Denoiser, Prediction, alpha, expand_to, sigma
 from vdm.errors import require
@@ -16,7 +16,8 @@ from vdm.errors import require
 # (z, log_snr) -> (the model's own prediction, the guide's)
 Pair = Callable[[Array, Array], tuple[Prediction, Prediction]]
 Limit = float | Float[Array, '']
-Label = Int[Array, ' b'] | Float[Array, 'b e']  # the class, or the embedding, of each example
+# 'label' [B], 'vector' [B E], 'condition' [B *spatial C], 'valid' [B *spatial 1]: any of them
+Conditions = Mapping[str, Array]
 
 
 def guide(
@@ -53,35 +54,51 @@ def pair(own: Denoiser, other: Denoiser) -> Pair:
   return lambda z, log_snr: (own(z, log_snr), other(z, log_snr))
 
 
-def no_label(label: Array) -> Array:
-  """Returns what networks take for no label: -1 for labels [B], zeros for embeddings [B, E]."""
-  return (
-    jnp.zeros_like(label) if jnp.issubdtype(label.dtype, jnp.floating) else jnp.full_like(label, -1)
-  )
+def without(conditions: Conditions) -> Conditions:
+  """Returns what networks take for no condition: -1 for classes, NaN for vectors and fields.
+
+  Which dimensions are `valid` is no condition that could be withheld.
+  """
+
+  def absent(name, value):
+    if name == 'valid':
+      return value
+    if name == 'label':
+      return jnp.full_like(value, -1)
+    return jnp.full(value.shape, jnp.nan, jnp.float32)
+
+  return {name: absent(name, value) for name, value in conditions.items()}
 
 
-def label_pair(denoiser_of: Callable[[Array], Denoiser], label: Label) -> Pair:
-  """Returns the pair that asks one network with and without labels, in one call of twice the batch.
+def conditions_pair(denoiser_of: Callable[[Conditions], Denoiser], conditions: Conditions) -> Pair:
+  """Returns the pair that asks one network with and without conditions, in one call of 2 B.
 
   Args:
-    denoiser_of: labels -> Denoiser.
-    label: classes [B], or embeddings [B, E].
+    denoiser_of: conditions -> Denoiser.
+    conditions: of each example.
   """
 
   def both(z, log_snr):
     # Each example beside its copy: a batch that is split over devices stays where it is.
-    labels = jnp.stack([label, no_label(label)], axis=1).reshape(-1, *label.shape[1:])
-    prediction = denoiser_of(labels)(jnp.repeat(z, 2, axis=0), jnp.repeat(log_snr, 2))
+    def beside(value, absent):
+      return jnp.stack([value.astype(absent.dtype), absent], 1).reshape(-1, *value.shape[1:])
+
+    doubled = jax.tree.map(beside, dict(conditions), without(conditions))
+    prediction = denoiser_of(doubled)(jnp.repeat(z, 2, axis=0), jnp.repeat(log_snr, 2, axis=0))
     split = jax.tree.map(lambda a: a.reshape(len(z), 2, *a.shape[1:]), prediction)
     return tuple(jax.tree.map(lambda a, i=i: a[:, i], split) for i in (0, 1))
 
   return both
 
 
-def drop_labels(keys: Array, label: Label, rate: float) -> Label:
-  """Withholds each label or embedding with probability `rate`; one key per example."""
+def drop(keys: Array, conditions: Conditions, rate: float) -> Conditions:
+  """Withholds all conditions of an example with probability `rate`; one key per example."""
   dropped = jax.vmap(lambda key: jax.random.bernoulli(key, rate))(keys)
-  return jnp.where(expand_to(dropped, label), no_label(label), label)
+
+  def either(absent, value):
+    return jnp.where(expand_to(dropped, value), absent, value.astype(absent.dtype))
+
+  return jax.tree.map(either, without(conditions), dict(conditions))
 
 
 def no_threshold() -> Callable[[Denoiser], Denoiser]:

@@ -23,6 +23,7 @@ from vdm.diffusion.decoders import Dequantization
 from vdm.diffusion.gaussian import (
   Denoiser,
   alpha,
+  count_dims,
   expand_to,
   fold_in,
   sigma,
@@ -55,6 +56,7 @@ def log_prob(
   rtol: float | Float[Array, ''],
   atol: float | Float[Array, ''],
   max_steps: int,
+  valid: Shaped[Array, 'b ...'] | None = None,
 ) -> Solution:
   """Returns log p(z_0) in nats at log_snr_max, by the change of variables (Song et al. eq. 39):
 
@@ -76,6 +78,7 @@ def log_prob(
     rtol: relative tolerance of a step.
     atol: absolute tolerance of a step; z is of order one, the log-determinant is in nats/dim.
     max_steps: most steps of one example.
+    valid: the dimensions that count; in the others z_0, x_hat and eps_hat are zero.
   """
   num_dims = math.prod(z_0.shape[1:])
   # The rule below is traced inside loops, where it may not close over what the denoiser does.
@@ -111,7 +114,7 @@ def log_prob(
 
   solution = jax.vmap(solve)(z_0, probes)
   z_1, log_det = (leaf[:, 0] for leaf in solution.ys)
-  log_normal = -0.5 * sum_over_dims(z_1**2 + math.log(2 * math.pi))
+  log_normal = -0.5 * sum_over_dims(z_1**2 + math.log(2 * math.pi), valid)
   return Solution(
     log_normal + num_dims * log_det,
     EVALUATIONS_PER_STEP * solution.stats['num_steps'] + 1,
@@ -179,6 +182,7 @@ def data_log_prob(
   rtol: float | Float[Array, ''],
   atol: float | Float[Array, ''],
   max_steps: int,
+  valid: Shaped[Array, 'b ...'] | None = None,
 ) -> Solution:
   """Returns a lower bound on log P(u), the mass of u's cell under the density of y = z_0 / alpha_0:
 
@@ -201,14 +205,16 @@ def data_log_prob(
     rtol: as there.
     atol: as there.
     max_steps: as there.
+    valid: the dimensions that count.
   """
-  num_dims = math.prod(u.shape[1:])
+  num_dims = count_dims(u.shape[1:], valid)
 
   def draw(number):
     own = fold_in(keys, jnp.full(len(u), number))
-    y, log_q = dequantize(own, u, log_snr_max)
-    z_0 = alpha(log_snr_max) * y
-    solution = log_prob(denoiser, z_0, log_snr_max, log_snr_min, probes, rtol, atol, max_steps)
+    y, log_q = dequantize(own, u, log_snr_max, valid)
+    z_0 = alpha(log_snr_max) * (y if valid is None else jnp.where(valid, y, 0))
+    ends = (log_snr_max, log_snr_min)
+    solution = log_prob(denoiser, z_0, *ends, probes, rtol, atol, max_steps, valid)
     log_p = solution.log_prob + num_dims * 0.5 * jax.nn.log_sigmoid(log_snr_max)
     return solution._replace(log_prob=log_p - log_q)
 

@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build, cards, data
-from vdm.diffusion.decoders import bits_per_dim
 from vdm.diffusion.elbo import DiffusionTerm, coefficients_of_variation, moments, variational_bound
-from vdm.diffusion.gaussian import end_points, fold_in, standard_normal
+from vdm.diffusion.gaussian import count_dims, end_points, fold_in, standard_normal
 from vdm.diffusion.times import BLOCK, stratified_in_blocks
 from vdm.evaluation.study import Study, batches, write_card
 from vdm.system import parallel
@@ -26,32 +25,34 @@ TERMS = ('recon', 'prior', 'diffusion')
 
 
 def log_snr_bins(
-  term: DiffusionTerm, ends: jax.Array, num_dims: int, mask: jax.Array
+  term: DiffusionTerm, ends: jax.Array, elbo: jax.Array, mask: jax.Array
 ) -> dict[str, jax.Array]:
-  """Returns bits/dim spent per unit of log-SNR, 1/2 |eps_hat - eps|^2 / (D ln 2), for any schedule.
+  """Returns what is spent per unit of log-SNR, 1/2 |eps_hat - eps|^2 / D, for any schedule.
 
+  `elbo` [B] is the unweighted term of each example in the likelihood's unit, such as bits/dim.
   'sum' is over examples and 'count' their number, in NUM_BINS equal bins from ends[1] to ends[0];
   the means times the bin width add up to the diffusion term.
   """
   position = (term.log_snr - ends[1]) / (ends[0] - ends[1])
   number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
-  zeros, value = jnp.zeros(NUM_BINS), bits_per_dim(term.elbo / -term.slope, num_dims)
+  zeros, value = jnp.zeros(NUM_BINS), elbo / -term.slope
   return {'sum': zeros.at[number].add(value * mask), 'count': zeros.at[number].add(mask)}
 
 
 def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
   """Returns step(params, batch, num_images, seed) -> what each image has, and sums over the batch.
 
-  Each image has 'terms' [draws, B, 3] in bits/dim and 'loss' [draws, B], the training loss in
-  nats/dim, beside the batch's 'index' and 'mask'. Sums over those that count are 'bins' and
+  Each image has 'terms' [draws, B, 3] in the likelihood's unit and 'loss' [draws, B], the training
+  loss in nats/dim, beside the batch's 'index' and 'mask'. Sums over those that count are 'bins' and
   'moments' [3] of the diffusion term. Every random number of an image is a function of its index,
   the seed and `num_images`, of the whole evaluation: none knows of batches, devices or hosts.
   """
-  num_dims = math.prod(model.image_shape)
 
   def step(params, batch, num_images, seed):
-    u, index, mask = batch['image'], batch['index'], batch['mask']
-    denoiser, schedule = model.denoiser(params, batch['label']), model.schedule(params)
+    u, index, mask, valid = batch['image'], batch['index'], batch['mask'], batch.get('valid')
+    num_dims, decoder = count_dims(model.image_shape, valid), model.decoder_of(params)
+    denoiser = model.denoiser(params, data.conditions_of(batch))
+    schedule = model.schedule(params)
     ends = end_points(schedule)
 
     def draw(number):
@@ -60,20 +61,21 @@ def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
       bound = variational_bound(
         denoiser,
         schedule,
-        model.decoder,
+        decoder,
         model.weighting,
         u,
         stratified_in_blocks(key_t, index, num_images),
         standard_normal(fold_in(key_recon, index), model.image_shape),
         standard_normal(fold_in(key_eps, index), model.image_shape),
         settings.num_timesteps,
+        valid=valid,
       )
-      terms = jnp.stack([bound.recon, bound.prior, bound.diffusion.elbo], axis=1)
-      terms = bits_per_dim(terms, num_dims)  # [B, 3]
+      nats = (bound.recon, bound.prior, bound.diffusion.elbo)
+      terms = jnp.stack([decoder.per_dim(part, num_dims) for part in nats], axis=1)  # [B, 3]
       loss = (bound.recon + bound.prior + bound.diffusion.loss) / num_dims
       diffusion = bound.diffusion._replace(loss=terms[:, 2])
       spread = mask @ moments(diffusion, ends[0] - ends[1])
-      bins = log_snr_bins(diffusion, ends, num_dims, mask)
+      bins = log_snr_bins(diffusion, ends, terms[:, 2], mask)
       return terms, loss, bins, spread
 
     terms, loss, bins, spread = jax.lax.map(draw, jnp.arange(settings.draws))
@@ -92,10 +94,11 @@ def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
 class BitsPerDim(NamedTuple):
   """Holds an evaluation.
 
-  `stderr` is the Monte Carlo error of the value for these very images, `dof` its degrees of
-  freedom: a single draw has none, and no error. `stderr_images` is the error as an estimate for the
-  population they come from, None for a single image. `cv` are the coefficients of variation of the
-  diffusion term (`elbo.coefficients_of_variation`).
+  Values are in `unit`, 'bits/dim', or 'nats/dim' of densities per unit of the data. `stderr` is the
+  Monte Carlo error of the value for these very images, `dof` its degrees of freedom: a single draw
+  has none, and no error. `stderr_images` is the error as an estimate for the population they come
+  from, None for a single image. `cv` are the coefficients of variation of the diffusion term
+  (`elbo.coefficients_of_variation`).
   """
 
   value: float
@@ -106,8 +109,14 @@ class BitsPerDim(NamedTuple):
   num_images: int
   # the training loss on these images, nats/dim, and its Monte Carlo error
   loss: tuple[float, float | None]
-  bins: np.ndarray  # [NUM_BINS] bits/dim per unit of log-SNR, nan where none fell
+  bins: np.ndarray  # [NUM_BINS] spent per unit of log-SNR, nan where none fell
   cv: tuple[float, float]
+  unit: str = 'bits/dim'
+
+  @property
+  def metric(self) -> str:
+    """Returns the name of the value in cards and TensorBoard, `Decoder.metric`."""
+    return self.unit.replace('/', '_per_')
 
 
 def summarize(parts: list[dict]) -> BitsPerDim:
@@ -189,7 +198,7 @@ def make_evaluator(
     # the next batch is under way while the last one is fetched
     for part, _ in itertools.pairwise(itertools.chain(launched, [None])):
       parts.append(parallel.on_host(part))
-    return summarize(parts)
+    return summarize(parts)._replace(unit=model.decoder.unit)
 
   return evaluate
 
@@ -206,24 +215,28 @@ def make_scorer(of: Study, settings: ConfigDict) -> Callable[[Any, str, int], Bi
     of: the study.
     settings: config.eval.
   """
-  evaluator = make_evaluator(of.model, of.mesh, settings)
+  evaluator, unit = make_evaluator(of.model, of.mesh, settings), of.model.decoder.unit
 
   def score(params, name, step):
     of_host = batches(of.source, settings)
     result = evaluator(params, of_host, data.num_eval_images(of.source, settings.max_images))
     if not math.isfinite(result.value):
-      raise FloatingPointError(f'step {step}: bits/dim of {name} parameters is {result.value}')
+      raise FloatingPointError(f'step {step}: {unit} of {name} parameters is {result.value}')
     path = card_path(of, settings, name, step)
     write_card(of, path, params, name, step, elbo_fields(settings, result))
     terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
     value = cards.plus_minus(result.value, result.stderr)
+    whole = result.num_images == len(of.source) and 'exact_nats_per_dim' in of.source.identity
+    exact = f'; exact: {of.source.identity["exact_nats_per_dim"]:.4f}' if whole else ''
     logging.info(
-      '%s parameters, step %d, %d images: %s bits/dim (%s)',
+      '%s parameters, step %d, %d images: %s %s (%s)%s',
       name,
       step,
       result.num_images,
       value,
+      unit,
       terms,
+      exact,
     )
     return result
 
@@ -245,14 +258,14 @@ def elbo_fields(settings: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
     'training_loss': {'value': result.loss[0], 'stderr': result.loss[1]},
     'diffusion_cv': _or_none(result.cv[0]),
     'diffusion_cv_linear': _or_none(result.cv[1]),
-    'bits_per_dim_per_log_snr': list(map(_or_none, result.bins)),
+    f'{result.metric}_per_log_snr': list(map(_or_none, result.bins)),
   }
 
 
 def card_path(of: Study, settings: ConfigDict, name: str, step: int) -> pathlib.Path:
   """Returns where the card of a bound goes (`cards.path_of`).
 
-  That is cards/bits_per_dim_<params>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json.
+  That is cards/<metric>_<params>_<bound>_<images>x<draws>_seed<seed>_<hash>_step<step>.json.
   """
   num_images = data.num_eval_images(of.source, settings.max_images)
   time = f'T{settings.num_timesteps}' if settings.num_timesteps else 'continuous'
@@ -264,4 +277,5 @@ def card_path(of: Study, settings: ConfigDict, name: str, step: int) -> pathlib.
     'data': of.source.identity,
     'dtype': of.model.dtype,
   }
-  return cards.path_of(of.folder, ('bits_per_dim', name, time, *own, *times), made_of, step)
+  metric = of.model.decoder.metric
+  return cards.path_of(of.folder, (metric, name, time, *own, *times), made_of, step)

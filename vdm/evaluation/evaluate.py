@@ -17,12 +17,12 @@ from ml_collections import ConfigDict
 
 from vdm import build, data
 from vdm.build.state import TrainState, named_params
-from vdm.evaluation import bound, distances, ode
+from vdm.evaluation import bound, distances, field_report, ode
 from vdm.evaluation.bound import BitsPerDim
 from vdm.evaluation.pictures import make_pictures, write_augmented
 from vdm.evaluation.study import Study, ends_of
 from vdm.sampling.draw import make_sampler
-from vdm.sampling.picture import image_grid, save_png
+from vdm.sampling.picture import flat_pictures, image_grid, save_png
 from vdm.workdir import config_file
 from vdm.workdir.load import Run
 
@@ -35,7 +35,7 @@ class Result:
   # uint8 [H W C], by TensorBoard's tag; on the first process alone
   pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   bounds: dict[str, BitsPerDim] = dataclasses.field(default_factory=dict)  # by name of parameters
-  # bits/dim per unit of log-SNR by bin, by name
+  # bits or nats per dimension per unit of log-SNR by bin, by name
   curves: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
   def plus(self, **found: dict) -> 'Result':
@@ -59,18 +59,18 @@ def evaluate(
 
 def of_bound(of: Study, settings: ConfigDict) -> Evaluation:
   """Returns the evaluation of the variational bound of config.eval.params."""
-  score = bound.make_scorer(of, settings)
+  score, suffix = bound.make_scorer(of, settings), of.model.decoder.suffix
 
   def evaluation(state, found):
     for name in settings.params.split(','):
       result = score(named_params(state, name), name, int(state.step))
       values = {
-        'bits_per_dim': result.value,
+        result.metric: result.value,
         **({} if result.stderr is None else {'stderr': result.stderr}),
         'loss': result.loss[0],
         'diffusion_cv': result.cv[0],
         'diffusion_cv_linear': result.cv[1],
-        **{f'{term}_bpd': part['value'] for term, part in result.terms.items()},
+        **{f'{term}_{suffix}': part['value'] for term, part in result.terms.items()},
       }
       found = found.plus(
         scalars={f'eval/{name}_{k}': v for k, v in values.items()},
@@ -88,7 +88,7 @@ def of_ode(of: Study, settings: ConfigDict) -> Evaluation:
 
   def evaluation(state, found):
     result = score(named_params(state, name), int(state.step))
-    return found.plus(scalars={f'eval/{name}_ode_bits_per_dim': result.value})
+    return found.plus(scalars={f'eval/{name}_ode_{of.model.decoder.metric}': result.value})
 
   return evaluation
 
@@ -123,10 +123,31 @@ def of_samples(
       parts = scorer(step, itertools.chain(kept, batches))
       found = found.plus(scalars={f'eval/{name}': part['value'] for name, part in parts.items()})
     if shown and jax.process_index() == 0:
-      picture = image_grid(of.model.decoder.to_pixels(np.concatenate(kept)[:shown]))
+      pixels = of.model.decoder.to_pixels(np.concatenate(kept)[:shown])
+      picture = image_grid(flat_pictures(pixels))
       save_png(of.folder / 'samples' / f'step_{step:08d}.png', picture)
       found = found.plus(pictures={'samples': picture})
     return found
+
+  return evaluation
+
+
+def of_fields(of: Study, how: ConfigDict, draw: Callable, count: int, each: int) -> Evaluation:
+  """Returns the evaluation of samples of fields: spectrum, histogram, coverage, and pictures.
+
+  Args:
+    of: the study.
+    how: config.sample.
+    draw: a sampler whose conditions are those of the first `count` examples, in turn.
+    count: examples that the samples are set beside.
+    each: samples of each example.
+  """
+  report = field_report.make_report(of, draw, count, each)
+
+  def evaluation(state, found):
+    scalars, pictures = report(named_params(state, how.params), int(state.step))
+    scalars = {f'eval/{name}': value for name, value in scalars.items()}
+    return found.plus(scalars=scalars, pictures=pictures)
 
   return evaluation
 
@@ -157,6 +178,11 @@ def in_training(
   """Returns the evaluations that training runs: the bound, samples and, if due, distances."""
   of = Study(model, mesh, data.load(config.data, 'eval'), workdir, config.to_dict())
   how, every = config.sample, config.fid.train_every_steps
+  if model.decoder.is_density:
+    shown = min(how.preview_images, len(of.source))
+    draw = make_sampler(config, model, mesh, shown)
+    samples = of_fields(of, how, draw, shown, 1)
+    return of_bound(of, config.eval), samples, of_pictures(of, how.params)
   scorer, scored = None, config.fid.train_images if every else 0
   if every:
     scorer = distances.make_scorer(of, config.fid, how, config.data, scored)
@@ -182,6 +208,13 @@ def run(run: Run, out: pathlib.Path | None = None) -> int:
     evaluations += [of_bound(of, settings), of_pictures(of, config.sample.params, workdir)]
     if settings.augmented_elbo:
       evaluations.append(of_noisy_data(of, settings, config.weighting.name))
+  has_fields = model.decoder.is_density or bool(model.takes.condition_shape)
+  if has_fields and settings.fields.num_examples:
+    conditional = bool(model.takes.condition_shape or model.takes.vector_size)
+    each = settings.fields.samples_per_example if conditional else 1
+    shown = min(settings.fields.num_examples, len(of.source))
+    draw = make_sampler(config, model, mesh, shown)
+    evaluations.append(of_fields(of, config.sample, draw, shown, each))
   if settings.fid:
     scored, how = config.fid.num_images, config.sample
     scorer = distances.make_scorer(of, config.fid, how, config.data, scored)

@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from vdm.evaluation import fields
@@ -35,7 +33,7 @@ def plot_power(
   table = fields.compare(samples, data)
   names = _names(names, data)
   ratios = {'height_ratios': (2, 1), 'sharex': 'col', 'squeeze': False}
-  figure, rows = _grid(2, len(names), (4.5 * len(names) + 0.5, 4.8), **ratios)
+  figure, rows = subplots(len(names), (4.5 * len(names) + 0.5, 4.8), 2, **ratios)
   frequency = table['frequency']
   for channel, (above, below) in enumerate(rows.T):
     for name in ('data', 'samples'):
@@ -95,7 +93,7 @@ def plot_histogram(
     names: of the channels.
   """
   table, names = fields.compare(samples, data), _names(names, data)
-  figure, panels = _grid(1, len(names), (4.5 * len(names) + 0.5, 3.6), squeeze=False)
+  figure, panels = subplots(len(names), (4.5 * len(names) + 0.5, 3.6), squeeze=False)
   for channel, axes in enumerate(panels[0]):
     edges, *both = (table[k][:, channel] for k in ('edges', 'density_data', 'density_samples'))
     axes.stairs(both[0], edges, fill=True, color='0.8', label='data')
@@ -170,7 +168,7 @@ def plot_rows(
 
 def _lines(u: np.ndarray, names: tuple[str, ...], path: pathlib.Path) -> np.ndarray:
   """Plots 1-D fields [N X C], one per row, and one channel per column."""
-  figure, axes = _grid(len(u), len(names), (4 * len(names), 1.2 * len(u) + 0.6), squeeze=False)
+  figure, axes = subplots(len(names), (4 * len(names), 1.2 * len(u) + 0.6), len(u), squeeze=False)
   for channel, column in enumerate(axes.T):
     low, high = float(u[..., channel].min()), float(u[..., channel].max())
     margin = 0.05 * (high - low or 1)
@@ -187,7 +185,7 @@ def _lines(u: np.ndarray, names: tuple[str, ...], path: pathlib.Path) -> np.ndar
 def _line_rows(shown: dict[str, np.ndarray], path: pathlib.Path) -> np.ndarray:
   """Plots 1-D fields [N X] by name, one example per row, on an axis from 0 to the truth's size."""
   truth, size = shown['truth'], shown['truth'].shape[1]
-  figure, axes = _grid(len(truth), 1, (7, 1.5 * len(truth) + 0.8), squeeze=False)
+  figure, axes = subplots(1, (7, 1.5 * len(truth) + 0.8), len(truth), squeeze=False)
   for n, row in enumerate(axes[:, 0]):
     for name, u in shown.items():
       x = np.arange(u.shape[1]) * size / u.shape[1]
@@ -235,7 +233,7 @@ def _pictures(
   size = [CELL * sum(widths) + 0.3, CELL * sum(heights) + 0.3]
   size[location == 'bottom'] += 0.9  # inches, of the bars
   ratios = {'width_ratios': widths, 'height_ratios': heights, 'squeeze': False}
-  figure, axes = _grid(len(rows), len(widths), tuple(size), **ratios)
+  figure, axes = subplots(len(widths), tuple(size), len(rows), **ratios)
   members: list[list] = [[] for _ in scales]
   for places, row, name in zip(axes, rows, names, strict=True):
     for place, (title, image, number) in zip(places, row, strict=True):
@@ -294,10 +292,3 @@ def _names(names: tuple[str, ...], u: np.ndarray) -> tuple[str, ...]:
 
 def _line(name: str) -> str:
   return '-' if name == 'data' else '--'
-
-
-def _grid(rows: int, columns: int, size: tuple[float, float], **kwargs) -> tuple[Figure, Any]:
-  """Returns a figure of `size` inches and its axes, without pyplot, as `plots.subplots`."""
-  figure = Figure(size, layout='constrained')
-  FigureCanvasAgg(figure)
-  return figure, figure.subplots(rows, columns, **kwargs)

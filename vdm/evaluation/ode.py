@@ -1,6 +1,5 @@
 """Bits per dimension of a split by the probability-flow ODE: slow, so it says how far it is."""
 
-import math
 import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -13,8 +12,7 @@ from ml_collections import ConfigDict
 
 from vdm import build, cards, data
 from vdm.diffusion import ode
-from vdm.diffusion.decoders import bits_per_dim
-from vdm.diffusion.gaussian import end_points, fold_in
+from vdm.diffusion.gaussian import count_dims, end_points, fold_in
 from vdm.errors import require
 from vdm.evaluation.study import Study, batches, write_card
 from vdm.system import parallel
@@ -52,10 +50,9 @@ class OdeSettings(NamedTuple):
 
 def make_step(model: build.Model, settings: OdeSettings) -> Callable:
   """Returns step(params, batch, seed) -> what each image of the batch has, each [B]."""
-  num_dims = math.prod(model.image_shape)
 
   def step(params, batch, seed):
-    u, index, mask = batch['image'], batch['index'], batch['mask']
+    u, index, mask, valid = batch['image'], batch['index'], batch['mask'], batch.get('valid')
     key_draw, key_probe = jax.random.split(jax.random.key(seed))
     ends = end_points(model.schedule(params))
     if settings.trace == 'exact':
@@ -64,7 +61,7 @@ def make_step(model: build.Model, settings: OdeSettings) -> Callable:
       keys = fold_in(key_probe, index)
       probes = ode.PROBES[settings.probe](keys, (settings.num_probes, *model.image_shape))
     solution = ode.data_log_prob(
-      model.denoiser(params, batch['label']),
+      model.denoiser(params, data.conditions_of(batch)),
       u,
       fold_in(key_draw, index),
       *ends,
@@ -74,9 +71,11 @@ def make_step(model: build.Model, settings: OdeSettings) -> Callable:
       rtol=settings.rtol,
       atol=settings.atol,
       max_steps=settings.max_steps,
+      valid=valid,
     )
+    num_dims = count_dims(model.image_shape, valid)
     return {
-      'bits': bits_per_dim(-solution.log_prob, num_dims),
+      'value': model.decoder.per_dim(-solution.log_prob, num_dims),
       'evaluations': solution.evaluations,
       'finished': solution.finished,
       'mask': mask,
@@ -109,15 +108,16 @@ def make_evaluator(
       part = {k: v[part['mask'] > 0] for k, v in part.items()}
       _check(settings, part)  # now: not after hours
       parts.append(part)
-      done += len(part['bits'])
+      done += len(part['value'])
       now = time.monotonic()
       if now - logged > LOG_EVERY_SECONDS or done == num_images:
         logged, result = now, summarize(parts)
         logging.info(
-          'ode: %d of %d images, %.4f bits/dim, %.0f evaluations an image, %.0f s left',
+          'ode: %d of %d images, %.4f %s, %.0f evaluations an image, %.0f s left',
           done,
           num_images,
           result.value,
+          model.decoder.unit,
           result.evaluations,
           (now - clock) / done * (num_images - done),
         )
@@ -135,19 +135,19 @@ def _check(settings: OdeSettings, part: dict):
     f'larger: {unfinished} images of a batch needed more steps',
     f'raise it, or raise config.eval.ode.rtol={settings.rtol} and atol={settings.atol}',
   )
-  bad = part['bits'][~np.isfinite(part['bits'])]
+  bad = part['value'][~np.isfinite(part['value'])]
   if bad.size:
-    raise FloatingPointError(f'the ODE gives {bad[0]} bits/dim for an image; stopped.')
+    raise FloatingPointError(f'the ODE gives {bad[0]} per dimension for an image; stopped.')
 
 
 def summarize(parts: list[dict[str, np.ndarray]]) -> OdeBitsPerDim:
   """Returns the evaluation from what each image of every batch has, in float64."""
-  joined = (np.concatenate([part[k] for part in parts]) for k in ('bits', 'evaluations'))
-  bits, evaluations = (values.astype(np.float64) for values in joined)
+  joined = (np.concatenate([part[k] for part in parts]) for k in ('value', 'evaluations'))
+  values, evaluations = (values.astype(np.float64) for values in joined)
   return OdeBitsPerDim(
-    value=float(bits.mean()),
-    stderr=cards.stderr_of(bits),
-    num_images=len(bits),
+    value=float(values.mean()),
+    stderr=cards.stderr_of(values),
+    num_images=len(values),
     evaluations=float(evaluations.mean()),
     max_evaluations=int(evaluations.max()),
   )
@@ -171,7 +171,7 @@ def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], Od
     num_images = data.num_eval_images(of.source, eval_settings.max_images)
     result = evaluator(params, of_host, num_images)
     parts = (
-      'ode_bits_per_dim',
+      f'ode_{of.model.decoder.metric}',
       settings.params,
       f'{settings.dequantization}{settings.importance_samples}',
       settings.trace,
@@ -187,12 +187,13 @@ def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], Od
     path = cards.path_of(of.folder, parts, made_of, step)
     write_card(of, path, params, settings.params, step, card_fields(settings, result))
     logging.info(
-      '%s parameters, step %d, %d images: %s bits/dim by the ODE (over images; '
+      '%s parameters, step %d, %d images: %s %s by the ODE (over images; '
       '%.0f evaluations an image, at most %d)',
       settings.params,
       step,
       result.num_images,
       cards.plus_minus(result.value, result.stderr),
+      of.model.decoder.unit,
       result.evaluations,
       result.max_evaluations,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
-from vdm import build, cards
+from vdm import build, cards, data
 from vdm.build.state import TrainState, named_params
 from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.gaussian import end_points, fold_in, q_sample, standard_normal
@@ -18,8 +18,9 @@ from vdm.diffusion.noisy_elbo import augmented
 from vdm.diffusion.weightings import Weighting, is_monotone
 from vdm.evaluation import plots
 from vdm.evaluation.bound import NUM_BINS, BitsPerDim
+from vdm.evaluation.fields import power_spectrum
 from vdm.evaluation.study import Study
-from vdm.sampling.picture import image_grid
+from vdm.sampling.picture import flat_pictures, image_grid
 from vdm.system import files, parallel
 
 NUM_LEVELS = 9
@@ -28,16 +29,16 @@ SPECTRUM_VALUES = 2**25  # of the images of the power spectrum: a thousand at 10
 
 
 def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
-  """Returns (params, images [N ...], labels [N]) -> log_snr [L], z [L N ...], x_hat [L N ...].
+  """Returns (params, batch of N) -> log_snr [L], z [L N ...], x_hat [L N ...].
 
   L = NUM_LEVELS noise levels lie from log_snr_max to log_snr_min; the noise is the same at each.
   """
 
-  def denoise(params, images, labels):
-    x = model.decoder.to_model(images)
+  def denoise(params, batch):
+    x = model.decoder.to_model(batch['image'])
     eps = standard_normal(fold_in(jax.random.key(0), jnp.arange(len(x))), model.image_shape)
     ends = end_points(model.schedule(params))
-    denoiser = model.denoiser(params, labels)
+    denoiser = model.denoiser(params, data.conditions_of(batch))
 
     def at(log_snr):
       log_snr = jnp.full(len(x), log_snr)
@@ -60,24 +61,6 @@ def picture_of(z: np.ndarray, x_hat: np.ndarray, decoder: Decoder) -> np.ndarray
   return np.asarray(decoder.from_model(rows)).reshape(-1, *z.shape[2:])
 
 
-def radial_power(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns frequencies in cycles per pixel, and the mean power of the images [N H W C] at each.
-
-  White noise of variance s^2 has power s^2 at every frequency, and the powers of all frequencies
-  have the mean square of the images as their mean. So the part of the data whose power is above
-  e^-log_snr stands out from the noise of z / alpha. Rings are as wide as the lowest frequency of
-  the longer side; the constant part is left out.
-  """
-  height, width = x.shape[1:3]
-  power = (np.abs(np.fft.fft2(x, axes=(1, 2), norm='ortho')) ** 2).mean(axis=(0, 3))
-  frequency = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width)[None])
-  ring = np.round(frequency * max(height, width)).astype(int).ravel()
-  count = np.bincount(ring)
-  kept = np.flatnonzero(count)[1:]
-  mean_power = np.bincount(ring, power.ravel())[kept] / count[kept]
-  return np.bincount(ring, frequency.ravel())[kept] / count[kept], mean_power
-
-
 def make_pictures(
   of: Study, params: str, *with_cards_of: pathlib.Path
 ) -> Callable[[TrainState, dict[str, np.ndarray]], dict[str, np.ndarray]]:
@@ -91,31 +74,32 @@ def make_pictures(
     params: name of the parameters that are shown.
     *with_cards_of: other folders whose cards are in the history.
   """
-  model = of.model
+  model, unit = of.model, of.model.decoder.unit
   denoise = make_denoise(model, of.mesh)
   most = SPECTRUM_VALUES // math.prod(model.image_shape)
   count = min(max(NUM_PROGRESSIVE, most), of.source.identity['num_images'])
   batch = of.source.fetch(np.arange(count))
-  spectrum = radial_power(np.asarray(model.decoder.to_model(jnp.asarray(batch['image']))))
-  few = [batch[k][:NUM_PROGRESSIVE] for k in ('image', 'label')]
+  frequency, power = power_spectrum(np.asarray(model.decoder.to_model(jnp.asarray(batch['image']))))
+  spectrum = frequency, power.mean(axis=(0, 2))
+  few = {name: array[:NUM_PROGRESSIVE] for name, array in batch.items()}
 
   def pictures(state, curves):
-    levels, z, x_hat = jax.device_get(denoise(named_params(state, params), *few))
+    levels, z, x_hat = jax.device_get(denoise(named_params(state, params), few))
     schedule = model.training_schedule(state.params, state.adaptive)
     log_snr = jax.device_get(schedule(jnp.linspace(0.0, 1.0, 101)))
     if jax.process_index():
       return {}
     grid = model.decoder.to_pixels(picture_of(z, x_hat, model.decoder))
-    picture = image_grid(grid, NUM_LEVELS)
+    picture = image_grid(flat_pictures(grid), NUM_LEVELS)
     found = cards.series(*with_cards_of, of.folder)
     path = of.folder / 'samples' / f'progressive_{int(state.step):08d}.png'
     ends, plotted = (log_snr[0], log_snr[-1]), of.folder / 'plots'
     return {
-      'progressive': plots.plot_progressive(picture, levels, len(few[0]), path),
-      'diffusion_loss': plots.plot_bins(curves, ends, plotted / 'diffusion_loss.png'),
+      'progressive': plots.plot_progressive(picture, levels, len(few['image']), path),
+      'diffusion_loss': plots.plot_bins(curves, ends, plotted / 'diffusion_loss.png', unit),
       'schedule': plots.plot_schedule(found, log_snr, plotted / 'schedule.png'),
       'spectrum': plots.plot_spectrum(*spectrum, levels, plotted / 'spectrum.png'),
-      'history': plots.plot_history(found, plotted / 'bits_per_dim.png'),
+      'history': plots.plot_history(found, plotted / f'{model.decoder.metric}.png'),
     }
 
   return pictures
@@ -152,8 +136,9 @@ def write_augmented(
   table = jax.tree.map(np.asarray, table)
   monotone = is_monotone(weighting, *map(float, ends))
   title = f'{weighting_name}, {"" if monotone else "not "}monotone'
-  plots.plot_augmented(edges, table, title, workdir / 'plots' / f'augmented_elbo_{name}.png')
-  table_name = card.stem.replace('bits_per_dim', 'augmented_elbo', 1)
+  path = workdir / 'plots' / f'augmented_elbo_{name}.png'
+  plots.plot_augmented(edges, table, title, path, result.unit)
+  table_name = card.stem.replace(result.metric, 'augmented_elbo', 1)
   path = workdir / 'tables' / f'{table_name}.csv'
   share = table.mass / table.total
   rows = zip(edges[:-1], edges[1:], h / 2, share, table.losses[1:], strict=True)

@@ -15,8 +15,10 @@ from vdm.diffusion.noisy_elbo import Augmented
 from vdm.system import files
 
 
-def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path):
-  """Plots bits/dim per unit of log-SNR, and all of them spent from noise up to a log-SNR.
+def plot_bins(
+  curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path, unit: str
+):
+  """Plots what is spent per unit of log-SNR, and in all from noise up to a log-SNR, in `unit`.
 
   There is one curve per set of parameters. Returns the picture.
   """
@@ -26,8 +28,8 @@ def plot_bins(curves: dict[str, np.ndarray], ends: tuple[float, float], path: pa
     left.stairs(bins, edges, label=name)
     spent = np.cumsum(filled(bins) * np.diff(edges))
     right.plot(edges, [0, *spent], label=f'{name}, {spent[-1]:.3f} in all')
-  left.set(xlabel='log-SNR', ylabel='bits/dim per unit of log-SNR', ylim=(0, None))
-  right.set(xlabel='log-SNR', ylabel='bits/dim spent, from noise', ylim=(0, None))
+  left.set(xlabel='log-SNR', ylabel=f'{unit} per unit of log-SNR', ylim=(0, None))
+  right.set(xlabel='log-SNR', ylabel=f'{unit} spent, from noise', ylim=(0, None))
   right.legend()
   return save_figure(figure, path)
 
@@ -74,10 +76,10 @@ def plot_progressive(picture: np.ndarray, levels: np.ndarray, num_images: int, p
   return save_figure(figure, path)
 
 
-def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathlib.Path):
+def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathlib.Path, unit: str):
   """Plots what a weighted loss bounds (`noisy_elbo`): the noise levels' weights, and their bounds.
 
-  All are in bits/dim. Returns the picture.
+  All are in `unit`. Returns the picture.
   """
   figure, (left, right) = subplots(2, (10, 3.5))
   density = table.mass / table.total / np.diff(edges)
@@ -90,19 +92,20 @@ def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathli
   left.set(xlabel='log-SNR', ylabel='share of the weight', title=title)
   left.legend()
   right.plot(edges, table.losses)
-  right.set(xlabel='log-SNR of the noise added', ylabel='bound of the noisy data (bits/dim)')
+  right.set(xlabel='log-SNR of the noise added', ylabel=f'bound of the noisy data ({unit})')
   return save_figure(figure, path)
 
 
 def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
-  """Plots bits/dim and Fréchet distances against steps, from series of cards (`cards.series`).
+  """Plots likelihoods and Fréchet distances against steps, from series of cards (`cards.series`).
 
   Each series has a curve, with its errors and a star at its best; what all of them share is said
   above, the rest in the legend. Returns the picture.
   """
-  bits = {k: s for k, s in found.items() if s[0]['metric'] == 'bits_per_dim'}
+  bounds = {k: s for k, s in found.items() if cards.is_likelihood(s[0])}
+  unit = ' and '.join(sorted({cards.UNITS[s[0]['metric']] for s in bounds.values()}))
   distances = {k: s for k, s in found.items() if cards.is_distance(s[0])}
-  kinds = [(bits, 'bits/dim', 'linear'), (distances, 'Fréchet distance', 'log')]
+  kinds = [(bounds, unit, 'linear'), (distances, 'Fréchet distance', 'log')]
   kinds = kinds if distances else kinds[:1]
   figure, panels = subplots(len(kinds), (6 * len(kinds), 3.5))
   for axes, (chosen, label, scale) in zip(np.atleast_1d(panels), kinds, strict=True):
@@ -169,14 +172,16 @@ def plot_schedule(found: dict[str, list[dict]], log_snr: np.ndarray, path: pathl
   return save_figure(figure, path)
 
 
-def subplots(columns: int, size: tuple[float, float]) -> tuple[Figure, Any]:
-  """Returns a figure of `size` inches, and its axes: one, or an array [columns].
+def subplots(
+  columns: int, size: tuple[float, float], rows: int = 1, **kwargs: Any
+) -> tuple[Figure, Any]:
+  """Returns a figure of `size` inches, and its axes: one, or an array [columns] or [rows columns].
 
   It does without pyplot, so importing this package does not change a notebook's backend.
   """
   figure = Figure(size, layout='constrained')
   FigureCanvasAgg(figure)
-  return figure, figure.subplots(1, columns)
+  return figure, figure.subplots(rows, columns, **kwargs)
 
 
 def plain_numbers(axis: Axis):

@@ -57,11 +57,14 @@ def write_card(of: Study, path: pathlib.Path, params: Any, name: str, step: int,
     fields: what is particular to this kind of evaluation, with 'value' and 'num_images'.
   """
   log_snr_max, log_snr_min = ends_of(of.model, params)
-  settings = of.config['eval']
+  settings, decoder = of.config['eval'], of.model.decoder
+  unit = {'unit': 'nats/dim, density per unit of the data'} if decoder.is_density else {}
   cards.write(
     path,
     {
-      'metric': 'bits_per_dim',
+      'metric': decoder.metric,
+      **unit,
+      'decoder': of.config['decoder']['name'],
       **fields,
       'whole_split': fields['num_images'] == of.source.identity['num_images'],
       'eval_batch_size': settings['batch_size'],

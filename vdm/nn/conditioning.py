@@ -38,7 +38,7 @@ class Conditioning(nn.Module):
   addition is what is added before the last swish. With `num_classes` it is the embedding of the
   label: labels -1 and `num_classes`, and no labels at all, are the null label, which has its own
   row in the table. With `embedding_size` E > 0 it is the projection of a vector of each example,
-  such as another network's embedding: zeros, and no vectors at all, stand for its absence, for
+  such as another network's embedding: NaN, and no vectors at all, stand for its absence, for
   which a projection is learned. A network may have both.
   """
 
@@ -81,7 +81,7 @@ class Conditioning(nn.Module):
         name='label',
       )(label)
     if self.embedding_size:
-      vector = jnp.zeros((len(t), self.embedding_size)) if vector is None else vector
+      vector = jnp.full((len(t), self.embedding_size), jnp.nan) if vector is None else vector
       if vector.shape != (len(t), self.embedding_size):
         raise ValueError(
           f'config.data.embedding_size={self.embedding_size} must be that of the embeddings, '
@@ -89,6 +89,8 @@ class Conditioning(nn.Module):
         )
       vector = jnp.asarray(vector, jnp.float32)
       null = self.param('null_embedding', nn.initializers.normal(1.0), (1, 4 * self.width))
+      absent = jnp.isnan(vector).any(axis=-1, keepdims=True)
+      vector = jnp.where(absent, 0, vector)  # before the product, whose gradient would be NaN
       projected = nn.Dense(4 * self.width, use_bias=False, name='embedding')(vector)
-      h += jnp.where(vector.any(axis=-1, keepdims=True), projected, null)
+      h += jnp.where(absent, null, projected)
     return nn.swish(h)

@@ -27,11 +27,35 @@ def conv3(x, kernel, padding='zero'):
   return _conv(x, kernel, tuple((int(z), int(z)) for z in zero))
 
 
-def _plain(x, kernel, pads):
+def _native(x, kernel, pads):
   """Returns x [B, *space, I] * kernel [*size, I, O] with these zeros at the ends of each axis."""
   space = 'DHW'[-len(pads) :]
   layout = (f'N{space}C', f'{space}IO', f'N{space}C')
   return lax.conv_general_dilated(x, kernel, (1,) * len(pads), pads, dimension_numbers=layout)
+
+
+def _plain(x, kernel, pads):
+  """Returns `_native`, on CPU by planes where there are three axes."""
+  if len(pads) < 3:
+    return _native(x, kernel, pads)
+  planes, native = (functools.partial(f, pads=pads) for f in (_by_planes, _native))
+  return lax.platform_dependent(x, kernel, cpu=planes, default=native)
+
+
+def _by_planes(x, kernel, pads):
+  """Convolves in three axes as the sum of three convolutions in two, over all planes at once.
+
+  XLA:CPU has a fast path for two axes, and takes five times as long for three.
+  """
+  batch, depth, *sizes, _ = x.shape
+  length = depth + sum(pads[0]) - 2
+  x = jnp.pad(x, ((0, 0), pads[0], (0, 0), (0, 0), (0, 0)))
+  parts = [
+    _conv(x[:, i : i + length].reshape(batch * length, *sizes, -1), kernel[i], pads[1:])
+    for i in range(3)
+  ]
+  out = sum(parts[1:], parts[0])
+  return out.reshape(batch, length, *out.shape[1:])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -49,13 +73,15 @@ def _conv_bwd(pads, residuals, g):
 
 
 def _conv_vjp_native(pads, x, kernel, g):
-  (dx,) = jax.linear_transpose(lambda x: _plain(x, kernel, pads), x)(g)
-  (dkernel,) = jax.linear_transpose(lambda kernel: _plain(x, kernel, pads), kernel)(g)
+  (dx,) = jax.linear_transpose(lambda x: _native(x, kernel, pads), x)(g)
+  (dkernel,) = jax.linear_transpose(lambda kernel: _native(x, kernel, pads), kernel)(g)
   return dx, dkernel
 
 
 def _conv_vjp_plain(pads, x, kernel, g):
   num_axes = len(pads)
+  if num_axes == 3:
+    return jax.vjp(functools.partial(_by_planes, pads=pads), x, kernel)[1](g)
   flipped = lax.rev(kernel, range(num_axes)).swapaxes(-2, -1)
   dx = _plain(g, flipped, tuple((2 - before, 2 - after) for before, after in pads))
   # Input channels act as the batch, examples as the channels, g as a kernel of the size of space.

@@ -22,6 +22,7 @@ from jax.sharding import AbstractMesh, Mesh
 from ml_collections import ConfigDict
 
 from vdm import build
+from vdm.data import conditions_of
 from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
 from vdm.evaluation.bound import jit_step
@@ -60,8 +61,8 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
     guided, _ = make_guidance(settings.guidance, config.schedule, model, mesh)
   threshold = build.threshold(config.sample.threshold)
 
-  def evaluate_network(params, z, log_snr, label):
-    return threshold(guided(params, None, label))(z, log_snr).x
+  def evaluate_network(params, z, log_snr, conditions):
+    return threshold(guided(params, None, conditions))(z, log_snr).x
 
   batch = _batch(config.data, mesh, settings.batch_size)
   sharding = parallel.batch_sharding(mesh)
@@ -75,7 +76,7 @@ def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
   yield Step(
     'sample',
     parallel.jit(evaluate_network, mesh, out_shardings=sharding),
-    (state.params, z, log_snr, batch['label']),
+    (state.params, z, log_snr, conditions_of(batch)),
     settings.batch_size,
     evaluations,
     evaluations * math.ceil(settings.num_images / settings.batch_size),
@@ -95,12 +96,19 @@ def train_step(
 
 def _batch(data: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = False) -> dict:
   """Returns what config.data gives, as shapes."""
-  embedding = data.embedding_size
   shapes = {
-    'image': ((size, *data.image_shape), jnp.uint8),
-    'label': ((size, embedding), jnp.float32) if embedding else ((size,), jnp.int32),
+    'image': ((size, *data.image_shape), jnp.uint8 if data.num_values else jnp.float32),
+    'label': ((size,), jnp.int32),
     'index': ((size,), jnp.int32),
-  } | ({'mask': ((size,), jnp.float32)} if mask else {})
+  }
+  if data.embedding_size:
+    shapes['vector'] = ((size, data.embedding_size), jnp.float32)
+  if data.condition_shape:
+    shapes['condition'] = ((size, *data.condition_shape), jnp.float32)
+  if data.masked:
+    shapes['valid'] = ((size, *data.image_shape[:-1], 1), jnp.bool_)
+  if mask:
+    shapes['mask'] = ((size,), jnp.float32)
   sharding = parallel.batch_sharding(mesh)
   return {k: jax.ShapeDtypeStruct(*v, sharding=sharding) for k, v in shapes.items()}
 

@@ -13,35 +13,45 @@ from ml_collections import ConfigDict
 
 from vdm import build
 from vdm.diffusion.gaussian import Denoiser, end_points, fold_in
-from vdm.diffusion.guidance import guide, label_pair, pair
+from vdm.diffusion.guidance import conditions_pair, guide, pair
 from vdm.diffusion.samplers import Sampler, sample, time_grid
 from vdm.errors import require
-from vdm.sampling.labels import Labels, labels_of
+from vdm.sampling.labels import Conditions, conditions_of
 from vdm.system import parallel
 from vdm.workdir.load import read_guide
 
-# (params, guide's params, label) -> Denoiser, and the guide's params
-Guidance = tuple[Callable[[Any, Any, jax.Array], Denoiser], Any]
+# (params, guide's params, conditions) -> Denoiser, and the guide's params
+Guidance = tuple[Callable[[Any, Any, dict[str, jax.Array]], Denoiser], Any]
 
 
 def make_sampler(
-  config: ConfigDict, model: build.Model, mesh: Mesh
+  config: ConfigDict, model: build.Model, mesh: Mesh, num_examples: int = 0
 ) -> Callable[..., Iterator[np.ndarray]]:
-  """Returns `make_draw` of config.sample."""
-  labels = labels_of(config.sample, config.data, config.model.class_conditional)
+  """Returns `make_draw` of config.sample.
+
+  Args:
+    config: of the run.
+    model: of the images.
+    mesh: the devices.
+    num_examples: image k has the conditions of number k modulo this many; 0: its own.
+  """
+  conditions = conditions_of(config.sample, config.data, config.model.class_conditional)
+  if num_examples:
+    own = conditions
+    conditions = lambda index: own(index % num_examples)
   guidance = make_guidance(config.sample.guidance, config.schedule, model, mesh)
-  return make_draw(model, mesh, config.sample, labels, guidance)
+  return make_draw(model, mesh, config.sample, conditions, guidance)
 
 
 def make_draw(
   model: build.Model,
   mesh: Mesh,
   settings: ConfigDict,
-  labels: Labels,
+  conditions: Conditions,
   guidance: Guidance | None = None,
   sampler: Sampler | None = None,
 ) -> Callable[..., Iterator[np.ndarray]]:
-  """Returns run(params, num_images=0, starts=None) -> iterator over batches [B H W C] of data.
+  """Returns run(params, num_images=0, starts=None) -> iterator over batches [B *spatial C] of data.
 
   These are the first `num_images` of them (0: of config.sample.num_images), the last batch cut; if
   `starts` are given, only the batches whose first image has one of these numbers.
@@ -50,7 +60,7 @@ def make_draw(
     model: of the images.
     mesh: the devices.
     settings: config.sample.
-    labels: of the images.
+    conditions: of the images.
     guidance: none by default.
     sampler: that of the settings by default.
   """
@@ -60,15 +70,17 @@ def make_draw(
   )
   guided, guide_params = guidance or unguided(model)
 
-  def draw(params, guide_params, log_snrs, index, label):
+  def draw(params, guide_params, log_snrs, index, told):
     x = sample(
       fold_in(jax.random.key(settings.seed), index),
       sampler,
-      threshold(guided(params, guide_params, label)),
+      threshold(guided(params, guide_params, told)),
       log_snrs,
       model.image_shape,
       settings.denoise_last,
     )
+    if 'valid' in told:  # elsewhere x is the noise it was at first
+      x = jnp.where(told['valid'], x, 0)
     # the decoder's mode, of which every number has one
     return model.decoder.from_model(x), jnp.isfinite(x).all()
 
@@ -82,10 +94,8 @@ def make_draw(
 
     def launch(start):
       index = start + np.arange(settings.batch_size)
-      inputs = (index.astype(np.int32), labels(index))
-      placed = [
-        jax.make_array_from_callback(a.shape, sharding, lambda part, a=a: a[part]) for a in inputs
-      ]
+      place = lambda a: jax.make_array_from_callback(a.shape, sharding, lambda part: a[part])
+      placed = jax.tree.map(place, (index.astype(np.int32), conditions(index)))
       return start, compiled(params, guide_params, log_snrs, *placed)
 
     if starts is None:
@@ -105,7 +115,7 @@ def make_draw(
 
 def unguided(model: build.Model) -> Guidance:
   """Returns the model's own denoiser, as a guidance."""
-  return lambda params, _, label: model.denoiser(params, label), None
+  return lambda params, _, given: model.denoiser(params, given), None
 
 
 def make_guidance(
@@ -127,9 +137,9 @@ def make_guidance(
     return unguided(model)
   if settings.kind == 'classifier_free':
 
-    def classifier_free(params, _, label):
+    def classifier_free(params, _, told):
       of = functools.partial(model.denoiser, params)
-      return guide(of(label), label_pair(of, label), settings.weight, *limits)
+      return guide(of(told), conditions_pair(of, told), settings.weight, *limits)
 
     return classifier_free, None
   other, guide_state = read_guide(settings.checkpoint, model, mesh)
@@ -145,8 +155,8 @@ def make_guidance(
     'name another run, or other limits',
   )
 
-  def auto(params, guide_params, label):
-    own, weak = model.denoiser(params, label), other.denoiser(guide_params, label)
+  def auto(params, guide_params, told):
+    own, weak = model.denoiser(params, told), other.denoiser(guide_params, told)
     return guide(own, pair(own, weak), settings.weight, low, high)
 
   return auto, guide_state.averages['ema']

@@ -25,13 +25,13 @@ MANIFEST = 'manifest.json'
 REMEDY = 'remove it to have it drawn again'
 
 
-def check_format(image_format: str, channels: int):
+def check_format(image_format: str, image_shape: tuple[int, ...]):
   """Refuses a config.sample.format that cannot hold the images."""
   field, choices = 'sample.format', "'npz' or 'png'"
   require(image_format in FORMATS, f'config.{field}', image_format, choices, 'choose one')
-  held = image_format == 'npz' or channels in (1, 3)
-  fact = f"'npz' for images of {channels} channels"
-  require(held, f'config.{field}', image_format, fact, 'PNG files here hold 1 or 3')
+  held = image_format == 'npz' or (len(image_shape) == 3 and image_shape[-1] in (1, 3))
+  fact = f"'npz' for images {tuple(image_shape)}"
+  require(held, f'config.{field}', image_format, fact, 'PNG files hold two axes, 1 or 3 channels')
 
 
 def open_samples(folder: pathlib.Path, manifest: dict[str, Any]) -> list[int]:

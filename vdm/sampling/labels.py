@@ -1,4 +1,4 @@
-"""The label or embedding of an image by its number."""
+"""What an image is conditioned on, by its number: its class, vector, field and mask."""
 
 import functools
 from collections.abc import Callable
@@ -17,23 +17,62 @@ from vdm.system import files
 LABEL_RULES = ('balanced', 'uniform')
 
 
-Labels = Callable[[np.ndarray], np.ndarray]  # image numbers [b] -> classes [b], or embeddings
+Labels = Callable[[np.ndarray], np.ndarray]  # image numbers [b] -> classes [b]
+# image numbers [b] -> what each is conditioned on (`data.source.CONDITIONS`)
+Conditions = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
-def labels_of(settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool) -> Labels:
-  """Returns image number -> class: settings.label; if that is -1, by settings.label_rule.
+def conditions_of(
+  settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool
+) -> Conditions:
+  """Returns image number -> what it is conditioned on.
 
-  'balanced' takes each class in turn, 'uniform' draws one from the image's own key; for a
-  class-conditional model they take only classes of which the training split has images. For a model
-  of embeddings it returns image number -> row of settings.embeddings, in turn.
+  Classes are those of `labels_of`. Vectors are the rows of settings.embeddings, in turn; without
+  that file, and for fields and masks, they are those of the evaluation split, whose own classes
+  then go with them.
 
   Args:
     settings: config.sample.
     data_settings: config.data.
     class_conditional: whether the model reads classes.
   """
-  if data_settings.embedding_size:
-    return embeddings_of(settings.embeddings, data_settings)
+  labels = labels_of(settings, data_settings, class_conditional)
+  size, path = data_settings.embedding_size, settings.embeddings
+  vectors = embeddings_of(path, data_settings) if size and path else None
+  taken = set()
+  if size and not path:
+    taken.add('vector')
+  if data_settings.condition_shape:
+    taken.add('condition')
+  if data_settings.masked:
+    taken.add('valid')
+  if taken and class_conditional and settings.label < 0:
+    taken.add('label')
+  source = data.load(data_settings, 'eval') if taken else None
+
+  def of(index):
+    found = {'label': labels(index)}
+    if vectors is not None:
+      found['vector'] = vectors(index)
+    if source is not None:
+      batch = source.fetch(index % len(source))
+      found |= {name: batch[name] for name in taken}
+    return found
+
+  return of
+
+
+def labels_of(settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool) -> Labels:
+  """Returns image number -> class: settings.label; if that is -1, by settings.label_rule.
+
+  'balanced' takes each class in turn, 'uniform' draws one from the image's own key; for a
+  class-conditional model they take only classes of which the training split has images.
+
+  Args:
+    settings: config.sample.
+    data_settings: config.data.
+    class_conditional: whether the model reads classes.
+  """
   classes = max(1, data_settings.num_classes)
   label, rule = settings.label, settings.label_rule
   fact, remedy = f'a class, 0 .. {classes - 1}, or -1', 'use -1 for config.sample.label_rule'
@@ -87,17 +126,9 @@ def _classes_with_images(settings: FrozenConfigDict) -> np.ndarray:
   return found
 
 
-def embeddings_of(path: str, data_settings: ConfigDict) -> Labels:
-  """Returns image numbers [b] -> embeddings float32 [b, E], each in turn.
-
-  Args:
-    path: config.sample.embeddings, a file with an array [N, E]; '': those of the evaluation split.
-    data_settings: config.data.
-  """
+def embeddings_of(path: str, data_settings: ConfigDict) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns image numbers [b] -> vectors float32 [b, E] of a file with an array [N, E], in turn."""
   size = data_settings.embedding_size
-  if not path:
-    source = data.load(data_settings, 'eval')
-    return lambda index: source.fetch(index % len(source))['label']
   with files.reading(f'config.sample.embeddings={path!r}', 'name a file of np.save'):
     rows = np.asarray(np.load(path, allow_pickle=False, mmap_mode='r'))
   good = rows.ndim == 2 and rows.shape[1] == size and len(rows) > 0 and np.isfinite(rows).all()

@@ -26,6 +26,23 @@ def image_grid(pixels: np.ndarray, columns: int = 0) -> np.ndarray:
   return picture.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
 
 
+def flat_pictures(pixels: np.ndarray) -> np.ndarray:
+  """Returns arrays uint8 [N *spatial C] on one, two or three axes as pictures [N H W C].
+
+  Those on one axis are drawn as curves, those on three are cut in the middle of the first.
+  """
+  if pixels.ndim == 5:
+    return pixels[:, pixels.shape[1] // 2]
+  if pixels.ndim == 4:
+    return pixels
+  height = max(16, pixels.shape[1] // 4)
+  level = np.round((height - 1) * (1 - pixels / 255.0)).astype(int)  # rows from the top, [N X C]
+  before = np.concatenate([level[:, :1], level[:, :-1]], axis=1)
+  row = np.arange(height).reshape(1, -1, 1, 1)
+  low, high = np.minimum(level, before)[:, None], np.maximum(level, before)[:, None]
+  return np.where((low <= row) & (row <= high), 0, 255).astype(np.uint8)
+
+
 def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
   """Writes a picture uint8 [H W 1 or 3], enlarged by whole pixels where it is small."""
   image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)

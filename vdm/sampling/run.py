@@ -18,8 +18,8 @@ from vdm.build.state import named_params
 from vdm.diffusion.samplers import num_evaluations
 from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.folder import check_format, open_samples, read_shards, write_shard
-from vdm.sampling.labels import drawn_classes, embeddings_of, labels_of
-from vdm.sampling.picture import image_grid, save_png
+from vdm.sampling.labels import Conditions, conditions_of, drawn_classes
+from vdm.sampling.picture import flat_pictures, image_grid, save_png
 from vdm.system import files
 from vdm.workdir import config_file, integrity
 from vdm.workdir.load import Run
@@ -34,19 +34,19 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
   grid is samples/<name>.png. A second run draws what is missing. The first process writes.
   """
   config, model, settings = of.config, of.model, of.config.sample
-  check_format(settings.format, config.data.image_shape[-1])
+  check_format(settings.format, config.data.image_shape)
   folder = config_file.out_folder(of.workdir, out) / 'samples'
   guidance = make_guidance(settings.guidance, config.schedule, model, of.mesh)
   params = named_params(of.state, settings.params)
   conditional, data_settings = config.model.class_conditional, config.data
-  labels = labels_of(settings, data_settings, conditional)
-  draw, number = make_draw(model, of.mesh, settings, labels, guidance), int(of.state.step)
+  conditions = conditions_of(settings, data_settings, conditional)
+  draw, number = make_draw(model, of.mesh, settings, conditions, guidance), int(of.state.step)
   made_of = {
     'step': number,
     'fingerprint': integrity.fingerprint((params, guidance[1])),  # of the guide's, too
     'dtype': model.dtype,
   }
-  manifest = manifest_of(settings, data_settings, conditional) | made_of
+  manifest = manifest_of(settings, data_settings, conditional, conditions) | made_of
   folder /= folder_name(settings, number)
   starts = open_samples(folder, manifest)
   logging.info(
@@ -59,7 +59,8 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
   batches = progress(draw(params, starts=starts), starts, settings)
   for start, images in zip(starts, batches, strict=True):
     if jax.process_index() == 0:
-      classes = labels(start + np.arange(len(images))) if conditional else None
+      index = start + np.arange(len(images))
+      classes = conditions(index)['label'] if conditional else None
       write_shard(folder, settings.format, start, images, model.decoder, classes)
   if jax.process_index() == 0:
     few = itertools.islice(
@@ -67,7 +68,7 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
     )
     images = np.concatenate(list(few))[: settings.preview_images]
     pixels = model.decoder.to_pixels(images) if settings.format == 'npz' else images
-    save_png(folder.with_name(f'{folder.name}.png'), image_grid(pixels))
+    save_png(folder.with_name(f'{folder.name}.png'), image_grid(flat_pictures(pixels)))
     logging.info('%s and .png have %d images', folder, settings.num_images)
   return 0
 
@@ -84,14 +85,18 @@ def folder_name(settings: ConfigDict, step: int) -> str:
 
 
 def manifest_of(
-  settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool
+  settings: ConfigDict,
+  data_settings: ConfigDict,
+  class_conditional: bool,
+  conditions: Conditions | None = None,
 ) -> dict[str, Any]:
-  """Returns what the images of a folder are: config.sample, labels, units and cost.
+  """Returns what the images of a folder are: config.sample, conditions, units and cost.
 
   Args:
     settings: config.sample.
     data_settings: config.data.
     class_conditional: whether the model reads classes.
+    conditions: of the images, if others than classes.
   """
   classes, top = data_settings.num_classes, data_settings.num_values - 1
   labels = f'class {settings.label}'
@@ -101,15 +106,19 @@ def manifest_of(
     labels = of_rule[settings.label_rule].format(len(drawn))
     if len(drawn) < classes:
       labels += f' with images, {hashlib.sha256(drawn.tobytes()).hexdigest()[:16]}'
-  if data_settings.embedding_size:
-    rows = embeddings_of(settings.embeddings, data_settings)(
-      np.arange(min(settings.num_images, 100))
-    )
-    labels = f'embeddings, the first {len(rows)} {hashlib.sha256(rows.tobytes()).hexdigest()[:16]}'
+  count = min(settings.num_images, 100)
+  given = conditions(np.arange(count)) if conditions else {}
+  names = [name for name in sorted(given) if name != 'label']
+  digest = hashlib.sha256(b''.join(given[name].tobytes() for name in names)).hexdigest()[:16]
+  told = {'conditions': f'{", ".join(names)}, the first {count} {digest}'} if names else {}
+  units = {'npz': f'u in 0 .. {top}', 'png': f'round(255 u / {top})'}
+  if not data_settings.num_values:
+    units = {'npz': 'u', 'png': 'mean - 3 to mean + 3 standard deviations of u'}
   sampler = build.sampler(settings.sampler)
   return _what_is_drawn(settings) | {
-    'labels': labels if class_conditional or data_settings.embedding_size else 'none',
-    'pixels': f'u in 0 .. {top}' if settings.format == 'npz' else f'round(255 u / {top})',
+    'labels': labels if class_conditional else 'none',
+    **told,
+    'pixels': units[settings.format],
     'num_values': data_settings.num_values,
     'image_shape': list(data_settings.image_shape),
     'network_evaluations': num_evaluations(sampler, settings.num_steps, settings.denoise_last),

@@ -73,6 +73,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   Returns:
     The process's exit status: 0 when done, EXIT_PREEMPTED when stopped and saved before.
   """
+  config = config_file.settled(config, workdir)
   model = build.model(config)
   build.check_devices(config, jax.device_count())
   settings, num_steps = config.train, config.train.num_steps
@@ -111,7 +112,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
       stack.callback(writer.close)
       most_skipped = settings.most_skipped if settings.on_nan == 'skip' else 0
       meter = Meter(
-        writer, settings.log_every_steps, settings.batch_size, start, num_steps, most_skipped
+        writer,
+        settings.log_every_steps,
+        settings.batch_size,
+        start,
+        num_steps,
+        most_skipped,
+        model.decoder.unit,
       )
       stack.callback(meter.close)
       job = Job(workdir, runner, evaluations, manager, snapshots, writer, meter, every, stop)
@@ -204,7 +211,8 @@ def _evaluate(job: Job, state: TrainState) -> dict[str, float]:
     shown = {name: picture[None] for name, picture in result.pictures.items()}
     job.writer.write_images(step, shown)
   hosts.give_back_memory()
-  return {'bits_per_dim': [*result.bounds.values()][-1].value}  # of the last of config.eval.params
+  last = [*result.bounds.values()][-1]  # of config.eval.params
+  return {last.metric: last.value}
 
 
 def train_batches(

@@ -15,8 +15,6 @@ from vdm.system.logs import console
 from vdm.system.writers import MetricWriter
 from vdm.training.step import StepMetrics
 
-TERMS = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm')  # have to be finite
-
 
 class Meter:
   """Averages the steps' metrics, writes them every `every` steps, and shows the progress line.
@@ -34,6 +32,7 @@ class Meter:
     start: int,
     total: int,
     most_skipped: int = 0,
+    unit: str = 'bits/dim',
   ):
     """Starts the progress line.
 
@@ -44,7 +43,9 @@ class Meter:
       start: the step that the run goes on from.
       total: steps of the run.
       most_skipped: steps without an update that may follow each other.
+      unit: of the likelihood per dimension.
     """
+    self._unit, self._metric = unit, unit.replace('/', '_per_')
     self._writer, self._every, self._batch_size = writer, every, batch_size
     self._most_skipped, self._skipped = most_skipped, 0
     self._start, self._total = start, total
@@ -90,8 +91,8 @@ class Meter:
     self._bins.append(metrics.bins)
     self._window.append(metrics)
     left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
-    bits = metrics.scalars['bits_per_dim']
-    status = f'{bits:.3f} bits/dim, {self._rate(step, now):.0f} images/s, {_duration(left)} left'
+    value = f'{metrics.scalars[self._metric]:.3f} {self._unit}'
+    status = f'{value}, {self._rate(step, now):.0f} images/s, {_duration(left)} left'
     self._line.update(self._task, description=f'step {step}', completed=step, status=status)
     if step % self._every == 0:
       self._write(step, now, left)
@@ -102,7 +103,8 @@ class Meter:
     Raises:
       FloatingPointError: a term is not finite, and too many steps before were skipped.
     """
-    wrong = [name for name in TERMS if not np.isfinite(scalars[name])]
+    terms = [name for name in scalars if name.endswith(('_bpd', '_npd'))]  # of the bound
+    wrong = [n for n in (*terms, 'loss', 'grad_norm') if not np.isfinite(scalars[n])]
     self._skipped = self._skipped + 1 if wrong else 0
     if not wrong:
       return False
@@ -149,16 +151,17 @@ class Meter:
       rate, wait = scalars['train/images_per_second'], scalars['train/data_wait']
       speed = f', {rate:.4g} images/s ({wait:.0%} of the time without data), {_duration(left)} left'
     logging.info(
-      'step %d: %.4f bits/dim, loss %.4g%s',
+      'step %d: %.4f %s, loss %.4g%s',
       step,
-      scalars['train/bits_per_dim'],
+      scalars[f'train/{self._metric}'],
+      self._unit,
       scalars['train/loss'],
       speed,
     )
     self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
 
   def take_bins(self) -> np.ndarray | None:
-    """Returns bits/dim per unit of log-SNR by bin since the last call; nan where none fell.
+    """Returns what is spent per unit of log-SNR by bin since the last call; nan where none fell.
 
     None if there was no step.
     """

@@ -1,7 +1,6 @@
 """The train step, written for the global batch: read from the bottom up, `train_step` first."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,13 +12,12 @@ from ml_collections import ConfigDict
 
 from vdm import build
 from vdm.build.state import TrainState, apply_gradients
-from vdm.data import Batch
+from vdm.data import Batch, conditions_of
 from vdm.data.augment import augment
 from vdm.diffusion.adaptive import predicted_reduction
-from vdm.diffusion.decoders import bits_per_dim
 from vdm.diffusion.elbo import interior_gradient, moments, variational_bound
-from vdm.diffusion.gaussian import end_points, fold_in, standard_normal
-from vdm.diffusion.guidance import drop_labels
+from vdm.diffusion.gaussian import count_dims, end_points, fold_in, standard_normal
+from vdm.diffusion.guidance import drop
 from vdm.diffusion.times import stratified
 from vdm.evaluation.bound import log_snr_bins
 
@@ -95,27 +93,26 @@ def loss(
     key: of the step; every random number but dropout's is a function of it and the example's index.
     key_dropout: of this call.
   """
-  model, num_dims = recipe.model, math.prod(recipe.model.image_shape)
+  model = recipe.model
   if recipe.learns_interior(params):
     interior = jax.lax.stop_gradient(params['schedule']['interior'])
     params = params | {'schedule': params['schedule'] | {'interior': interior}}
   schedule = model.training_schedule(params, adaptive)
   key_t, key_eps, key_recon, key_flip, key_rotate, key_label = jax.random.split(key, 6)
-  index, label = batch['index'], batch['label']
-  u, flag = augment(
-    fold_in(key_flip, index),
-    fold_in(key_rotate, index),
-    batch['image'],
-    recipe.flip,
-    recipe.rotate,
+  index = batch['index']
+  pictures = {name: batch[name] for name in ('image', 'condition', 'valid') if name in batch}
+  pictures, flag = augment(
+    fold_in(key_flip, index), fold_in(key_rotate, index), pictures, recipe.flip, recipe.rotate
   )
+  u, valid = pictures['image'], pictures.get('valid')
+  conditions = conditions_of({**batch, **pictures})
   if recipe.label_dropout:
-    label = drop_labels(fold_in(key_label, index), label, recipe.label_dropout)
+    conditions = drop(fold_in(key_label, index), conditions, recipe.label_dropout)
   t = stratified(key_t, index, recipe.batch_size)
   bound = variational_bound(
-    model.denoiser(params, label, flag, train=True, key_dropout=key_dropout),
+    model.denoiser(params, conditions, flag, train=True, key_dropout=key_dropout),
     schedule,
-    model.decoder,
+    model.decoder_of(params),
     model.weighting,
     u,
     t,
@@ -123,16 +120,17 @@ def loss(
     standard_normal(fold_in(key_eps, index), model.image_shape),
     recipe.num_timesteps,
     probe,
+    valid,
   )
+  num_dims, decoder = count_dims(model.image_shape, valid), model.decoder
   diffusion = bound.diffusion._replace(loss=bound.diffusion.loss / num_dims)
   value = ((bound.recon + bound.prior) / num_dims + diffusion.loss).mean()
-  terms = {
-    'recon_bpd': bound.recon,
-    'prior_bpd': bound.prior,
-    'diffusion_bpd': bound.diffusion.elbo,
+  terms = {'recon': bound.recon, 'prior': bound.prior, 'diffusion': bound.diffusion.elbo}
+  scalars = {
+    f'{name}_{decoder.suffix}': decoder.per_dim(nats, num_dims).mean()
+    for name, nats in terms.items()
   }
-  scalars = {k: bits_per_dim(v.mean(), num_dims) for k, v in terms.items()}
-  scalars['bits_per_dim'] = sum(scalars.values())
+  scalars[decoder.metric] = sum(scalars.values())
   scalars['loss'] = value
   scalars['log_snr_max'], scalars['log_snr_min'] = ends = end_points(schedule)
   hits = ()
@@ -142,7 +140,9 @@ def loss(
   metrics = StepMetrics(
     scalars,
     moments(diffusion, ends[0] - ends[1]).mean(axis=0),
-    log_snr_bins(diffusion, ends, num_dims, jnp.ones(len(u))),
+    log_snr_bins(
+      diffusion, ends, decoder.per_dim(bound.diffusion.elbo, num_dims), jnp.ones(len(u))
+    ),
     hits,
   )
   return value, (metrics, (t, diffusion.loss))
@@ -193,8 +193,8 @@ def train_step(
   Args:
     recipe: of the run.
     state: before the step.
-    batch: 'image' uint8 [B H W C], 'label' [B] and 'index' [B], the position in the global batch;
-      with an axis name it is one device's part.
+    batch: with 'index' [B], the position in the global batch; with an axis name it is one
+      device's part.
     axis_name: of the devices' axis under pmap.
   """
   key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)

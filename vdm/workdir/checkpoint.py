@@ -32,6 +32,7 @@ from vdm.system import files
 from vdm.workdir import integrity
 from vdm.workdir.layouts import as_written, named
 
+METRICS = 'bits_per_dim', 'nats_per_dim'  # by which checkpoints are ranked
 CheckpointManager = ocp.CheckpointManager
 
 
@@ -52,8 +53,8 @@ def manager(
 
   def should_preserve(checkpoints, *, context):
     del context
-    bpds = {c.step: _bits_per_dim(directory, c.step, c.metrics) for c in checkpoints}
-    kept = {*sorted(bpds)[-(keep or 0) :], _best(bpds)}
+    ranks = {c.step: _rank(directory, c.step, c.metrics) for c in checkpoints}
+    kept = {*sorted(ranks)[-(keep or 0) :], _best(ranks)}
     return [c.step in kept for c in checkpoints]
 
   options = ocp.CheckpointManagerOptions(
@@ -76,7 +77,7 @@ def save(
     manager: opened for writing.
     step: the training steps done.
     state: a pytree of arrays, the same on every process.
-    metrics: of this very state, if it was evaluated; 'bits_per_dim' decides which checkpoint is
+    metrics: of this very state, if it was evaluated; one of METRICS decides which checkpoint is
       the best, and one that is not finite, of an evaluation that failed, is kept as null.
 
   Raises:
@@ -112,7 +113,7 @@ def size_of(state: Any) -> float:
 
 def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
   """Returns whether the state of `step` was evaluated, to a finite end or not."""
-  return 'bits_per_dim' in _metrics(manager.directory, step)
+  return any(name in METRICS for name in _metrics(manager.directory, step))
 
 
 def score(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]):
@@ -131,7 +132,7 @@ def latest_step(manager: ocp.CheckpointManager) -> int | None:
 def best_step(manager: ocp.CheckpointManager) -> int | None:
   """Returns the step with the lowest bits_per_dim, or None if no checkpoint has one."""
   manager.wait_until_finished()
-  return _best({step: _bits_per_dim(manager.directory, step) for step in manager.all_steps()})
+  return _best({step: _rank(manager.directory, step) for step in manager.all_steps()})
 
 
 def restore(
@@ -304,16 +305,17 @@ def _metrics(directory: epath.Path, step: int) -> Mapping[str, float | None]:
     return {}
 
 
-def _bits_per_dim(directory: epath.Path, step: int, metrics: Mapping | None = None) -> float:
-  """Returns bits_per_dim of a checkpoint; inf without a finite one.
+def _rank(directory: epath.Path, step: int, metrics: Mapping | None = None) -> float:
+  """Returns by what a checkpoint is ranked, the lowest first; inf without a finite one.
 
   Orbax hands over the metrics of saves by this process only.
   """
-  value = (metrics or _metrics(directory, step)).get('bits_per_dim')
-  return math.inf if value is None else value
+  found = metrics or _metrics(directory, step)
+  values = [found.get(name) for name in METRICS]
+  return next((value for value in values if value is not None), math.inf)
 
 
-def _best(bpds: dict[int, float]) -> int | None:
+def _best(ranks: dict[int, float]) -> int | None:
   """Returns the step of the lowest finite value, the newest of equals."""
-  finite = {step: bpd for step, bpd in bpds.items() if math.isfinite(bpd)}
+  finite = {step: bpd for step, bpd in ranks.items() if math.isfinite(bpd)}
   return min(finite, key=lambda step: (finite[step], -step)) if finite else None

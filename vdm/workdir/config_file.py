@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from vdm.build.checks import MODEL_LEAVES
 from vdm.configs import default
+from vdm.data.settle import settle
 from vdm.errors import require
 from vdm.system import files, hosts
 from vdm.workdir import released
@@ -30,6 +31,9 @@ _FREE_BLOCKS = (
 _FREE_LEAVES = (
   'name',
   'data.dir',
+  'data.path',
+  'data.cache',
+  'data.as_found',
   'train.log_every_steps',
   'train.eval_every_steps',
   'model.scan_blocks',
@@ -43,6 +47,8 @@ CONFIG = 'config.json'
 READING_BLOCKS = ('eval', 'sample', 'fid', 'parallel')
 READING_LEAVES = (
   ('data', 'dir'),
+  ('data', 'path'),
+  ('data', 'cache'),
   ('data', 'eval_split'),
   ('data', 'eval_images'),
   ('model', 'scan_blocks'),
@@ -161,6 +167,21 @@ def _fill_up(tree: ConfigDict, defaults: ConfigDict, asked: ConfigDict | None):
           tree[name][leaf] = block[leaf]
 
 
+def settled(config: ConfigDict, workdir: os.PathLike | str | None = None) -> ConfigDict:
+  """Returns a config with what it leaves to the data filled in (`data.settle`).
+
+  Args:
+    config: the whole config.
+    workdir: of the run, if any; one that is there already has found and measured before.
+  """
+  known = None
+  if workdir is not None and (epath.Path(workdir) / CONFIG).exists():
+    known = _with_tuples(saved_config(workdir)['data'])
+  config = config.copy_and_resolve_references().unlock()
+  config.data = settle(config.data, config.decoder.name != 'discrete', known)
+  return config.lock()
+
+
 def flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
   """Returns {'a.b': 1} for {'a': {'b': 1}}."""
   leaves: dict[str, Any] = {}
@@ -209,26 +230,26 @@ def _with_tuples(value: Any) -> Any:
   return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def read_config(config: str | os.PathLike | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+def read_config(which: str | os.PathLike | ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
   """Returns a locked config with some leaves changed.
 
   Args:
-    config: a packaged name, 'digits' or 'digits:debug'; a config file; or a ConfigDict, copied.
+    which: a packaged name, 'digits' or 'digits:debug'; a config file; or a ConfigDict, copied.
     overrides: values by the names of their leaves.
 
   Raises:
     ValueError: there is no such config or leaf, or a value is of another type.
   """
-  if not isinstance(config, ConfigDict):
-    name, preset = os.fspath(config), ''
+  if not isinstance(which, ConfigDict):
+    name, preset = os.fspath(which), ''
     if not os.path.isfile(name) and ':' in name:
       name, _, preset = name.rpartition(':')
     packaged = pathlib.Path(files.configs_folder()) / f'{name}.py'
     path = packaged if packaged.is_file() else pathlib.Path(name)
     choices = f'a file, or one of {files.packaged_configs()}'
-    require(path.is_file(), 'config', os.fspath(config), choices, 'choose one')
-    config = files.load_config(path, preset)
-  return changed(config, overrides)
+    require(path.is_file(), 'config', os.fspath(which), choices, 'choose one')
+    which = files.load_config(path, preset)
+  return changed(which, overrides)
 
 
 def changed(tree: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:

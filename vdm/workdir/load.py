@@ -24,6 +24,7 @@ from vdm.workdir.config_file import (
   own_config,
   plain,
   saved_config,
+  settled,
 )
 
 
@@ -58,6 +59,7 @@ def read_run(
   """
   if not _holds_run(workdir):
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
+  config = None if config is None else settled(config, workdir)
   own = changed(own_config(workdir, config), overrides or {})
   found = differences(flat(saved_config(workdir)), flat(plain(config or own)))
   if found:
@@ -116,7 +118,7 @@ def _state(workdir: os.PathLike | str, init: build.InitState, mesh: Mesh, step: 
       raise ValueError(f'--step={step} is not there: {there}; choose one, or newest, or best.')
     if named[step] is None:
       raise ValueError(f'--step=best is not known: {there}, none of them evaluated; choose one.')
-    best = 'none was evaluated' if lowest is None else f'the best by bits/dim is {lowest}'
+    best = 'none was evaluated' if lowest is None else f'the best by likelihood is {lowest}'
     logging.info('%s: step %d of %s; %s', workdir, named[step], ', '.join(map(str, steps)), best)
     abstract = parallel.abstract_state(mesh, init)
     one = None if step == 'newest' else named[step]

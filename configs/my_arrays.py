@@ -1,0 +1,21 @@
+"""Your own arrays of real values on one, two or three axes: NPZ, NPY, HDF5 or zarr.
+
+python -m vdm.main --config=configs/my_arrays.py --config.data.path=FILE
+
+The file has `x` [N *spatial C] and, if you have them, `condition`, `vector`, `label` and `mask`:
+each that is there is used. python -m vdm.data show --name=arrays --path=FILE says what is found.
+"""
+
+from vdm.configs import default, gaussian_fields
+
+
+def get_config(arg=''):
+  """The recipe is that of configs/gaussian_fields.py, with zero padding."""
+  config = gaussian_fields.get_config()
+  with config.unlocked():
+    config.name = 'my_arrays'
+    config.data.update(name='arrays', as_found=True)
+    config.model.padding = 'zero'
+    if arg == 'debug':
+      default.debug(config)
+  return config.lock()

@@ -1,0 +1,74 @@
+"""Pictures and measures of samples that are no images."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from vdm.data.gaussian_field import GaussianField
+from vdm.data.source import of_arrays
+from vdm.evaluation import field_report
+from vdm.sampling.picture import flat_pictures, image_grid
+
+
+def study_of(tmp_path, field, count=200, conditional=True):
+  u, y = field.draw(np.random.RandomState(0), count)
+  source = of_arrays(u, condition=y) if conditional else of_arrays(u)
+  config = {'model': {'padding': 'periodic'}}
+  return types.SimpleNamespace(folder=tmp_path, source=source, config=config), y
+
+
+def test_draws_from_the_exact_posterior_cover_and_have_the_power(tmp_path, caplog):
+  field = GaussianField((8, 8), -2.0, 1.0, noise_std=0.5)
+  of, y = study_of(tmp_path, field)
+  samples = field.posterior_samples(np.random.RandomState(1), y, 15)
+  draw = lambda params, count: iter(samples.reshape(-1, 8, 8, 1).reshape(3, -1, 8, 8, 1))
+  with caplog.at_level('INFO'):
+    scalars, pictures = field_report.make_report(of, draw, 200, 15)(None, 3)
+  for kind in ('pixels', 'modes'):
+    assert scalars[f'coverage_{kind}_68'] == pytest.approx(0.68, abs=0.01)
+    assert scalars[f'coverage_{kind}_95'] == pytest.approx(0.95, abs=0.01)
+  assert scalars['power_ratio_worst'] == pytest.approx(1, abs=0.15)
+  assert 'central intervals of the samples hold the truth' in caplog.text
+  assert set(pictures) == {'samples', 'power', 'histogram', 'correlation', 'conditional'}
+  assert all(p.dtype == np.uint8 and p.shape[2] == 3 for p in pictures.values())
+  rows = (tmp_path / 'tables/power_00000003.csv').read_text().splitlines()
+  assert rows[0].startswith('cycles_per_pixel,channel') and len(rows) > 4
+
+
+def test_too_narrow_draws_do_not_cover(tmp_path):
+  field = GaussianField((8, 8), -2.0, 1.0, noise_std=0.5)
+  of, y = study_of(tmp_path, field)
+  mean = field.posterior(y).mean
+  samples = field.posterior_samples(np.random.RandomState(1), y, 15)
+  narrow = mean + 0.5 * (samples - mean)
+  draw = lambda params, count: iter([narrow.reshape(-1, 8, 8, 1).astype(np.float32)])
+  scalars, _ = field_report.make_report(of, draw, 200, 15)(None, 3)
+  assert scalars['coverage_pixels_95'] < 0.9 and scalars['coverage_modes_68'] < 0.6
+
+
+@pytest.mark.parametrize('shape', [(16,), (4, 4, 4)])
+def test_other_numbers_of_axes_without_conditions(shape, tmp_path, monkeypatch):
+  field = GaussianField(shape, -2.0, 1.0)
+  of, _ = study_of(tmp_path, field, 20, conditional=False)
+  own, _ = field.draw(np.random.RandomState(1), 20)
+  report = field_report.make_report(of, lambda params, count: iter([own]), 20, 1)
+  scalars, pictures = report(None, 3)
+  assert set(scalars) == {'power_ratio_worst'}
+  assert set(pictures) == {'samples', 'power', 'histogram'}
+  monkeypatch.setattr(jax, 'process_index', lambda: 1)
+  assert report(None, 4) == ({}, {})
+
+
+def test_any_number_of_axes_as_pictures():
+  pixels = np.arange(2 * 5 * 4 * 3).reshape(2, 5, 4, 3, 1).astype(np.uint8)
+  np.testing.assert_array_equal(flat_pictures(pixels), pixels[:, 2])
+  np.testing.assert_array_equal(flat_pictures(pixels[0]), pixels[0])
+  line = np.array([[[0], [255], [128], [128]]], np.uint8)
+  drawn = flat_pictures(line)
+  assert drawn.shape == (1, 16, 4, 1)
+  assert drawn[0, -1, 0, 0] == 0 and drawn[0, 0, 1, 0] == 0  # low at the bottom, high at the top
+  assert (drawn[0, :, 1, 0] == 0).all()  # joined to the one before
+  assert (drawn[0, :, 3, 0] == 0).sum() == 1
+  assert image_grid(flat_pictures(np.repeat(line, 3, axis=2))).ndim == 3

@@ -1,0 +1,123 @@
+import json
+
+import numpy as np
+import pytest
+from vdm.configs import default, digits
+
+import vdm.data
+from vdm.data import settle as settle_lib
+from vdm.data.settle import measure, settle
+from vdm.data.source import of_arrays
+from vdm.workdir import config_file
+
+
+def fields(tmp_path, count=40, **more):
+  """A file of arrays: x with two channels of other units, and what `more` adds."""
+  rng = np.random.RandomState(0)
+  x = rng.normal((5.0, -300.0), (2.0, 40.0), (count, 6, 4, 2))
+  np.savez(tmp_path / 'a.npz', x=x, **more)
+  return tmp_path / 'a.npz', x
+
+
+def config_of(path, **changes):
+  config = digits.get_config('debug')
+  with config.unlocked():
+    config.data.update(dict(name='arrays', path=str(path), as_found=True) | changes)
+    config.decoder.name = 'normal'
+  return config
+
+
+def test_statistics_are_those_of_all_values_of_a_channel():
+  rng = np.random.RandomState(1)
+  x = 1e4 + rng.normal(size=(1000, 3, 5, 2)) * (1.0, 0.01)
+  valid = rng.rand(1000, 3, 5, 1) < 0.7
+  condition = rng.randint(0, 9, (1000, 2, 2, 1)).astype(np.uint8)
+  source = of_arrays(x, valid=valid, condition=condition)
+  found = measure(source, ['image', 'condition'])
+  kept = x[valid[..., 0]]
+  np.testing.assert_allclose(found['image'][0], kept.mean(axis=0), rtol=1e-12)
+  np.testing.assert_allclose(found['image'][1], kept.std(axis=0), rtol=1e-6)
+  np.testing.assert_allclose(found['condition'][0], [condition.mean()])
+  np.testing.assert_allclose(found['condition'][1], [condition.std()])
+
+
+def test_what_a_config_leaves_to_the_data_is_filled_in(tmp_path):
+  more = dict(condition=np.random.rand(40, 3, 2, 1), vector=np.random.rand(40, 5) + 7)
+  path, x = fields(tmp_path, **more)
+  config = config_file.settled(config_of(path, train_split='[:30]', eval_split='[30:]'))
+  data = config.data
+  assert (data.train_images, data.eval_images) == (30, 10)
+  assert data.image_shape == (6, 4, 2) and data.num_values == 0 and data.num_classes == 0
+  assert data.condition_shape == (3, 2, 1) and data.embedding_size == 5 and not data.masked
+  train = x[:30].reshape(-1, 2)
+  np.testing.assert_allclose(data.shift, train.mean(axis=0), rtol=1e-6)
+  np.testing.assert_allclose(data.scale, train.std(axis=0), rtol=1e-6)
+  np.testing.assert_allclose(data.vector_shift, more['vector'][:30].mean(axis=0), rtol=1e-6)
+  np.testing.assert_allclose(data.condition_scale, [more['condition'][:30].std()], rtol=1e-6)
+  json.dumps(config.to_dict())  # a config as it is kept
+  assert settle(data, True) == data  # nothing is left
+
+
+def test_what_is_written_is_not_measured(tmp_path):
+  path, _ = fields(tmp_path)
+  config = config_file.settled(config_of(path, shift=(1.0, 2.0), scale=(3.0, 4.0)))
+  assert config.data.shift == (1.0, 2.0) and config.data.scale == (3.0, 4.0)
+
+
+def test_a_run_that_goes_on_measures_nothing_again(tmp_path, monkeypatch):
+  path, _ = fields(tmp_path)
+  workdir = tmp_path / 'run'
+  first = config_file.settled(config_of(path))
+  config_file.open_workdir(workdir, first)
+  monkeypatch.setattr(settle_lib, 'measure', None)
+  monkeypatch.setattr(settle_lib, 'found_in', None)
+  again = config_file.settled(config_of(path), workdir)
+  assert again == first
+  config_file.open_workdir(workdir, again)  # the same run
+  other = config_of(path, shift=(0.0, 0.0), scale=(1.0, 1.0))
+  with pytest.raises(
+    ValueError, match=r'holds a run with config\.data\.scale=.*not \(1\.0, 1\.0\)'
+  ):
+    config_file.open_workdir(workdir, config_file.settled(other, workdir))
+
+
+def test_another_evaluation_split_is_counted_again(tmp_path):
+  path, _ = fields(tmp_path)
+  workdir = tmp_path / 'run'
+  splits = lambda evaluated: dict(train_split='[:20]', eval_split=evaluated)
+  first = config_file.settled(config_of(path, **splits('[20:]')))
+  config_file.open_workdir(workdir, first)
+  again = config_file.settled(config_of(path, **splits('[20:27]')), workdir)
+  assert (first.data.eval_images, again.data.eval_images) == (20, 7)
+
+
+def test_a_constant_channel_is_refused_by_name(tmp_path):
+  np.savez(tmp_path / 'a.npz', x=np.stack([np.random.rand(40, 4), np.full((40, 4), 3.0)], axis=-1))
+  message = r'config\.data\.scale=\(\) must be given .* constant; channel \[1\] is \[3\.\]'
+  with pytest.raises(ValueError, match=message):
+    config_file.settled(config_of(tmp_path / 'a.npz'))
+
+
+def test_discrete_data_have_no_statistics():
+  assert config_file.settled(digits.get_config()).data == digits.get_config().data
+
+
+def test_digits_are_not_to_be_found():
+  with pytest.raises(ValueError, match=r'config\.data\.as_found=True must be False for digits'):
+    config_file.settled(config_of('', name='digits'))
+
+
+def test_show_prints_the_lines_of_a_config(tmp_path, capsys):
+  path, _ = fields(tmp_path)
+  from vdm.data.__main__ import main
+
+  assert main(['show', '--name=arrays', f'--path={path}']) == 0
+  lines = capsys.readouterr().out
+  config = default.get_config()
+  with config.unlocked():
+    exec(lines, {'config': config})
+    config.decoder.name = 'normal'
+  source = vdm.data.load(config.data, 'train')
+  assert len(source) == config.data.train_images
+  assert config.data.shift and config.data.image_shape == (6, 4, 2)
+  assert config_file.settled(config).data == config.data

@@ -1,0 +1,120 @@
+"""What a config leaves to the data: shapes and counts as found, and statistics as measured."""
+
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+
+from vdm.data.load import found as found_in
+from vdm.data.load import load
+from vdm.data.source import Source
+from vdm.errors import require
+
+# leaves of config.data that config.data.as_found leaves to the data
+FOUND = (
+  'train_images',
+  'eval_images',
+  'image_shape',
+  'num_values',
+  'num_classes',
+  'embedding_size',
+  'condition_shape',
+  'masked',
+)
+# by the name in a batch: the leaves that hold the mean and standard deviation of each channel
+STATISTICS = {
+  'image': ('shift', 'scale'),
+  'condition': ('condition_shift', 'condition_scale'),
+  'vector': ('vector_shift', 'vector_scale'),
+}
+EXAMPLES_AT_ONCE = 64
+LOG_EVERY_SECONDS = 5.0
+
+
+def settle(
+  data: ConfigDict, continuous: bool, known: Mapping[str, Any] | None = None
+) -> ConfigDict:
+  """Returns config.data with the leaves filled in that are to be found or measured.
+
+  Args:
+    data: config.data.
+    continuous: whether the decoder is of real values, whose statistics are needed.
+    known: config.data of the run that is read or goes on: what it has found stays. Only a part of
+      the data that it does not know, another evaluation split, is counted.
+
+  Raises:
+    ValueError: the data are not there, are no data of this kind, or a channel is constant.
+  """
+  data = data.copy_and_resolve_references().unlock()
+  if known is not None:
+    counted = data.as_found and data.eval_split != known.get('eval_split')
+    for leaf in FOUND if data.as_found else ():
+      data[leaf] = known.get(leaf, data[leaf])
+    for leaf in (leaf for pair in STATISTICS.values() for leaf in pair):
+      data[leaf] = data[leaf] or known.get(leaf, ())
+    if counted:
+      data.eval_images = found_in(data)['eval_images']
+    return data.lock()
+  if data.as_found:
+    data.update(found_in(data))
+  wanted = {
+    'image': continuous,
+    'condition': bool(data.condition_shape),
+    'vector': data.embedding_size > 0,
+  }
+  missing = [name for name, asked in wanted.items() if asked and not data[STATISTICS[name][1]]]
+  if missing:
+    for name, (shift, scale) in measure(load(data, 'train'), missing).items():
+      constant = np.flatnonzero(scale == 0)
+      rule = 'given for data of which a channel is constant'
+      remedy = f'channel {constant[:1]} is {shift[constant[:1]]}: leave it out'
+      require(name != 'image' or not len(constant), 'config.data.scale', (), rule, remedy)
+      leaves = STATISTICS[name]
+      data[leaves[0]] = tuple(map(float, shift))
+      data[leaves[1]] = tuple(float(s) if s else 1.0 for s in scale)
+  return data.lock()
+
+
+def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """Returns the mean and standard deviation [C] of each channel over all examples of a split.
+
+  Dimensions that a mask leaves out do not count. Each example is read once, in order.
+  """
+  sums: dict[str, np.ndarray] = {}
+  first: dict[str, np.ndarray] = {}
+  for batch in _in_order(source):
+    for name in names:
+      rows = np.asarray(batch[name], np.float64)
+      rows = rows.reshape(-1, rows.shape[-1])
+      if name == 'image' and 'valid' in batch:
+        rows = rows[batch['valid'].reshape(-1)]
+      if name not in first:  # a pivot, so that the squares do not cancel
+        first[name], sums[name] = rows.mean(axis=0), np.zeros((3, rows.shape[1]))
+      off = rows - first[name]
+      sums[name] += np.stack([np.full(rows.shape[1], len(rows)), off.sum(0), (off**2).sum(0)])
+  found = {}
+  for name, (count, total, square) in sums.items():
+    mean = total / count
+    spread = np.sqrt(np.maximum(square / count - mean**2, 0))
+    spread[spread < 1e-9 * np.abs(first[name])] = 0
+    found[name] = first[name] + mean, spread
+  return found
+
+
+def _in_order(source: Source) -> Iterator[Any]:
+  """Yields all batches of a split, read by as many threads as it asks for; says how far it is."""
+  count, begin = len(source), time.monotonic()
+  starts, logged = range(0, count, EXAMPLES_AT_ONCE), begin
+  fetch = lambda start: source.fetch(np.arange(start, min(start + EXAMPLES_AT_ONCE, count)))
+  ahead = max(1, source.num_threads)
+  with ThreadPoolExecutor(ahead) as pool:
+    for group in range(0, len(starts), ahead):
+      yield from pool.map(fetch, starts[group : group + ahead])
+      now, done = time.monotonic(), min(count, EXAMPLES_AT_ONCE * (group + ahead))
+      if now - logged > LOG_EVERY_SECONDS:
+        logged, left = now, (now - begin) * (count - done) / done
+        logging.info('measuring the data: %d of %d examples, %.0f s left', done, count, left)

@@ -1,0 +1,113 @@
+"""Samples of fields beside the data: spectra, histograms and, given conditions, coverage."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+
+from vdm.evaluation import field_plots, fields
+from vdm.evaluation.study import Study
+from vdm.system import files
+
+NUM_SHOWN = 4  # rows of fields in a picture
+# (params, number of samples) -> batches of samples, of which number k has the conditions of example
+# k modulo that of examples
+Draw = Callable[..., Any]
+
+
+def make_report(
+  of: Study, draw: Draw, num_examples: int, samples_each: int
+) -> Callable[[Any, int], tuple[dict[str, float], dict[str, np.ndarray]]]:
+  """Returns (params, step) -> scalars and pictures by name, which writes both and says them.
+
+  The samples are set beside the first examples of the evaluation split. Where they have conditions
+  and several samples each, these are draws from a posterior: their central intervals should cover
+  the truth as often as they say, and their mean should correlate with it.
+
+  Args:
+    of: the study; call what is returned on every process, of which the first writes.
+    draw: see `Draw`.
+    num_examples: of the evaluation split, at most as many as it has.
+    samples_each: of every example.
+  """
+  count = min(num_examples, len(of.source))
+  batch = of.source.fetch(np.arange(count))
+  truth = np.asarray(batch['image'], np.float32)
+  periodic = 'zero' not in of.config['model'].get('padding', 'zero')
+  field = batch.get('condition')
+
+  def report(params, step):
+    drawn = np.concatenate(list(draw(params, count * samples_each)))
+    samples = np.asarray(drawn, np.float32).reshape(samples_each, count, *truth.shape[1:])
+    if jax.process_index():
+      return {}, {}
+    plotted, every = of.folder / 'plots', samples.reshape(-1, *truth.shape[1:])
+    scalars, table = _spectrum(every, truth, periodic)
+    header = ('cycles_per_pixel', 'channel', 'power_samples', 'power_data', 'ratio', 'stderr')
+    files.write_table(of.folder / 'tables' / f'power_{step:08d}.csv', header, table)
+    pictures = {
+      'samples': field_plots.plot_slices(
+        every[:NUM_SHOWN], of.folder / 'samples' / f'step_{step:08d}.png'
+      ),
+      'power': field_plots.plot_power(every, truth, plotted / 'power.png'),
+      'histogram': field_plots.plot_histogram(every, truth, plotted / 'histogram.png'),
+    }
+    told = {k: v for k, v in batch.items() if k in ('condition', 'vector')}
+    if told and samples_each > 1:
+      scalars |= _coverage(samples, truth)
+      predictions = {'one sample': samples[0], f'mean of {samples_each}': samples.mean(axis=0)}
+      path = plotted / 'cross_correlation.png'
+      pictures['correlation'] = field_plots.plot_cross_correlation(predictions, truth, path)
+    if field is not None:
+      shown = slice(NUM_SHOWN)
+      pictures['conditional'] = field_plots.plot_rows(
+        np.asarray(field[shown], np.float32),
+        samples[:, shown],
+        truth[shown],
+        plotted / 'conditional.png',
+      )
+    return scalars, pictures
+
+  return report
+
+
+def _spectrum(samples: np.ndarray, truth: np.ndarray, periodic: bool) -> tuple[dict, list]:
+  """Returns the farthest ratio of powers from one, and the rows of a table; says the ratio."""
+  frequency, own = fields.power_spectrum(samples, periodic)
+  _, data = fields.power_spectrum(truth, periodic)
+  mean_own, mean_data = own.mean(axis=0), data.mean(axis=0)  # [K C]
+  spread = lambda power: power.var(axis=0, ddof=1) / len(power) if len(power) > 1 else np.nan
+  ratio = mean_own / mean_data
+  error = ratio * np.sqrt(spread(own) / mean_own**2 + spread(data) / mean_data**2)
+  bin_, channel = np.unravel_index(np.abs(ratio - 1).argmax(), ratio.shape)
+  worst = ratio[bin_, channel]
+  logging.info(
+    'samples have %.3f to %.3f times the power of the data, by wave number: %.3f ± %.3f at %.3g '
+    'cycles per pixel',
+    ratio.min(),
+    ratio.max(),
+    worst,
+    error[bin_, channel] if np.ndim(error) else np.nan,
+    frequency[bin_],
+  )
+  error = np.broadcast_to(error, ratio.shape)
+  rows = [
+    (k, c, mean_own[i, c], mean_data[i, c], ratio[i, c], error[i, c])
+    for i, k in enumerate(frequency)
+    for c in range(ratio.shape[1])
+  ]
+  return {'power_ratio_worst': float(worst)}, rows
+
+
+def _coverage(samples: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+  """Returns how often intervals of the samples hold the truth, and says it."""
+  found = fields.coverage(samples, truth)
+  scalars, parts = {}, []
+  for kind, share in (('pixels', found.pixels), ('modes', found.modes)):
+    for level, value, error in zip(found.levels, share.value, share.stderr, strict=True):
+      scalars[f'coverage_{kind}_{round(100 * level)}'] = float(value)
+      parts.append(f'{kind} {level:.0%}: {value:.1%} ± {error:.1%}')
+  logging.info('central intervals of the samples hold the truth: %s', ', '.join(parts))
+  return scalars
