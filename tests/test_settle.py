@@ -2,13 +2,18 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from vdm.configs import default, digits
 
 import vdm.data
+from vdm import build
 from vdm.data import settle as settle_lib
 from vdm.data.settle import measure, settle
 from vdm.data.source import of_arrays
+from vdm.sampling.labels import embeddings_of
+from vdm.system import files, parallel
 from vdm.workdir import config_file
+from vdm.workdir.load import read_guide
 
 
 def fields(tmp_path, count=40, **more):
@@ -121,3 +126,38 @@ def test_show_prints_the_lines_of_a_config(tmp_path, capsys):
   assert len(source) == config.data.train_images
   assert config.data.shift and config.data.image_shape == (6, 4, 2)
   assert config_file.settled(config).data == config.data
+
+
+def test_integers_under_a_density_are_said(tmp_path, caplog):
+  np.savez(tmp_path / 'a.npz', x=np.random.RandomState(0).randint(0, 9, (40, 4, 4, 1)))
+  with caplog.at_level('WARNING'):
+    config = config_file.settled(config_of(tmp_path / 'a.npz'))
+  assert config.data.num_values == 9 and 'as if they were real' in caplog.text
+  build.model(config)
+
+
+def test_real_values_are_refused_by_the_discrete_decoder(tmp_path):
+  path, _ = fields(tmp_path)
+  config = config_of(path)
+  with config.unlocked():
+    config.decoder.name = 'discrete'
+  with pytest.raises(ValueError, match=r"config\.decoder\.name='discrete' must be 'normal' or"):
+    build.model(config_file.settled(config))
+
+
+def test_every_path_may_begin_at_home(tmp_path, monkeypatch):
+  monkeypatch.setenv('HOME', str(tmp_path))
+  fields(tmp_path)
+  assert config_file.settled(config_of('~/a.npz')).data.image_shape == (6, 4, 2)
+  (tmp_path / 'pictures').mkdir()
+  with pytest.raises(ValueError, match='pictures') as refused:
+    vdm.data.load(config_of('~/pictures', name='folder').data, 'train')
+  assert 'is no folder' not in str(refused.value)
+  data = config_of('', name='digits', as_found=False, embedding_size=3).data
+  np.save(tmp_path / 'e.npy', np.ones((2, 3)))
+  assert embeddings_of('~/e.npy', data)(np.arange(5)).shape == (5, 3)
+  config_file.open_workdir(tmp_path / 'guide', digits.get_config())
+  (tmp_path / 'guide/checkpoints').mkdir()
+  with pytest.raises(ValueError, match='holds no finished checkpoint yet'):
+    read_guide('~/guide', build.model(digits.get_config()), parallel.make_mesh())
+  assert files.path_of('gs://bucket/x') == epath.Path('gs://bucket/x')

@@ -14,10 +14,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 os.environ.setdefault('TF_ENABLE_ONEDNN_OPTS', '0')
 
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
 import vdm
+from vdm.system import files
 from vdm.system.files import load_config, packaged_configs
 from vdm.system.stopping import stop
 
@@ -83,7 +83,7 @@ def in_one_line(
     )
     config = _CONFIG.value
     hosts.use_cores(functools.partial(works_on or build.works_on, config))
-    workdir = epath.Path(_WORKDIR.value or f'runs/{base(config).name}')
+    workdir = files.path_of(_WORKDIR.value or f'runs/{base(config).name}')
     status = command(config, workdir)
     stop.close()
     sys.exit(status)

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, data
@@ -27,7 +26,7 @@ from vdm.evaluation.bound import BitsPerDim, jit_step, make_evaluator
 from vdm.evaluation.study import batches
 from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.labels import conditions_of
-from vdm.system import parallel, runners
+from vdm.system import files, parallel, runners
 from vdm.system.stopping import Stopped
 from vdm.training import loop
 from vdm.training.step import make_train_step
@@ -257,6 +256,7 @@ class Experiment:
     Raises:
       ValueError: the workdir is another run's, or holds that step already.
     """
+    workdir = files.path_of(workdir)
     config_file.check_writable(workdir, 'workdir', 'choose another')
     with lock.hold(workdir):
       config_file.open_workdir(workdir, self.config)
@@ -272,12 +272,12 @@ class Experiment:
       KeyboardInterrupt: it was stopped by a signal, and saved: the same call goes on.
     """
     try:
-      stopped = loop.train(self.config, epath.Path(workdir)) != 0
+      stopped = loop.train(self.config, files.path_of(workdir)) != 0
     except Stopped:  # before its first step
       stopped = True
     if stopped:
       raise KeyboardInterrupt(f'{workdir} was stopped, and nothing is lost; the same call goes on.')
-    return read_run(self.config, os.fspath(workdir)).state
+    return read_run(self.config, files.path_of(workdir)).state
 
   def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:
     """Returns a block of the config with some leaves changed."""
@@ -354,5 +354,5 @@ def load(
   Raises:
     ValueError: there is no such run or checkpoint, or it cannot be restored.
   """
-  run = read_run(None, workdir, 'newest' if step is None else str(step), overrides)
+  run = read_run(None, files.path_of(workdir), 'newest' if step is None else str(step), overrides)
   return Experiment(run.config), run.state

@@ -31,6 +31,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import cli
+from vdm.system import files
 
 _MODES = ['train', 'eval', 'sample', 'release', 'reconstruct', 'import_vdm', 'plan']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
@@ -60,7 +61,7 @@ def main(argv):
 
 def _command(mode: str) -> Callable[[ConfigDict, epath.Path], int]:
   """Returns the command of a mode; what the other modes need is not imported."""
-  out = dict(out=epath.Path(cli.OUT.value) if cli.OUT.value else None)
+  out = dict(out=files.path_of(cli.OUT.value) if cli.OUT.value else None)
   match mode:
     case 'train':
       from vdm.training import loop

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-from etils import epath
 
 from vdm.data.decoded import sorted_rows, threads
 from vdm.errors import confirm
@@ -51,7 +50,7 @@ def open_columns(path: str) -> tuple[dict[str, Column], list[str]]:
     ValueError: it is damaged, or of another kind.
   """
   remote = '://' in path
-  place = epath.Path(path if remote else os.path.expanduser(path))
+  place = files.path_of(path)
   confirm(bool(path) and place.exists(), PATH, path, 'does not exist', f'give {FORMATS}')
   if place.is_dir():
     return _zarr(path, place)

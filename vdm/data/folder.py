@@ -10,6 +10,7 @@ import numpy as np
 from vdm.data import decoded
 from vdm.data.splits import HELD_OUT, Split, hashes_of_paths
 from vdm.errors import confirm
+from vdm.system import files
 
 SUFFIXES = tuple(
   '.png .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .ppm .pgm .pbm .pnm'.split()
@@ -50,7 +51,7 @@ def found(data) -> dict[str, Any]:
 
 def _pictures(data) -> decoded.Pictures:
   """Returns all pictures of the folder that config.data.path names."""
-  root = pathlib.Path(data.path).expanduser()
+  root = pathlib.Path(files.path_of(data.path))
   good = bool(data.path) and root.is_dir()
   confirm(good, 'config.data.path', data.path, 'is no folder', 'give the folder of the pictures')
   listing = _listing(root)

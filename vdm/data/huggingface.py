@@ -61,7 +61,7 @@ def _open(path):
     extra = "pip install 'vdm-jax[huggingface]'"
     raise ValueError(f'{PATH}={path!r} needs the package datasets; {extra}') from error
 
-  folder = os.path.expanduser(path)
+  folder = os.fspath(files.path_of(path))
   remedy = 'give the folder that save_to_disk of the package datasets wrote'
   confirm(bool(path) and os.path.isdir(folder), PATH, path, 'is no folder', remedy)
   with files.reading(path, remedy):
@@ -94,7 +94,7 @@ def _pictures(table):
       value = images[row]['image']
       return io.BytesIO(value['bytes']) if value['bytes'] is not None else value['path']
 
-  title = os.path.expanduser(table.path).rstrip('/')
+  title = os.fspath(files.path_of(table.path))
   name = lambda row: f'{title}/row {row}'
   count = len(table.rows)
   labels, num_classes = _labels(table)

@@ -35,7 +35,7 @@ def load(data, split: str) -> Source:
     fetch = derived(data, fetch)
   identity = {'name': data.name, 'full_name': full_name, 'split': data[f'{split}_split']}
   identity |= {'num_bits': data.num_bits, 'resize': data.resize}
-  identity |= {leaf: data[leaf] for leaf in ('path', 'derive') if data[leaf]}
+  identity |= {'derive': data.derive} if data.derive else {}
   fetch = checked(data, full_name, fetch)
   identity |= identify(data, split, full_name, fetch, num_images)
   if data.name == 'gaussian_field':

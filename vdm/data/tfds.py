@@ -196,11 +196,10 @@ def builder_of(name, data_dir, name_field, dir_field):
   It is read from the files alone: TFDS's own `tfds.builder` fetches metadata from the network.
   """
   import tensorflow_datasets as tfds
-  from etils import epath
   from tensorflow_datasets.core import read_only_builder
 
   chosen = data_dir or os.environ.get('TFDS_DATA_DIR') or '~/tensorflow_datasets'
-  root = epath.Path(os.path.expanduser(chosen))
+  root = files.path_of(chosen)
   missing = 'does not exist' if data_dir else f'means {root}, which does not exist'
   flag = f'--{dir_field.lstrip("-")}'
   prepare = (

@@ -76,7 +76,7 @@ def score(settings, data_settings, path: str, reference_path: str) -> str:
       facts |= {'samples': source.identity}
       made_of = {k: facts[k] for k in ('num_samples', 'extractor_sha256', 'reference', 'samples')}
       file = f'{name}_{wanted}_{files.short_hash(made_of)}.json'  # no other number's
-      cards.write(pathlib.Path(cli.OUT.value) / file, facts)
+      cards.write(files.path_of(cli.OUT.value) / file, facts)
   return files.json_text(found).rstrip()
 
 

@@ -63,6 +63,7 @@ def classifier_network(settings, data_settings) -> Network:
   text = json.dumps(made_of, sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()
   path = pathlib.Path(settings.weights or files.cache_folder() / f'classifier_{digest[:16]}.npz')
+  path = path.expanduser()
   model = Classifier(data_settings.num_classes)
 
   def make(blank):

@@ -82,6 +82,7 @@ def read(path: str, extractor: Extractor, batch_size: int) -> Reference:
   Raises:
     ValueError: it is not there, cannot be read, or is another extractor's.
   """
+  path = str(files.path_of(path))
   file = pathlib.Path(path)
   if not file.is_file() or file.suffix != '.npz':
     return of_source(images.load(path), extractor, batch_size)

@@ -246,7 +246,7 @@ def inception(path: str) -> tuple[Params, dict]:
   Raises:
     ValueError: they are not there; it says what to fetch, and where it goes.
   """
-  target = pathlib.Path(path) if path else files.cache_folder() / 'inception.npz'
+  target = pathlib.Path(path).expanduser() if path else files.cache_folder() / 'inception.npz'
   if not target.exists():
     raise ValueError(
       f"config.fid.features='inception' needs its weights in {target}, where there are none; "

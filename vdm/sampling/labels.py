@@ -130,7 +130,7 @@ def embeddings_of(path: str, data_settings: ConfigDict) -> Callable[[np.ndarray]
   """Returns image numbers [b] -> vectors float32 [b, E] of a file with an array [N, E], in turn."""
   size = data_settings.embedding_size
   with files.reading(f'config.sample.embeddings={path!r}', 'name a file of np.save'):
-    rows = np.asarray(np.load(path, allow_pickle=False, mmap_mode='r'))
+    rows = np.asarray(np.load(files.path_of(path), allow_pickle=False, mmap_mode='r'))
   good = rows.ndim == 2 and rows.shape[1] == size and len(rows) > 0 and np.isfinite(rows).all()
   fact = f'an array [N, {size}] of finite numbers, not {rows.dtype} {list(rows.shape)}'
   require(good, 'config.sample.embeddings', path, fact, 'see config.data.embedding_size')

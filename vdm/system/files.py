@@ -42,6 +42,11 @@ DAMAGE = (
 )
 
 
+def path_of(typed: os.PathLike | str) -> epath.Path:
+  """Returns the path that a flag, a leaf or an argument names, with ~ for the user's home."""
+  return epath.Path(os.path.expanduser(os.fspath(typed)))
+
+
 def absolute(path: os.PathLike | str) -> epath.Path:
   """Returns the path from the root; one on gs:// is, though epath takes it for a relative one."""
   path = epath.Path(path)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -178,7 +179,11 @@ def settled(config: ConfigDict, workdir: os.PathLike | str | None = None) -> Con
   if workdir is not None and (epath.Path(workdir) / CONFIG).exists():
     known = _with_tuples(saved_config(workdir)['data'])
   config = config.copy_and_resolve_references().unlock()
-  config.data = settle(config.data, config.decoder.name != 'discrete', known)
+  continuous = config.decoder.name != 'discrete'
+  config.data = settle(config.data, continuous, known)
+  if continuous and config.data.num_values:
+    said = 'integers are modelled by a density, as if they were real; for bits/dim: discrete'
+    logging.warning('config.decoder.name=%s: %s', config.decoder.name, said)
   return config.lock()
 
 

@@ -226,7 +226,7 @@ def run(config: ConfigDict, workdir: os.PathLike | str, checkpoint_path: str) ->
   """
   if any((epath.Path(workdir) / name).exists() for name in ('config.json', 'checkpoints')):
     raise ValueError(f'--workdir={workdir} holds a run; choose another --workdir to import into.')
-  path = newest(checkpoint_path)
+  path = newest(str(files.path_of(checkpoint_path)) if checkpoint_path else '')
   _check_name(config.model.name)
   with config.unlocked():
     config.model.scan_blocks = 'off'  # as the public code names blocks; a restore may stack them

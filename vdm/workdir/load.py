@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from vdm import build
 from vdm.build.state import TrainState
 from vdm.errors import require
-from vdm.system import hosts, parallel
+from vdm.system import files, hosts, parallel
 from vdm.workdir import released
 from vdm.workdir.checkpoint import best_step, manager, restore
 from vdm.workdir.config_file import (
@@ -79,13 +79,13 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
     ValueError: there is no such run, it cannot be restored, or its network is of another kind or
       makes other images than `model`.
   """
-  folder = epath.Path(workdir)
+  folder = files.path_of(workdir)
   if not ((folder / CONFIG).exists() and _holds_run(folder)):
     raise ValueError(
       f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
       f'with {CONFIG} and checkpoints; train it first, or name another.'
     )
-  config = own_config(workdir)
+  config = own_config(folder)
   guide = build.model(config)
   field, remedy = 'config.sample.guidance.checkpoint', 'name another run'
   # A guide is to make the model's own mistakes, only more of them (arXiv 2406.02507, section 3).
@@ -93,7 +93,7 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
   require(guide.network == model.network, field, workdir, kind, remedy)
   own, other = (f'{m.decoder.units} and images {m.image_shape}' for m in (model, guide))
   require(own == other, field, workdir, f'a model of {own}, not {other}', remedy)
-  return guide, _state(workdir, build.init_state(config, guide), mesh, 'newest')
+  return guide, _state(folder, build.init_state(config, guide), mesh, 'newest')
 
 
 def _holds_run(workdir: os.PathLike | str) -> bool:
