@@ -14,7 +14,7 @@ def get_config(arg=''):
   config = gaussian_fields.get_config()
   with config.unlocked():
     config.name = 'my_arrays'
-    config.data.update(name='arrays', as_found=True)
+    config.data.update(name='arrays', as_found=True, condition_shape=())
     config.model.padding = 'zero'
     if arg == 'debug':
       default.debug(config)

@@ -33,13 +33,17 @@ def load(name, arg=''):
 
 
 def batch_of(config, size):
-  shape = (size, *config.data.image_shape)
-  image = np.random.default_rng(0).integers(0, config.data.num_values, shape, np.uint8)
-  return {
-    'image': image,
+  data, rng = config.data, np.random.default_rng(0)
+  shape = (size, *data.image_shape)
+  image = rng.integers(0, data.num_values, shape, np.uint8) if data.num_values else None
+  batch = {
+    'image': rng.normal(size=shape).astype(np.float32) if image is None else image,
     'label': np.zeros(size, np.int32),
     'index': np.arange(size, dtype=np.int32),
   }
+  if data.condition_shape:
+    batch['condition'] = rng.normal(size=(size, *data.condition_shape)).astype(np.float32)
+  return batch
 
 
 @pytest.mark.parametrize('name', each(NAMES))
@@ -55,7 +59,7 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   size = config.train.batch_size
   batch = jax.eval_shape(  # its images would take up to 1.6 GB
     lambda: {
-      'image': jnp.zeros((size, *config.data.image_shape), jnp.uint8),
+      'image': jnp.zeros((size, *config.data.image_shape), model.decoder.dtype),
       'label': jnp.zeros(size, jnp.int32),
       'index': jnp.zeros(size, jnp.int32),
     }
@@ -64,7 +68,7 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   assert jax.tree.structure(after) == jax.tree.structure(state)
   same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
   assert all(jax.tree.leaves(same))
-  assert metrics.scalars['bits_per_dim'].shape == ()
+  assert metrics.scalars[model.decoder.metric].shape == ()
 
 
 # imagenet256 and 512 shrink to what imagenet128 does, but for their images
@@ -85,7 +89,8 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   )
   batch = batch_of(config, config.train.batch_size)
   state, metrics = runner.step(state, runner.put_batch(batch))
-  assert np.isfinite(metrics.scalars['bits_per_dim']) and np.isfinite(metrics.scalars['grad_norm'])
+  assert np.isfinite(metrics.scalars[model.decoder.metric])
+  assert np.isfinite(metrics.scalars['grad_norm'])
   result = make_evaluator(model, mesh, config.eval)(
     state.averages['ema'],
     [batch | {'mask': np.ones(len(batch['label']), np.float32)}],
@@ -94,7 +99,9 @@ def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):
   assert np.isfinite(result.value)
   images = next(make_sampler(config, model, mesh)(state.averages['ema']))
   assert images.shape == (config.sample.num_images, *config.data.image_shape)
-  assert images.min() >= 0 and images.max() < config.data.num_values
+  assert images.dtype == model.decoder.dtype or config.data.num_values
+  if config.data.num_values:
+    assert images.min() >= 0 and images.max() < config.data.num_values
 
 
 @pytest.mark.slow
