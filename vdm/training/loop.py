@@ -119,6 +119,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
         num_steps,
         most_skipped,
         model.decoder.unit,
+        model.decoder.suffix,
       )
       stack.callback(meter.close)
       job = Job(workdir, runner, evaluations, manager, snapshots, writer, meter, every, stop)

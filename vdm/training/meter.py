@@ -16,6 +16,9 @@ from vdm.system.writers import MetricWriter
 from vdm.training.step import StepMetrics
 
 
+TERMS = ('recon', 'prior', 'diffusion')  # of the bound
+
+
 class Meter:
   """Averages the steps' metrics, writes them every `every` steps, and shows the progress line.
 
@@ -33,6 +36,7 @@ class Meter:
     total: int,
     most_skipped: int = 0,
     unit: str = 'bits/dim',
+    suffix: str = 'bpd',
   ):
     """Starts the progress line.
 
@@ -44,7 +48,9 @@ class Meter:
       total: steps of the run.
       most_skipped: steps without an update that may follow each other.
       unit: of the likelihood per dimension.
+      suffix: of the names of its terms (`Decoder.suffix`).
     """
+    self._suffix = suffix
     self._unit, self._metric = unit, unit.replace('/', '_per_')
     self._writer, self._every, self._batch_size = writer, every, batch_size
     self._most_skipped, self._skipped = most_skipped, 0
@@ -103,8 +109,8 @@ class Meter:
     Raises:
       FloatingPointError: a term is not finite, and too many steps before were skipped.
     """
-    terms = [name for name in scalars if name.endswith(('_bpd', '_npd'))]  # of the bound
-    wrong = [n for n in (*terms, 'loss', 'grad_norm') if not np.isfinite(scalars[n])]
+    names = [f'{term}_{self._suffix}' for term in TERMS] + ['loss', 'grad_norm']
+    wrong = [name for name in names if not np.isfinite(scalars[name])]
     self._skipped = self._skipped + 1 if wrong else 0
     if not wrong:
       return False
