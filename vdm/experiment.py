@@ -158,7 +158,8 @@ class Experiment:
     """
     require(bound in ('elbo', 'ode'), 'bound', bound, "'elbo' or 'ode'", 'choose one')
     settings = self._changed('eval', dict(seed=seed, draws=draws, max_images=0))
-    given = _given(self.model, len(images), label, vector, condition, mask)
+    told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
+    given = self.model.takes.given(self.model.image_shape, len(images), **told)
     source = data.of_arrays(images, 'log_prob', **given)
     weights = named_params(state, params)
     valid = jnp.asarray(given['valid']) if 'valid' in given else None
@@ -219,10 +220,11 @@ class Experiment:
     if guidance is not None and guidance != 1:
       config.sample.guidance.update(kind='classifier_free', weight=float(guidance))
     build.check_sampling(config.sample, self.schedule(state, params), config.train.label_dropout)
-    if all(value is None for value in (label, vector, condition, mask)):
+    told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
+    if all(value is None for value in told.values()):
       conditions = conditions_of(config.sample, config.data, config.model.class_conditional)
     else:
-      rows = _given(self.model, num_images, label, vector, condition, mask)
+      rows = self.model.takes.given(self.model.image_shape, num_images, **told)
       last = num_images - 1  # the last batch is filled up
       conditions = lambda index: {k: v[np.minimum(index, last)] for k, v in rows.items()}
     made = make_guidance(config.sample.guidance, config.schedule, self.model, self.mesh)
@@ -290,52 +292,6 @@ class Experiment:
 
   def _source(self, split: str | data.Source) -> data.Source:
     return split if isinstance(split, data.Source) else self.source(split)
-
-
-def _given(
-  model: build.Model,
-  count: int,
-  label: int | np.ndarray | None,
-  vector: np.ndarray | None,
-  condition: np.ndarray | None,
-  mask: np.ndarray | None,
-) -> dict[str, np.ndarray]:
-  """Returns the conditions of `count` examples that were given, and what stands for the others.
-
-  Raises:
-    ValueError: the model does not take one of them, or it has another shape.
-  """
-  takes, spatial, classes = model.takes, model.image_shape[:-1], model.takes.num_classes
-  found: dict[str, np.ndarray] = {}
-  if label is not None:
-    rows = np.asarray(label)
-    good = np.issubdtype(rows.dtype, np.integer) and classes > 0
-    good = good and rows.size > 0 and rows.min() >= -1 and rows.max() < classes
-    rule = f'classes, 0 .. {classes - 1}, or -1 for none' if classes else 'left out'
-    require(bool(good), 'label', label, rule, 'config.model.class_conditional says what it takes')
-    found['label'] = np.broadcast_to(rows, (count,)) if rows.ndim == 0 else rows
-  elif classes:
-    found['label'] = np.full(count, -1)
-  sizes = {
-    'vector': (vector, (takes.vector_size,) if takes.vector_size else ()),
-    'condition': (condition, takes.condition_shape),
-    'mask': (mask, (*spatial, 1) if takes.masked else ()),
-  }
-  for name, (value, shape) in sizes.items():
-    remedy = f'the model takes {name}s of shape {[count, *shape]}' if shape else 'it takes none'
-    rule = f'an array {[count, *shape]}' if shape else 'left out'
-    if value is None and shape:
-      found[name] = np.full((count, *shape), 1 if name == 'mask' else np.nan, np.float32)
-    elif value is not None:
-      array = np.asarray(value)
-      require(bool(shape) and array.shape == (count, *shape), name, array.shape, rule, remedy)
-      found[name] = array
-  if 'mask' in found:
-    found['valid'] = found.pop('mask') != 0
-  if 'label' in found:
-    require(len(found['label']) == count, 'label', len(found['label']), f'{count}', 'one each')
-    found['label'] = found['label'].astype(np.int32)
-  return found
 
 
 def load(

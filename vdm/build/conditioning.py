@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vdm.diffusion.gaussian import per_channel
+from vdm.errors import require
 from vdm.nn import layers
 
 
@@ -56,6 +58,55 @@ class Takes(NamedTuple):
     if self.masked:
       field = layers.append_field(conditions['valid'].astype(jnp.float32), field)
     return found if field is None else found | {'field': field}
+
+  def given(
+    self,
+    image_shape: tuple[int, ...],
+    count: int,
+    label: int | np.ndarray | None = None,
+    vector: np.ndarray | None = None,
+    condition: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+  ) -> dict[str, np.ndarray]:
+    """Returns the conditions of `count` examples that a user gives, and what stands for the others.
+
+    Raises:
+      ValueError: the network does not take one of them, or it has another shape.
+    """
+    found = {}
+    if label is not None:
+      found['label'] = self._labels(label, count)
+    elif self.num_classes:
+      found['label'] = np.full(count, -1, np.int32)
+    shapes = {
+      'vector': (vector, (self.vector_size,) if self.vector_size else ()),
+      'condition': (condition, self.condition_shape),
+      'mask': (mask, (*image_shape[:-1], 1) if self.masked else ()),
+    }
+    for name, (value, shape) in shapes.items():
+      remedy = f'the model takes {name}s of shape {[count, *shape]}' if shape else 'it takes none'
+      rule = f'an array {[count, *shape]}' if shape else 'left out'
+      if value is None and shape:
+        found[name] = np.full((count, *shape), 1 if name == 'mask' else np.nan, np.float32)
+      elif value is not None:
+        array = np.asarray(value)
+        require(bool(shape) and array.shape == (count, *shape), name, array.shape, rule, remedy)
+        found[name] = array
+    if 'mask' in found:
+      found['valid'] = found.pop('mask') != 0
+    return found
+
+  def _labels(self, label: int | np.ndarray, count: int) -> np.ndarray:
+    """Returns a class for all examples, or one each, int32 [count]."""
+    rows, classes = np.asarray(label), self.num_classes
+    good = np.issubdtype(rows.dtype, np.integer) and classes > 0
+    good = good and rows.size > 0 and rows.min() >= -1 and rows.max() < classes
+    rule = f'classes, 0 .. {classes - 1}, or -1 for none' if classes else 'left out'
+    require(bool(good), 'label', label, rule, 'config.model.class_conditional says what it takes')
+    require(
+      rows.ndim == 0 or len(rows) == count, 'label', rows.shape, f'{count} labels', 'one each'
+    )
+    return np.broadcast_to(rows, (count,)).astype(np.int32)
 
 
 def of_config(data: ConfigDict, class_conditional: bool) -> Takes:

@@ -15,7 +15,6 @@ from vdm.system.logs import console
 from vdm.system.writers import MetricWriter
 from vdm.training.step import StepMetrics
 
-
 TERMS = ('recon', 'prior', 'diffusion')  # of the bound
 
 
