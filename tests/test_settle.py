@@ -161,3 +161,16 @@ def test_every_path_may_begin_at_home(tmp_path, monkeypatch):
   with pytest.raises(ValueError, match='holds no finished checkpoint yet'):
     read_guide('~/guide', build.model(digits.get_config()), parallel.make_mesh())
   assert files.path_of('gs://bucket/x') == epath.Path('gs://bucket/x')
+
+
+def test_a_run_that_is_older_than_kinds_of_data_is_read(tmp_path):
+  """Its config.json has neither their leaves nor a decoder."""
+  saved = digits.get_config().to_dict()
+  del saved['decoder']
+  old = ('name', 'dir', 'train_split', 'eval_split', 'train_images', 'eval_images', 'image_shape')
+  saved['data'] = {leaf: saved['data'][leaf] for leaf in (*old, 'num_values', 'num_classes')}
+  (tmp_path / 'config.json').write_text(json.dumps(saved))
+  for given in (None, config_file.settled(digits.get_config(), tmp_path)):
+    own = config_file.own_config(tmp_path, given)
+    assert own.data == digits.get_config().data and own.decoder.name == 'discrete'
+    build.model(own)

@@ -159,7 +159,7 @@ def _fill_up(tree: ConfigDict, defaults: ConfigDict, asked: ConfigDict | None):
     if name not in tree:
       tree[name] = block
     elif isinstance(block, ConfigDict):
-      if 'name' not in block:
+      if 'name' not in block or name == 'data':  # which all kinds of data read
         _fill_up(tree[name], block, None if asked is None else asked[name])
         continue
       known = MODEL_LEAVES if asked is None else asked[name]
