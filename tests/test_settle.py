@@ -174,3 +174,25 @@ def test_a_run_that_is_older_than_kinds_of_data_is_read(tmp_path):
     own = config_file.own_config(tmp_path, given)
     assert own.data == digits.get_config().data and own.decoder.name == 'discrete'
     build.model(own)
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(condition_shape=(-1, -1, -1)), r'condition_shape=\(-1, -1, -1\) must be \(\) or as fine'),
+    (dict(condition_shape=(4, 1)), r'condition_shape=\(4, 1\) must be'),
+    (dict(condition_shape=(3, 8, 1)), r'condition_shape=\(3, 8, 1\) must be'),
+    (dict(condition_shape=('a', 8, 1)), r'condition_shape=.* must be'),
+    (dict(shift=(1.0, 2.0), scale=(1.0, 2.0)), r'shift=\(1\.0, 2\.0\) must be \(\) or 1 numbers'),
+    (dict(shift=(1.0,)), r'scale=\(\) must be as many numbers as config\.data\.shift'),
+    (dict(shift=(1.0,), scale=(0.0,)), r'scale=\(0\.0,\) must be .*positive'),
+    (dict(vector_scale=(1.0,)), r'vector_scale=\(1\.0,\) must be as many'),
+    (dict(condition_shift=(1.0,), condition_scale=(1.0,)), r'condition_shift=.* \(\) or 0 numbers'),
+  ],
+)
+def test_shapes_and_statistics_that_do_not_fit_are_refused_by_name(changes, message):
+  config = digits.get_config()
+  with config.unlocked():
+    config.data.update(changes)
+  with pytest.raises(ValueError, match=r'^config\.data\.' + message):
+    build.model(config)

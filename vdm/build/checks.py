@@ -125,6 +125,7 @@ def check_config(config: ConfigDict):
   )
   require(good, 'config.data.image_shape', shape, rule, 'give two to four numbers')
   _check_data(config.data, is_flagged(config.model))
+  _check_shapes(config.data)
   _check_conditions(config.model.class_conditional, config.data, config.train.label_dropout)
   _check_training(config.train, config.fid.train_every_steps)
   kept = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
@@ -219,6 +220,25 @@ def _check_data(data: ConfigDict, flagged: bool):
     'False for a network that is not told which images were turned',
     'set config.model.augmentation_flag=True',
   )
+
+
+def _check_shapes(data: ConfigDict):
+  """Refuses a field that does not lie on the images, and statistics of other channels."""
+  image, field = tuple(data.image_shape), tuple(data.condition_shape)
+  fits = not field or len(field) == len(image)
+  fits = fits and all(isinstance(n, int) and n > 0 for n in field)
+  if fits and field:
+    fits = all(n % m == 0 for n, m in zip(image[:-1], field[:-1], strict=True))
+  rule = f'() or as fine as images {image}, or coarser by whole factors, and channels'
+  require(fits, 'config.data.condition_shape', field, rule, 'average or repeat the field')
+  sizes = {'': image[-1], 'condition_': field[-1] if field else 0, 'vector_': data.embedding_size}
+  for prefix, size in sizes.items():
+    shift, scale = tuple(data[f'{prefix}shift']), tuple(data[f'{prefix}scale'])
+    rule = f'() or {size} numbers, one for each channel'
+    require(len(shift) in (0, size), f'config.data.{prefix}shift', shift, rule, 'give ()')
+    good = len(scale) == len(shift) and all(s > 0 for s in scale)
+    rule = f'as many numbers as config.data.{prefix}shift={shift}, and positive'
+    require(good, f'config.data.{prefix}scale', scale, rule, 'give () for both')
 
 
 def _check_conditions(class_conditional: bool, data: ConfigDict, label_dropout: float):
