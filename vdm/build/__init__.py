@@ -11,6 +11,7 @@ ORDER = (
   'platform',
   'factories',
   'optimizer',
+  'leaves',
   'checks',
   'conditioning',
   'model',

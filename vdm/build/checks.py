@@ -1,93 +1,19 @@
-"""Refuses what no run could use, before anything is compiled or written; needs no device."""
+"""Refuses what no run could use, before anything is compiled or written; needs no device.
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+What one leaf must be by itself is in `leaves`.
+"""
 
 from ml_collections import ConfigDict
 
 from vdm.build.factories import decoder, other_schedule, sampler, threshold
+from vdm.build.leaves import check_leaves, one_of, value_of
 from vdm.build.optimizer import ema_decays
 from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.gaussian import Schedule
-from vdm.diffusion.ode import PROBES
 from vdm.errors import require
 
-
-class Rule(NamedTuple):
-  """States what a leaf's value must be, whatever the other leaves are."""
-
-  holds: Callable[[Any], bool]
-  rule: str
-  remedy: str
-
-
-MOST, MOST_SEED = 2**31 - 1, 2**63 - 1
 # leaves of config.model that every network has
 MODEL_LEAVES = ('name', 'output', 'class_conditional', 'condition_on', 'dtype')
-POWER_STDS = 'between 0 and 0.289', 'usual: (0.05, 0.1)'
-POSITIVE = Rule(lambda value: value > 0, 'positive', 'give 1 or more')
-NOT_NEGATIVE = Rule(lambda value: value >= 0, 'zero or more', 'give 0 to switch it off')
-
-
-def _at_least(least: float, remedy: str) -> Rule:
-  return Rule(lambda value: value >= least, f'{least} or more', remedy)
-
-
-def _one_of(*names: str, remedy: str = 'choose one') -> Rule:
-  *first, last = map(repr, names)
-  return Rule(lambda value: value in names, f'{", ".join(first)} or {last}', remedy)
-
-
-# Leaves that share a rule, their names without `config.`.
-RULES = (
-  (
-    'train.batch_size train.num_steps train.microbatches train.log_every_steps '
-    'train.eval_every_steps eval.batch_size eval.draws sample.num_images sample.preview_images '
-    'sample.batch_size sample.num_steps checkpoint.every_steps checkpoint.keep fid.batch_size '
-    'fid.num_images fid.train_images parallel.fsdp optimizer.learning_rate '
-    'ema.halflife_images train.most_skipped',
-    POSITIVE,
-  ),
-  (
-    'train.num_timesteps eval.num_timesteps eval.max_images data.num_classes '
-    'optimizer.warmup_steps optimizer.clip_norm optimizer.schedule_rate optimizer.weight_decay '
-    'ema.rampup_ratio ema.snapshot_every_steps',
-    NOT_NEGATIVE,
-  ),
-  (
-    'data.image_shape',
-    Rule(
-      lambda shape: all(isinstance(n, int) and n > 0 for n in shape),
-      'positive integers',
-      'for 28 x 28 grey images give --config.data.image_shape=28,28,1',
-    ),
-  ),
-  ('optimizer.b1 optimizer.b2', Rule(lambda b: 0 <= b < 1, 'in [0, 1)', 'usual: 0.9, 0.999')),
-  ('optimizer.eps', Rule(lambda eps: eps > 0, 'positive', 'usual: 1e-8')),
-  ('fid.halves', _at_least(0, 'give 0 for no intervals')),
-  ('ema.power_stds', Rule(lambda stds: all(0 < s < 0.289 for s in stds), *POWER_STDS)),
-  (
-    'ema.extra_halflives_images',
-    Rule(lambda halflives: all(n > 0 for n in halflives), 'positive', 'give images'),
-  ),
-  ('data.num_values', Rule(lambda n: n == 0 or n >= 2, '0, or 2 or more', '256 for 8-bit pixels')),
-  ('data.eval_share', Rule(lambda s: 0 < s < 1, 'between 0 and 1', 'usual: 0.1')),
-  ('parallel.mode', _one_of('jit', 'pmap')),
-  ('train.on_nan', _one_of('stop', 'skip')),
-  ('model.condition_on', _one_of('live', 'configured')),
-  ('optimizer.decay', _one_of('constant', 'cosine')),
-  ('eval.likelihood', _one_of('elbo', 'ode', 'elbo,ode')),
-  ('eval.ode.trace', _one_of('hutchinson', 'exact')),
-  ('eval.ode.probe', _one_of(*PROBES)),
-  ('eval.ode.rtol', _at_least(0, 'give 0 or more')),
-  ('eval.ode.atol', _at_least(1e-6, 'float32 resolves no less: try 1e-3')),
-  ('eval.ode.max_steps', _at_least(1, 'try 1000')),
-  ('eval.ode.num_probes eval.ode.importance_samples', _at_least(1, 'give 1 or more')),
-  ('sample.guidance.kind', _one_of('none', 'classifier_free', 'auto')),
-)
-
-
 # Leaves that only make sense for pictures, by the value that they have for real values.
 OF_PICTURES = {
   'eval.fid': False,
@@ -106,11 +32,7 @@ def check_config(config: ConfigDict):
   for leaf in MODEL_LEAVES:
     field, remedy = f'config.model.{leaf}', 'configs/default.py says what it is'
     require(leaf in config.model, field, None, 'given', remedy)
-  _check_numbers(config)
-  for leaves, (holds, rule, remedy) in RULES:
-    for leaf in leaves.split():
-      value = _value(config, leaf)
-      require(holds(value), f'config.{leaf}', value, rule, remedy)
+  check_leaves(config)
   if 'fourier_exponents' in config.model:
     exponents = tuple(config.model.fourier_exponents)
     good = all(isinstance(n, int) and 0 <= n <= 20 for n in exponents)
@@ -130,7 +52,7 @@ def check_config(config: ConfigDict):
   _check_training(config.train, config.fid.train_every_steps)
   kept = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
   for leaf in ('eval.params', 'eval.ode.params', 'sample.params'):
-    _check_parameters(leaf, _value(config, leaf), kept)
+    _check_parameters(leaf, value_of(config, leaf), kept)
   require(
     config.decoder.name != 'discrete' or config.data.num_values >= 2,
     'config.decoder.name',
@@ -142,7 +64,9 @@ def check_config(config: ConfigDict):
   _check_decoder(made, config.eval)
   for leaf, none in OF_PICTURES.items() if made.is_density else ():
     rule = f'{none!r} for {made.units}: it is for pictures, whose range is known'
-    require(_value(config, leaf) == none, f'config.{leaf}', _value(config, leaf), rule, 'change it')
+    require(
+      value_of(config, leaf) == none, f'config.{leaf}', value_of(config, leaf), rule, 'change it'
+    )
 
 
 def _check_decoder(made: Decoder, evaluation: ConfigDict):
@@ -161,35 +85,9 @@ def _check_decoder(made: Decoder, evaluation: ConfigDict):
     'choose it',
   )
   if made.dequantizations and (asks or not made.is_density):
-    choices = _one_of(*made.dequantizations)
+    choices = one_of(*made.dequantizations)
     value = evaluation.ode.dequantization
     require(choices.holds(value), 'config.eval.ode.dequantization', value, *choices[1:])
-
-
-def _check_numbers(tree: ConfigDict, prefix: str = 'config'):
-  """Refuses numbers that are not finite, or that the arrays they end in do not hold."""
-  for name, value in tree.items():
-    field = f'{prefix}.{name}'
-    if isinstance(value, ConfigDict):
-      _check_numbers(value, field)
-      continue
-    most = MOST_SEED if name == 'seed' else MOST
-    several = isinstance(value, tuple | list)
-    numbers = tuple(value) if several else (value,)
-    known = not several or all(isinstance(number, int | float) for number in numbers)
-    require(known, field, value, 'numbers', 'give as many as configs/default.py has')
-    for number in numbers:
-      if isinstance(number, float):
-        require(math.isfinite(number), field, value, 'finite', 'give a number')
-      elif isinstance(number, int):
-        least = 0 if name == 'seed' else -most
-        require(least <= number <= most, field, value, f'from {least} to {most}', 'give another')
-
-
-def _value(tree: Any, leaf: str) -> Any:
-  for name in leaf.split('.'):
-    tree = tree[name]
-  return tuple(tree) if isinstance(tree, list | tuple) else tree
 
 
 def is_flagged(model: ConfigDict) -> bool:
