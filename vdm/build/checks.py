@@ -6,7 +6,7 @@ What one leaf must be by itself is in `leaves`.
 from ml_collections import ConfigDict
 
 from vdm.build.factories import decoder, other_schedule, sampler, threshold
-from vdm.build.leaves import check_leaves, one_of, value_of
+from vdm.build.leaves import RULES, check_numbers, one_of, value_of
 from vdm.build.optimizer import ema_decays
 from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.gaussian import Schedule
@@ -32,7 +32,11 @@ def check_config(config: ConfigDict):
   for leaf in MODEL_LEAVES:
     field, remedy = f'config.model.{leaf}', 'configs/default.py says what it is'
     require(leaf in config.model, field, None, 'given', remedy)
-  check_leaves(config)
+  check_numbers(config)
+  for leaves, (holds, rule, remedy) in RULES:
+    for leaf in leaves.split():
+      value = value_of(config, leaf)
+      require(holds(value), f'config.{leaf}', value, rule, remedy)
   if 'fourier_exponents' in config.model:
     exponents = tuple(config.model.fourier_exponents)
     good = all(isinstance(n, int) and 0 <= n <= 20 for n in exponents)

@@ -83,15 +83,6 @@ RULES = (
 )
 
 
-def check_leaves(config: ConfigDict):
-  """Refuses numbers that are not finite or too large, and values that break a rule of `RULES`."""
-  _check_numbers(config)
-  for leaves, (holds, rule, remedy) in RULES:
-    for leaf in leaves.split():
-      value = value_of(config, leaf)
-      require(holds(value), f'config.{leaf}', value, rule, remedy)
-
-
 def value_of(tree: Any, leaf: str) -> Any:
   """Returns the value of a leaf, its name without `config.`; a list as a tuple."""
   for name in leaf.split('.'):
@@ -99,12 +90,12 @@ def value_of(tree: Any, leaf: str) -> Any:
   return tuple(tree) if isinstance(tree, list | tuple) else tree
 
 
-def _check_numbers(tree: ConfigDict, prefix: str = 'config'):
+def check_numbers(tree: ConfigDict, prefix: str = 'config'):
   """Refuses numbers that are not finite, or that the arrays they end in do not hold."""
   for name, value in tree.items():
     field = f'{prefix}.{name}'
     if isinstance(value, ConfigDict):
-      _check_numbers(value, field)
+      check_numbers(value, field)
       continue
     most = MOST_SEED if name == 'seed' else MOST
     several = isinstance(value, tuple | list)
