@@ -108,6 +108,24 @@ def test_measure(train_step, config, quick_compilation, monkeypatch):
 SPAN = r'[\d.e+-]+ \([\d.e+-]+ to [\d.e+-]+\)'
 
 
+def test_on_nan_runs_the_two_steps_in_turn(benchmark, config, quick_compilation):
+  on_nan, order = benchmark('on_nan'), []
+  make = on_nan.make_call
+
+  def noting(config, name):
+    call = make(config, name)
+    return lambda: (order.append(name), call())
+
+  on_nan.make_call = noting
+  try:
+    result = on_nan.measure(config, steps=2, warmup=1)
+  finally:
+    on_nan.make_call = make
+  assert order == ['stop', 'skip', 'skip', 'stop', 'stop', 'skip']
+  assert config.train.on_nan == 'stop'  # the given config is left as it is
+  assert 0 < result['ratio'] < math.inf and result['stderr'] >= 0
+
+
 def test_data_takes_whole_groups_of_batches(benchmark, config):
   data = benchmark('data')
   batches = itertools.count()
