@@ -137,7 +137,7 @@ def get_config(arg=''):
       # nothing, at most most_skipped times in a row
       on_nan='stop',
       most_skipped=10,
-      label_dropout=0.0,  # share of labels withheld, for classifier-free guidance; usual: 0.1
+      label_dropout=0.0,  # share of examples without conditions, for classifier-free guidance: 0.1
       log_every_steps=100,
       eval_every_steps=500,
     )

@@ -220,6 +220,40 @@ def test_the_python_door_takes_them_all(tmp_path):
     exp.sample(state, 8, condition=np.zeros((8, 8, 6, 3)))
   with pytest.raises(ValueError, match=r'vector=\(2, 4\) must be an array \[8, 4\]'):
     exp.log_prob(state, batch['image'], vector=np.zeros((2, 4)))
+  swapped = batch['image'].astype('>f8')
+  again = exp.log_prob(state, swapped, draws=2, **given)
+  np.testing.assert_allclose(again.value, nats.value, rtol=1e-5)
+  in_jit = jax.jit(lambda c: exp.denoiser(state, condition=c)(jnp.zeros((8, *SHAPE)), jnp.zeros(8)))
+  assert np.isfinite(in_jit(arrays['condition']).eps).all()
+  one_nan = arrays['vector'].copy()
+  one_nan[3, 1] = np.nan
+  nothing = np.zeros_like(given['mask'])
+  images = batch['image']
+  for refused, call in {
+    r'images=\(8, 7, 6, 2\) must be': lambda: exp.log_prob(state, images[:, :7], **given),
+    r'images=\(8, 1, 1, 2\) must be': lambda: exp.log_prob(state, images[:, :1, :1], **given),
+    r"images=dtype\('complex": lambda: exp.log_prob(state, images * 1j, **given),
+    r'images=.nan or inf. must be': lambda: exp.log_prob(state, images * np.nan, **given),
+    r'vector\[\[3\]\]=.* must be finite': lambda: exp.sample(state, 8, vector=one_nan),
+    r'mask\[\[0\]\]=0 must be nonzero': lambda: exp.sample(state, 8, mask=nothing),
+    r'label=\(8, 1\) must be': lambda: exp.sample(state, 8, label=np.zeros((8, 1), int)),
+    r'label=array.* must be classes, 0': lambda: exp.sample(state, 8, label=3),
+    r'condition=\(8, 2, 6, 3\) must': lambda: exp.denoiser(state, condition=np.zeros((8, 2, 6, 3))),
+    r'source=.vector. must be with': lambda: exp.bits_per_dim(state, split=of_arrays(images)),
+    r'images=\(1, 4, 6, 2\) must': lambda: next(exp.fit(state, 1, of_arrays(images[:, :4]))),
+    r"bound='ode' must|dequantization='trunc": lambda: exp.log_prob(
+      state, images, bound='ode', **given
+    ),
+  }.items():
+    with pytest.raises(ValueError, match=refused):
+      call()
+
+
+def test_networks_that_take_other_conditions_guide_no_one():
+  takes = build.model(config_of()).takes
+  assert not list(takes.differences(takes._replace(vector_size=0)))
+  other = takes._replace(vector_size=5, condition_shape=(8, 6, 3))
+  assert [name for name, *_ in takes.differences(other)] == ['vector_size', 'condition_shape']
 
 
 def data_of(kind, **changes):

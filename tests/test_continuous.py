@@ -171,3 +171,9 @@ def test_the_ode_takes_real_values_as_they_are_and_counts_the_unit():
 def test_refusals(make, message):
   with pytest.raises(ValueError, match=message):
     make()
+
+
+def test_a_censored_decoder_has_no_density_with_parameters_either():
+  decoder = censored((0.0,), (1.0,), 8.0, learned_std=True)
+  assert not decoder.dequantizations
+  assert not decoder.with_params({'decoder': decoder.init()}).dequantizations

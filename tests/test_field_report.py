@@ -72,3 +72,30 @@ def test_any_number_of_axes_as_pictures():
   assert (drawn[0, :, 1, 0] == 0).all()  # joined to the one before
   assert (drawn[0, :, 3, 0] == 0).sum() == 1
   assert image_grid(flat_pictures(np.repeat(line, 3, axis=2))).ndim == 3
+
+
+def test_what_a_mask_leaves_out_counts_nowhere(tmp_path):
+  """Perfect draws cover, and have the power, whatever truth and samples are under the mask."""
+  field = GaussianField((8, 8), -2.0, 1.0, mean=5.0, noise_std=0.5)
+  u, y = field.draw(np.random.RandomState(0), 200)
+  valid = np.random.RandomState(2).rand(200, 8, 8, 1) < 0.6
+  source = of_arrays(np.where(valid, u, 0), condition=y, valid=valid)
+  config = {'model': {'padding': 'periodic'}}
+  of = types.SimpleNamespace(folder=tmp_path, source=source, config=config)
+  samples = field.posterior_samples(np.random.RandomState(1), y, 15)
+  samples = np.where(valid, samples, 5.5).reshape(-1, 8, 8, 1)
+  draw = lambda params, count: iter([samples])
+  scalars, _ = field_report.make_report(of, draw, 200, 15)(None, 3)
+  for kind in ('pixels', 'modes'):
+    assert scalars[f'coverage_{kind}_68'] == pytest.approx(0.68, abs=0.015)
+    assert scalars[f'coverage_{kind}_95'] == pytest.approx(0.95, abs=0.015)
+  assert scalars['power_ratio_worst'] == pytest.approx(1, abs=0.15)
+
+
+def test_a_single_pixel_has_no_spectrum(tmp_path):
+  u, vector = np.random.RandomState(0).normal(size=(2, 20, 1, 3))
+  source = of_arrays(u, vector=vector[:, 0])
+  of = types.SimpleNamespace(folder=tmp_path, source=source, config={'model': {}})
+  own = np.random.RandomState(1).normal(size=(40, 1, 3))
+  scalars, pictures = field_report.make_report(of, lambda *_: iter([own]), 20, 2)(None, 3)
+  assert set(pictures) == {'histogram'} and 'power_ratio_worst' not in scalars

@@ -457,3 +457,19 @@ def test_hashes_are_uniform_and_fixed():
   np.testing.assert_allclose(np.histogram(hashes, 10, (0, 2**32))[0], 10_000, atol=500)
   # splitmix64 with seed 0 is published: e220a8397b1dcdaf, 6e789e6aa1b965f4, ...
   assert [hex(h) for h in hashes[:2]] == ['0x7b1dcdaf', '0xa1b965f4']
+
+
+@pytest.mark.parametrize('name', ['loop', 'loop.png'])
+def test_a_link_to_itself_is_left_out(plain, name):
+  before = folder.found(config(plain))
+  (plain / name).symlink_to(name)
+  found = folder.found(config(plain))
+  assert found['train_images'] + found['eval_images'] == sum(
+    before[f'{split}_images'] for split in ('train', 'eval')
+  )
+
+
+@pytest.mark.parametrize('shape', [(16, 16), (16, 16, 5)])
+def test_shapes_of_no_picture_are_refused_before_any_is_read(plain, shape):
+  with pytest.raises(ValueError, match=r'config\.data\.image_shape=.* is no shape of pictures'):
+    folder.found(config(plain, image_shape=shape, resize=True))

@@ -258,7 +258,7 @@ def test_a_model_guided_by_itself_is_itself(run_and_state, rank_promotion_allowe
   assert (images(itself, other) != images(config_of(), other)).any()
 
 
-def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
+def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path, monkeypatch):
   workdir, _ = run_and_state
 
   def guidance_of(config, **change):
@@ -278,6 +278,16 @@ def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path):
     guidance_of(config)
   with pytest.raises(ValueError, match=r"guidance.checkpoint=.* model.name='mlp', not 'vdm_unet'"):
     guidance_of(config, network='mlp')
+  config = config_of(kind='auto', checkpoint=str(workdir))
+  seven, ten = (build.model(config).takes._replace(num_classes=n) for n in (7, 10))
+  real = build.model
+  with monkeypatch.context() as patch:
+    patch.setattr(build, 'model', lambda config: real(config)._replace(takes=ten))
+    with pytest.raises(ValueError, match=r'guidance.checkpoint=.* with num_classes 7, not 10'):
+      guidance_of(config, takes=seven)
+  units = build.model(config).decoder._replace(to_model=lambda u: u / 9)
+  with pytest.raises(ValueError, match=r'guidance.checkpoint=.* with the same config.data.shift'):
+    guidance_of(config, decoder=units)
 
 
 def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):

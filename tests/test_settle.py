@@ -5,6 +5,7 @@ import pytest
 from etils import epath
 from vdm.configs import default, digits
 
+import vdm
 import vdm.data
 from vdm import build
 from vdm.data import settle as settle_lib
@@ -196,3 +197,20 @@ def test_shapes_and_statistics_that_do_not_fit_are_refused_by_name(changes, mess
     config.data.update(changes)
   with pytest.raises(ValueError, match=r'^config\.data\.' + message):
     build.model(config)
+
+
+def test_a_loaded_run_asks_its_data_for_nothing(tmp_path):
+  path, _ = fields(tmp_path)
+  exp = vdm.Experiment(config_of(path, image_shape=(6, 4, 2)))
+  exp.save(exp.init(), tmp_path / 'run')
+  path.unlink()
+  again, _ = vdm.load(tmp_path / 'run')
+  assert again.config == exp.config
+
+
+@pytest.mark.parametrize(('mean', 'std'), [(1e6, 0.3), (0.0, 1e-40)])
+def test_values_that_float32_cannot_tell_apart_are_refused(mean, std, tmp_path):
+  x = np.random.RandomState(0).normal(mean, std, (40, 4, 4, 1))
+  np.savez(tmp_path / 'a.npz', x=x)
+  with pytest.raises(ValueError, match=r'image has the mean .* take an offset off, or change the'):
+    config_file.settled(config_of(tmp_path / 'a.npz'))

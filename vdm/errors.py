@@ -1,8 +1,11 @@
-"""The one sentence of every refused value."""
+"""The one sentence of every refused value, and arrays that are no numbers."""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  import numpy as np
 
 
 def require(ok: bool, name: str, value: Any, rule: str, remedy: str):
@@ -33,6 +36,17 @@ def confirm(ok: bool, name: str, value: Any, fact: str, remedy: str):
   """
   if not ok:
     raise ValueError(f'{name}={value!r} {fact}; {remedy}')
+
+
+def native(name: str, value: Any) -> 'np.ndarray':
+  """Returns an array of numbers in this machine's byte order; other kinds are refused by `name`."""
+  import numpy as np  # here: `import vdm` is to be light
+
+  array = np.asarray(value)
+  if array.dtype.name == 'bfloat16':
+    return array.astype(np.float32)
+  require(array.dtype.kind in 'biuf', name, array.dtype, 'of integers or floats', 'convert it')
+  return array.astype(array.dtype.newbyteorder('='), copy=False)
 
 
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from vdm import build, data
 from vdm.build.state import TrainState, named_params
 from vdm.diffusion.gaussian import Denoiser, Schedule, count_dims
 from vdm.diffusion.samplers import Sampler
-from vdm.errors import require
+from vdm.errors import native, require
 from vdm.evaluation import ode
 from vdm.evaluation.bound import BitsPerDim, jit_step, make_evaluator
 from vdm.evaluation.study import batches
@@ -53,7 +53,10 @@ class Experiment:
   """
 
   def __init__(
-    self, config: str | os.PathLike | ConfigDict, overrides: Mapping[str, Any] | None = None
+    self,
+    config: str | os.PathLike | ConfigDict,
+    overrides: Mapping[str, Any] | None = None,
+    workdir: str | os.PathLike | None = None,
   ):
     """Builds the model.
 
@@ -61,11 +64,13 @@ class Experiment:
       config: the name of a packaged config such as 'digits' or 'digits:debug', a config file, or a
         ConfigDict, which is copied.
       overrides: values by the names of their leaves, {'train.num_steps': 100}.
+      workdir: of a run with this config, if any; what it has found in its data is not looked for
+        again.
 
     Raises:
       ValueError: there is no such config or leaf, or a value cannot be used.
     """
-    self.config = config_file.settled(config_file.read_config(config, overrides or {}))
+    self.config = config_file.settled(config_file.read_config(config, overrides or {}), workdir)
     self.model = build.model(self.config)
     build.check_devices(self.config, jax.device_count())
     self.mesh = parallel.make_mesh(self.config.parallel.fsdp)
@@ -99,7 +104,7 @@ class Experiment:
     abstract = parallel.abstract_state(self.mesh, build.init_state(config, self.model))
     step_fn = make_train_step(config, self.model)
     runner = runners.jit_runner(step_fn, self.mesh, abstract, donate=False)
-    source = source or self.source('train')
+    source = self._source(source or 'train')
     batches = loop.train_batches(source, config.train.batch_size, config.seed, start)
     placed = parallel.prefetch(batches, runner.put_batch)
     for _ in range(steps):
@@ -158,8 +163,11 @@ class Experiment:
     """
     require(bound in ('elbo', 'ode'), 'bound', bound, "'elbo' or 'ode'", 'choose one')
     settings = self._changed('eval', dict(seed=seed, draws=draws, max_images=0))
+    if bound == 'ode':
+      build.check_ode(self.model.decoder, settings.ode.dequantization, 'bound', bound)
     told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
     given = self.model.takes.given(self.model.image_shape, len(images), **told)
+    images = self._images(images, given.get('valid'))
     source = data.of_arrays(images, 'log_prob', **given)
     weights = named_params(state, params)
     valid = jnp.asarray(given['valid']) if 'valid' in given else None
@@ -242,10 +250,13 @@ class Experiment:
   ) -> Denoiser:
     """Returns (z [B ...], log_snr [B]) -> Prediction(x, eps) of a state, in the network's units.
 
-    The conditions are those of `log_prob`, one for each of the B examples.
+    The conditions are those of `log_prob`, one for each of the B examples. They may be traced.
     """
-    given = dict(label=label, vector=vector, condition=condition, valid=mask)
-    conditions = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
+    told = dict(label=label, vector=vector, condition=condition, valid=mask)
+    conditions = {name: jnp.asarray(value) for name, value in told.items() if value is not None}
+    rows = next((value.shape[0] for value in conditions.values() if value.ndim), 1)
+    named = {'mask' if name == 'valid' else name: value for name, value in conditions.items()}
+    self.model.takes.require_shapes(self.model.image_shape, rows, named)
     return self.model.denoiser(named_params(state, params), conditions)
 
   def schedule(self, state: TrainState, params: str = 'ema') -> Schedule:
@@ -291,7 +302,38 @@ class Experiment:
     return changed
 
   def _source(self, split: str | data.Source) -> data.Source:
-    return split if isinstance(split, data.Source) else self.source(split)
+    """Returns a split of the config's data, or a source of the same shapes that is given."""
+    if isinstance(split, str):
+      return self.source(split)
+    row, takes = split.fetch(np.zeros(1, np.int64)), self.model.takes
+    self._require_shape(row['image'])
+    names = {'vector': takes.vector_size, 'condition': takes.condition_shape, 'mask': takes.masked}
+    own = {name: row.get('valid' if name == 'mask' else name) for name, taken in names.items()}
+    for name, taken in names.items():
+      remedy = f'the model takes a {name} for each image'
+      require(own[name] is not None or not taken, 'source', name, 'with it', remedy)
+    takes.require_shapes(self.model.image_shape, 1, {k: v for k, v in own.items() if names[k]})
+    return split
+
+  def _require_shape(self, images: np.ndarray):
+    own, remedy = [*self.model.image_shape], 'that is the shape of the model'
+    good = images.shape[1:] == self.model.image_shape and len(images) > 0
+    require(good, 'images', images.shape, f'an array [N, {str(own)[1:]} of one at least', remedy)
+
+  def _images(self, images: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
+    """Returns images of a user that the decoder knows, with zeros where a mask leaves them out."""
+    images = native('images', images)
+    self._require_shape(images)
+    if valid is not None:
+      images = np.where(valid, images, images.dtype.type(0))
+    finite, remedy = np.isfinite(images).all(), 'correct them, or mask them'
+    require(bool(finite), 'images', 'nan or inf', 'finite', remedy)
+    most = self.config.data.num_values - 1
+    if not self.model.decoder.is_density:
+      good = (images == np.round(images)).all() and images.min() >= 0 and images.max() <= most
+      ends = f'{images.min():g} .. {images.max():g}'
+      require(bool(good), 'images', ends, f'integers 0 .. {most}', "give the data's own values")
+    return images
 
 
 def load(
@@ -311,4 +353,4 @@ def load(
     ValueError: there is no such run or checkpoint, or it cannot be restored.
   """
   run = read_run(None, files.path_of(workdir), 'newest' if step is None else str(step), overrides)
-  return Experiment(run.config), run.state
+  return Experiment(run.config, workdir=run.workdir), run.state

@@ -1,6 +1,6 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
-from vdm.build.checks import check_config, check_devices, check_sampling, works_on
+from vdm.build.checks import check_config, check_devices, check_ode, check_sampling, works_on
 from vdm.build.factories import other_schedule, sampler, schedule, threshold
 from vdm.build.model import Model, model
 from vdm.build.optimizer import ema_decays, optimizer
@@ -24,6 +24,7 @@ __all__ = [
   'Model',
   'check_config',
   'check_devices',
+  'check_ode',
   'check_sampling',
   'dtype',
   'ema_decays',

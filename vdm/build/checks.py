@@ -80,18 +80,23 @@ def _check_decoder(made: Decoder, evaluation: ConfigDict):
     made: of config.decoder.
     evaluation: config.eval.
   """
-  asks = 'ode' in evaluation.likelihood.split(',')
-  require(
-    bool(made.dequantizations) or not asks,
-    'config.eval.likelihood',
-    evaluation.likelihood,
-    f"'elbo' for {made.units}, which have no density",
-    'choose it',
-  )
-  if made.dequantizations and (asks or not made.is_density):
-    choices = one_of(*made.dequantizations)
-    value = evaluation.ode.dequantization
-    require(choices.holds(value), 'config.eval.ode.dequantization', value, *choices[1:])
+  if 'ode' in evaluation.likelihood.split(',') or not made.is_density:
+    check_ode(made, evaluation.ode.dequantization, 'config.eval.likelihood', evaluation.likelihood)
+
+
+def check_ode(made: Decoder, dequantization: str, asker: str, value: str):
+  """Refuses the likelihood by the ODE where a decoder has none, or not with this dequantization.
+
+  Args:
+    made: the decoder.
+    dequantization: config.eval.ode.dequantization.
+    asker: the name of what asks for the ODE.
+    value: its value.
+  """
+  rule = f"'elbo' for {made.units}, which have no density"
+  require(bool(made.dequantizations), asker, value, rule, 'choose it')
+  choices, field = one_of(*made.dequantizations), 'config.eval.ode.dequantization'
+  require(choices.holds(dequantization), field, dequantization, *choices[1:])
 
 
 def is_flagged(model: ConfigDict) -> bool:
@@ -113,6 +118,14 @@ def _check_data(data: ConfigDict, flagged: bool):
     'config.data.rotate',
     data.rotate,
     f'False for images that are not square, config.data.image_shape={shape}',
+    'config.data.flip works for any height and width',
+  )
+  field = tuple(data.condition_shape)
+  require(
+    not data.rotate or not field or field[0] == field[1],
+    'config.data.rotate',
+    data.rotate,
+    f'False for conditions that are not square, config.data.condition_shape={field}',
     'config.data.flip works for any height and width',
   )
   require(

@@ -1,7 +1,7 @@
 """What a network is told of each example, in its own units, by the config."""
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +9,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from vdm.diffusion.gaussian import per_channel
-from vdm.errors import require
+from vdm.errors import native, require
 from vdm.nn import layers
 
 
@@ -59,6 +59,39 @@ class Takes(NamedTuple):
       field = layers.append_field(conditions['valid'].astype(jnp.float32), field)
     return found if field is None else found | {'field': field}
 
+  def differences(self, other: 'Takes') -> Iterator[tuple[str, Any, Any]]:
+    """Yields (name, what this network takes, what the other takes) where both take, and differ."""
+    for name in ('num_classes', 'vector_size', 'condition_shape'):
+      mine, its = getattr(self, name), getattr(other, name)
+      if mine and its and mine != its:
+        yield name, mine, its
+
+  def require_shapes(self, image_shape: tuple[int, ...], count: int, told: Mapping[str, Any]):
+    """Refuses conditions of `count` examples that the network does not take, or of other shapes.
+
+    Args:
+      image_shape: of the model.
+      count: how many examples.
+      told: any of 'label', 'vector', 'condition' and 'mask'; None where it is not given.
+
+    Raises:
+      ValueError: one is not taken, or has another shape.
+    """
+    shapes = {
+      'label': () if self.num_classes else None,
+      'vector': (self.vector_size,) if self.vector_size else None,
+      'condition': self.condition_shape or None,
+      'mask': (*image_shape[:-1], 1) if self.masked else None,
+    }
+    for name, value in told.items():
+      shape, remedy = shapes[name], 'it takes none'
+      if value is None:
+        continue
+      if shape is not None:
+        shape, remedy = (count, *shape), f'the model takes {name}s of shape {[count, *shape]}'
+      rule = 'left out' if shape is None else f'an array {list(shape)}'
+      require(np.shape(value) == shape, name, np.shape(value), rule, remedy)
+
   def given(
     self,
     image_shape: tuple[int, ...],
@@ -70,43 +103,42 @@ class Takes(NamedTuple):
   ) -> dict[str, np.ndarray]:
     """Returns the conditions of `count` examples that a user gives, and what stands for the others.
 
+    A row of NaN alone stands for none, as does the class -1.
+
     Raises:
-      ValueError: the network does not take one of them, or it has another shape.
+      ValueError: the network does not take one of them, it has another shape, or values that are
+        not finite; or a mask leaves nothing of an example.
     """
-    found = {}
+    if label is not None and np.ndim(label) == 0:  # one class for all
+      label = np.full(count, label)
+    told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
+    self.require_shapes(image_shape, count, told)
+    found = {name: np.array(value) for name, value in self.nothing(count, image_shape).items()}
     if label is not None:
-      found['label'] = self._labels(label, count)
-    elif self.num_classes:
-      found['label'] = np.full(count, -1, np.int32)
-    shapes = {
-      'vector': (vector, (self.vector_size,) if self.vector_size else ()),
-      'condition': (condition, self.condition_shape),
-      'mask': (mask, (*image_shape[:-1], 1) if self.masked else ()),
-    }
-    for name, (value, shape) in shapes.items():
-      remedy = f'the model takes {name}s of shape {[count, *shape]}' if shape else 'it takes none'
-      rule = f'an array {[count, *shape]}' if shape else 'left out'
-      if value is None and shape:
-        found[name] = np.full((count, *shape), 1 if name == 'mask' else np.nan, np.float32)
-      elif value is not None:
-        array = np.asarray(value)
-        require(bool(shape) and array.shape == (count, *shape), name, array.shape, rule, remedy)
-        found[name] = array
-    if 'mask' in found:
-      found['valid'] = found.pop('mask') != 0
+      found['label'] = self._labels(native('label', label))
+    for name in ('vector', 'condition'):
+      if told[name] is None:
+        continue
+      rows = native(name, told[name])
+      each = rows.reshape(count, -1)
+      bad = np.flatnonzero(~(np.isfinite(each).all(axis=1) | np.isnan(each).all(axis=1)))
+      rule, remedy = 'finite, or NaN alone for none', 'correct it'
+      require(not bad.size, f'{name}[{bad[:1]}]', rows[bad[:1]].ravel()[:3], rule, remedy)
+      found[name] = rows
+    if mask is not None:
+      found['valid'] = native('mask', mask) != 0
+      empty = np.flatnonzero(~found['valid'].reshape(count, -1).any(axis=1))
+      rule, remedy = 'nonzero somewhere', 'leave out examples of which nothing counts'
+      require(not empty.size, f'mask[{empty[:1]}]', 0, rule, remedy)
     return found
 
-  def _labels(self, label: int | np.ndarray, count: int) -> np.ndarray:
-    """Returns a class for all examples, or one each, int32 [count]."""
-    rows, classes = np.asarray(label), self.num_classes
-    good = np.issubdtype(rows.dtype, np.integer) and classes > 0
-    good = good and rows.size > 0 and rows.min() >= -1 and rows.max() < classes
-    rule = f'classes, 0 .. {classes - 1}, or -1 for none' if classes else 'left out'
-    require(bool(good), 'label', label, rule, 'config.model.class_conditional says what it takes')
-    require(
-      rows.ndim == 0 or len(rows) == count, 'label', rows.shape, f'{count} labels', 'one each'
-    )
-    return np.broadcast_to(rows, (count,)).astype(np.int32)
+  def _labels(self, rows: np.ndarray) -> np.ndarray:
+    """Returns classes as int32; others are refused."""
+    good = rows.dtype.kind in 'iu' and rows.min(initial=0) >= -1
+    rule = f'classes, 0 .. {self.num_classes - 1}, or -1 for none'
+    good = good and rows.max(initial=0) < self.num_classes
+    require(bool(good), 'label', rows, rule, 'config.data.num_classes says how many there are')
+    return rows.astype(np.int32)
 
 
 def of_config(data: ConfigDict, class_conditional: bool) -> Takes:

@@ -1,9 +1,8 @@
 """Examples in: `load` a split, then iterate over batches of it.
 
-There are two kinds of data sets: `digits` (8x8, embedded in scikit-learn, for offline runs and
-tests), and any image data set of TensorFlow Datasets by name, read at random from ArrayRecord files
-through Grain. Nothing is ever downloaded here, and reading imports no TensorFlow. Images are uint8
-[H, W, C], labels int32 or embeddings float32 [E].
+`load.KINDS` are the kinds of data; any other name is that of an image data set of TensorFlow
+Datasets, read at random from ArrayRecord files through Grain. Nothing is ever downloaded here, and
+reading imports no TensorFlow. `source.Batch` says what examples consist of.
 """
 
 from vdm.data.batches import eval_batches, num_eval_images, train_batches

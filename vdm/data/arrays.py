@@ -13,8 +13,7 @@ from vdm.data.decoded import tell
 from vdm.data.splits import Split, hashes_of_rows, rows_of
 from vdm.errors import confirm
 
-LOOKED_AT = 1024  # examples whose values tell num_values, and
-LOOKED_AT_BYTES = 2**27  # how much of them is read at most
+READ_AT_ONCE = 2**26  # bytes
 
 
 class Arrays(NamedTuple):
@@ -270,15 +269,21 @@ def _plain(path, name, values, numbers):
 
 
 def _num_values(arrays):
-  """Returns how many values integers can have, by some examples; 0 for floats."""
+  """Returns how many values integers can have; 0 for floats.
+
+  All examples are read, but of uint8 only until one has a value above 127, which tells 256.
+  """
   if arrays.x.dtype.kind not in 'biu':
     return 0
   count, size = arrays.x.shape[0], int(np.prod(arrays.x.shape[1:])) * arrays.x.dtype.itemsize
-  some = min(count, LOOKED_AT, max(1, LOOKED_AT_BYTES // size))
-  numbers = np.unique(np.linspace(0, count - 1, some).astype(int))
   masked = arrays.mask is not None or arrays.valid is not None
-  high = int(_image(arrays, numbers, masked)['image'].max())
-  return 256 if arrays.x.dtype == np.uint8 and high > 127 else high + 1
+  rows, high = max(1, READ_AT_ONCE // size), 0
+  for start in range(0, count, rows):
+    numbers = np.arange(start, min(start + rows, count))
+    high = max(high, int(_image(arrays, numbers, masked)['image'].max()))
+    if arrays.x.dtype == np.uint8 and high > 127:
+      return 256
+  return high + 1
 
 
 def _full_name(arrays):

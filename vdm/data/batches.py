@@ -35,7 +35,7 @@ def train_batches(
     process_count: number of hosts.
 
   Returns:
-    An iterator over {'image': uint8 [b, H, W, C], 'label': int32 [b], or float32 [b, E]}.
+    An iterator over batches, b examples each (`source.Batch`).
   """
   local = _local_batch_size('train', batch_size, process_count)
   count = len(source)

@@ -67,6 +67,8 @@ def _reading(path: Any) -> Iterator[None]:
   with files.reading(path, 'write or copy it again'):
     try:
       yield
+    except files.Damaged:  # which has been told
+      raise
     except (ValueError, RuntimeError) as error:
       raise ValueError(str(error).split(' [')[0] or type(error).__name__) from error
 
@@ -156,7 +158,7 @@ def _hdf5(path):
 
   with _reading(path):
     file = h5py.File(path, 'r', locking='best-effort')
-    names = [name for name, value in file.items() if isinstance(value, h5py.Dataset)]
+    names = [n for n, value in file.items() if isinstance(value, h5py.Dataset) and value.shape]
     return {name: _of_dataset(path, file[name]) for name in NAMES if name in names}, names
 
 

@@ -72,6 +72,8 @@ def load(data, split: str, encoded: Pictures) -> Split:
 
 def found(data, encoded: Pictures) -> dict[str, Any]:
   """Returns the leaves of config.data as the pictures have them."""
+  if data.resize:
+    _require_shape(data)
   shape = tuple(data.image_shape) if data.resize else _shape(encoded)
   left_out = _images(encoded, shape, data.resize, data.cache)[1]
   counts = {}
@@ -94,13 +96,17 @@ def require_pictures(data, encoded: Pictures):
     value = data[leaf] if leaf != 'condition_shape' else tuple(data[leaf])
     fact, remedy = f'but {encoded.title} has pictures alone', f'set --config.data.{leaf}={nothing}'
     confirm(value == nothing, f'config.data.{leaf}', value, fact, remedy)
+  _require_shape(data)
+  field, value, classes = 'config.data.num_classes', data.num_classes, encoded.num_classes
+  remedy = f'set --{field}={classes}' + (', or 0 to ignore labels' if classes else '')
+  confirm(value in (0, classes), field, value, f'but {encoded.title} has {classes}', remedy)
+
+
+def _require_shape(data):
   shape = tuple(data.image_shape)
   good = len(shape) == 3 and min(shape) > 0 and shape[2] in pictures.MODES
   fact, remedy = 'is no shape of pictures', 'give height, width and channels, such as 64,64,3'
   confirm(good, 'config.data.image_shape', shape, fact, remedy)
-  field, value, classes = 'config.data.num_classes', data.num_classes, encoded.num_classes
-  remedy = f'set --{field}={classes}' + (', or 0 to ignore labels' if classes else '')
-  confirm(value in (0, classes), field, value, f'but {encoded.title} has {classes}', remedy)
 
 
 def _without(rows, left_out, data, split):

@@ -122,7 +122,7 @@ def _listing(root: pathlib.Path) -> Listing:
         name = f'{relative}{entry.name}'
         if entry.name.startswith('.'):
           continue
-        if entry.is_dir():
+        if _is_folder(entry):
           status = entry.stat()
           place = status.st_dev, status.st_ino
           if place not in above:
@@ -137,6 +137,13 @@ def _listing(root: pathlib.Path) -> Listing:
   walk(root, '', {(status.st_dev, status.st_ino)})
   pictures.sort()
   return Listing([name for _, name, _ in pictures], [s for _, _, s in pictures], folders, others)
+
+
+def _is_folder(entry):
+  try:
+    return entry.is_dir()
+  except OSError:  # a link to itself
+    return False
 
 
 def _stamp(entry):

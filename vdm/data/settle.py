@@ -32,6 +32,7 @@ STATISTICS = {
   'vector': ('vector_shift', 'vector_scale'),
 }
 EXAMPLES_AT_ONCE = 64
+STEPS_PER_STD = 32  # of float32, at least
 LOG_EVERY_SECONDS = 5.0
 
 
@@ -59,8 +60,7 @@ def settle(
     if counted:
       data.eval_images = found_in(data)['eval_images']
     return data.lock()
-  if data.as_found:
-    data.update(found_in(data))
+  data = as_found(data).unlock()
   wanted = {
     'image': continuous,
     'condition': bool(data.condition_shape),
@@ -71,12 +71,36 @@ def settle(
     for name, (shift, scale) in measure(load(data, 'train'), missing).items():
       constant = np.flatnonzero(scale == 0)
       rule = 'given for data of which a channel is constant'
-      remedy = f'channel {constant[:1]} is {shift[constant[:1]]}: leave it out'
+      remedy = f'channel {constant[:1]} is {shift[constant[:1]]} in float32: leave it out, or take '
+      remedy += 'an offset off'
       require(name != 'image' or not len(constant), 'config.data.scale', (), rule, remedy)
+      _require_room(name, shift, scale)
       leaves = STATISTICS[name]
       data[leaves[0]] = tuple(map(float, shift))
       data[leaves[1]] = tuple(float(s) if s else 1.0 for s in scale)
   return data.lock()
+
+
+def as_found(data: ConfigDict) -> ConfigDict:
+  """Returns config.data with what it leaves to the data to be found; nothing is measured."""
+  data = data.copy_and_resolve_references().unlock()
+  if data.as_found:
+    data.update(found_in(data))
+  return data.lock()
+
+
+def _require_room(name: str, shift: np.ndarray, scale: np.ndarray):
+  """Refuses values whose mean is so far off, or whose unit so large, that float32 loses them."""
+  numbers = np.finfo(np.float32)
+  step = np.maximum(np.spacing(np.abs(shift).astype(np.float32)), numbers.tiny)
+  coarse = np.flatnonzero((scale > 0) & (scale < STEPS_PER_STD * step))
+  if len(coarse):
+    channel = coarse[0]
+    raise ValueError(
+      f'{name} has the mean {shift[channel]:.9g} and a standard deviation of {scale[channel]:.3g} '
+      f'in channel {channel}: float32 has steps of {step[channel]:.3g} there; take an offset off, '
+      'or change the unit.'
+    )
 
 
 def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -100,7 +124,7 @@ def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.
   for name, (count, total, square) in sums.items():
     mean = total / count
     spread = np.sqrt(np.maximum(square / count - mean**2, 0))
-    spread[spread < 1e-9 * np.abs(first[name])] = 0
+    spread[spread < 1e-9 * np.abs(first[name])] = 0  # rounding of the sums
     found[name] = first[name] + mean, spread
   return found
 

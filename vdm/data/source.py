@@ -7,7 +7,7 @@ from typing import Any, Required, TypedDict, cast
 
 import numpy as np
 
-from vdm.errors import require
+from vdm.errors import native, require
 
 
 class Batch(TypedDict, total=False):
@@ -74,14 +74,23 @@ def of_arrays(
     condition: fields [N *spatial' Cc].
     valid: [N *spatial 1], the dimensions that count.
   """
-  images = np.asarray(images)
-  given = dict(label=label, vector=vector, condition=condition, valid=valid)
-  arrays = {k: np.asarray(v) for k, v in given.items() if v is not None}
-  arrays.setdefault('label', np.zeros(len(images), np.int32))
+  images = native('images', images)
   shape, remedy = images.shape, 'add the axes that it lacks'
-  require(3 <= images.ndim <= 5, 'images', shape, '[N, *spatial, C]', remedy)
+  good = images.ndim >= 2 and len(images) > 0
+  require(good, 'images', shape, '[N, *spatial, C] of one at least', remedy)
+  given = dict(label=label, vector=vector, condition=condition, valid=valid)
+  arrays = {k: native(k, v) for k, v in given.items() if v is not None}
+  arrays.setdefault('label', np.zeros(len(images), np.int32))
   for key, array in arrays.items():
-    require(len(array) == len(images), key, len(array), f'{len(images)} of them', 'one each')
+    rows = array.shape[:1] == (len(images),)
+    require(rows, key, array.shape, f'{len(images)} rows', 'give one for each image')
+  kind, rule = arrays['label'].dtype, 'integers'
+  require(kind.kind in 'iu', 'label', kind, rule, 'number the classes from 0')
+  if 'valid' in arrays:
+    shape = (*images.shape[:-1], 1)
+    rule, remedy = f'of shape {shape}', 'give it one channel'
+    require(arrays['valid'].shape == shape, 'valid', arrays['valid'].shape, rule, remedy)
+    arrays['valid'] = arrays['valid'] != 0
   digest = hashlib.sha256(images.tobytes()).hexdigest()[:16]
   identity = {'name': name, 'num_images': len(images), 'sha256': digest}
   arrays = {'image': images, **arrays}

@@ -85,8 +85,8 @@ def censored(
     return jnp.where(u <= low, below, jnp.where(u >= high, above, between))
 
   units = f'values in [{low:g}, {high:g}], censored'
-  decoder = _decoder(shift, scale, log_snr_max, learned_std, to_data, log_likelihood, units)
-  return decoder._replace(dequantizations={})  # values at a bound have no density
+  how = shift, scale, log_snr_max, learned_std, to_data, log_likelihood, units
+  return _decoder(*how, has_density=False)  # at a bound there is a probability
 
 
 def _log_normal(eps, std):
@@ -102,6 +102,7 @@ def _decoder(
   to_data: Callable,
   log_likelihood: Callable,
   units: str,
+  has_density: bool = True,
 ) -> Decoder:
   """Returns a decoder of (u, x, y - x, std) -> log p(u | y) per dimension, in the data's units."""
   good = len(shift) == len(scale) and all(s > 0 and math.isfinite(s) for s in scale)
@@ -141,7 +142,7 @@ def _decoder(
       log_prob=log_prob,
       loss=loss,
       sample=sample,
-      dequantizations={'none': dequantize},
+      dequantizations={'none': dequantize} if has_density else {},
       to_pixels=to_pixels,
       dtype=np.dtype(np.float32),
       units=units,

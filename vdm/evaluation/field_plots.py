@@ -18,7 +18,11 @@ CELL = 1.5  # inches, the longer side of a field
 
 
 def plot_power(
-  samples: np.ndarray, data: np.ndarray, path: pathlib.Path, names: tuple[str, ...] = ()
+  samples: np.ndarray,
+  data: np.ndarray,
+  path: pathlib.Path,
+  names: tuple[str, ...] = (),
+  periodic: bool = True,
 ) -> np.ndarray:
   """Plots mean power spectra with their 16-84 % bands over examples, and below them the ratio.
 
@@ -29,8 +33,9 @@ def plot_power(
     data: [M *spatial C].
     path: of the PNG.
     names: of the channels.
+    periodic: whether opposite borders meet.
   """
-  table = fields.compare(samples, data)
+  table = fields.compare_power(samples, data, periodic)
   names = _names(names, data)
   ratios = {'height_ratios': (2, 1), 'sharex': 'col', 'squeeze': False}
   figure, rows = subplots(len(names), (4.5 * len(names) + 0.5, 4.8), 2, **ratios)
@@ -55,7 +60,7 @@ def plot_power(
 
 
 def plot_cross_correlation(
-  predictions: dict[str, np.ndarray], truth: np.ndarray, path: pathlib.Path
+  predictions: dict[str, np.ndarray], truth: np.ndarray, path: pathlib.Path, periodic: bool = True
 ) -> np.ndarray:
   """Plots the cross-correlation with the truth, its mean and 16-84 % band over examples.
 
@@ -65,10 +70,11 @@ def plot_cross_correlation(
     predictions: name -> [N *spatial C], such as one sample each and the mean of many.
     truth: [N *spatial C].
     path: of the PNG.
+    periodic: whether opposite borders meet.
   """
   figure, axes = subplots(1, (5, 3.6))
   for name, u in predictions.items():
-    frequency, r = fields.cross_correlation(u, truth)
+    frequency, r = fields.cross_correlation(u, truth, periodic)
     r = r.mean(axis=2)
     (line,) = axes.plot(frequency, r.mean(axis=0), label=name)
     low, high = np.percentile(r, fields.BAND, axis=0)
@@ -92,7 +98,7 @@ def plot_histogram(
     path: of the PNG.
     names: of the channels.
   """
-  table, names = fields.compare(samples, data), _names(names, data)
+  table, names = fields.compare_values(samples, data), _names(names, data)
   figure, panels = subplots(len(names), (4.5 * len(names) + 0.5, 3.6), squeeze=False)
   for channel, axes in enumerate(panels[0]):
     edges, *both = (table[k][:, channel] for k in ('edges', 'density_data', 'density_samples'))

@@ -24,7 +24,9 @@ def make_report(
 
   The samples are set beside the first examples of the evaluation split. Where they have conditions
   and several samples each, these are draws from a posterior: their central intervals should cover
-  the truth as often as they say, and their mean should correlate with it.
+  the truth as often as they say, and their mean should correlate with it. Dimensions that a mask
+  leaves out are the channel's mean in truth and samples alike, and count neither in the histogram
+  nor in the coverage of pixels.
 
   Args:
     of: the study; call what is returned on every process, of which the first writes.
@@ -35,31 +37,44 @@ def make_report(
   count = min(num_examples, len(of.source))
   batch = of.source.fetch(np.arange(count))
   truth = np.asarray(batch['image'], np.float32)
+  valid = np.asarray(batch.get('valid', np.ones((*truth.shape[:-1], 1), bool)))
+  counted = np.broadcast_to(valid, truth.shape)
+  mean = np.mean(truth, tuple(range(truth.ndim - 1)), where=counted)
+  truth = np.where(counted, truth, mean)
+  has_waves = truth[0, ..., 0].size > 1
   periodic = 'zero' not in of.config['model'].get('padding', 'zero')
   field = batch.get('condition')
 
   def report(params, step):
     drawn = np.concatenate(list(draw(params, count * samples_each)))
     samples = np.asarray(drawn, np.float32).reshape(samples_each, count, *truth.shape[1:])
+    samples = np.where(counted, samples, mean)
     if jax.process_index():
       return {}, {}
     plotted, every = of.folder / 'plots', samples.reshape(-1, *truth.shape[1:])
-    scalars, table = _spectrum(every, truth, periodic)
-    header = ('cycles_per_pixel', 'channel', 'power_samples', 'power_data', 'ratio', 'stderr')
-    files.write_table(of.folder / 'tables' / f'power_{step:08d}.csv', header, table)
     pictures = {
-      'samples': field_plots.plot_slices(
-        every[:NUM_SHOWN], of.folder / 'samples' / f'step_{step:08d}.png'
+      'histogram': field_plots.plot_histogram(
+        samples[:, valid[..., 0]], truth[None, valid[..., 0]], plotted / 'histogram.png'
       ),
-      'power': field_plots.plot_power(every, truth, plotted / 'power.png'),
-      'histogram': field_plots.plot_histogram(every, truth, plotted / 'histogram.png'),
     }
+    scalars = {}
+    if has_waves:
+      scalars, table = _spectrum(every, truth, periodic)
+      header = ('cycles_per_pixel', 'channel', 'power_samples', 'power_data', 'ratio', 'stderr')
+      files.write_table(of.folder / 'tables' / f'power_{step:08d}.csv', header, table)
+      path = of.folder / 'samples' / f'step_{step:08d}.png'
+      pictures['samples'] = field_plots.plot_slices(every[:NUM_SHOWN], path)
+      path = plotted / 'power.png'
+      pictures['power'] = field_plots.plot_power(every, truth, path, periodic=periodic)
     told = {k: v for k, v in batch.items() if k in ('condition', 'vector')}
     if told and samples_each > 1:
-      scalars |= _coverage(samples, truth)
+      scalars |= _coverage(samples, truth, valid)
+    if told and samples_each > 1 and has_waves:
       predictions = {'one sample': samples[0], f'mean of {samples_each}': samples.mean(axis=0)}
       path = plotted / 'cross_correlation.png'
-      pictures['correlation'] = field_plots.plot_cross_correlation(predictions, truth, path)
+      pictures['correlation'] = field_plots.plot_cross_correlation(
+        predictions, truth, path, periodic
+      )
     if field is not None:
       shown = slice(NUM_SHOWN)
       pictures['conditional'] = field_plots.plot_rows(
@@ -101,9 +116,9 @@ def _spectrum(samples: np.ndarray, truth: np.ndarray, periodic: bool) -> tuple[d
   return {'power_ratio_worst': float(worst)}, rows
 
 
-def _coverage(samples: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def _coverage(samples: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> dict[str, float]:
   """Returns how often intervals of the samples hold the truth, and says it."""
-  found = fields.coverage(samples, truth)
+  found = fields.coverage(samples, truth, valid=valid)
   scalars, parts = {}, []
   for kind, share in (('pixels', found.pixels), ('modes', found.modes)):
     for level, value, error in zip(found.levels, share.value, share.stderr, strict=True):

@@ -12,6 +12,7 @@ import numpy as np
 
 from vdm.errors import require
 
+CHUNK = 2**24  # values that are transformed at once
 BAND = (16, 84)  # percentiles: one standard deviation to each side of a normal's mean
 
 
@@ -24,8 +25,11 @@ def power_spectrum(u: np.ndarray, periodic: bool = True) -> tuple[np.ndarray, np
       rest is multiplied by a Hann window of mean square one, which keeps the power of white noise
       and blurs the others by about a shell.
   """
-  modes = _modes(u if periodic else _windowed(u))
-  return _shell_means(np.abs(modes) ** 2)
+  require(u.ndim >= 3, 'u', u.shape, '[N, *spatial, C]', 'add the axes that it lacks')
+  rows = max(1, CHUNK // max(1, u[:1].size))
+  each = lambda part: _shell_means(np.abs(_modes(part if periodic else _windowed(part))) ** 2)
+  parts = [each(u[start : start + rows]) for start in range(0, len(u), rows)]
+  return parts[0][0], np.concatenate([power for _, power in parts])
 
 
 def cross_correlation(
@@ -86,7 +90,10 @@ class Coverage(NamedTuple):
 
 
 def coverage(
-  samples: np.ndarray, truth: np.ndarray, levels: tuple[float, ...] = (0.68, 0.95)
+  samples: np.ndarray,
+  truth: np.ndarray,
+  levels: tuple[float, ...] = (0.68, 0.95),
+  valid: np.ndarray | None = None,
 ) -> Coverage:
   """Returns how often the central intervals of the samples hold the truth, by pixel and by mode.
 
@@ -102,12 +109,14 @@ def coverage(
     samples: [S N *spatial C], S draws for each example.
     truth: [N *spatial C].
     levels: between 0 and 1.
+    valid: bool [N *spatial 1], the pixels that count; None: all. Elsewhere truth and samples must
+      have one value, so that modes tell of the rest.
   """
   good = samples.shape[1:] == truth.shape
   require(good, 'samples', samples.shape, f'[S, *{truth.shape}]', 'draw the same for each truth')
   for level in levels:
     require(0 < level < 1, 'levels', levels, 'between 0 and 1', 'give 0.68, say')
-  pixels = _share(samples, truth, levels)
+  pixels = _share(samples, truth, levels, valid)
   modes = _share(np.stack([real_modes(u) for u in samples]), real_modes(truth), levels)
   return Coverage(tuple(levels), pixels, modes)
 
@@ -128,32 +137,52 @@ def real_modes(u: np.ndarray) -> np.ndarray:
   return np.concatenate([own, np.sqrt(2) * one.real, np.sqrt(2) * one.imag], axis=1)
 
 
-def compare(samples: np.ndarray, data: np.ndarray, num_bins: int = 50) -> dict[str, np.ndarray]:
-  """Returns spectra and histograms of samples and of data as one table.
+def compare_power(
+  samples: np.ndarray, data: np.ndarray, periodic: bool = True
+) -> dict[str, np.ndarray]:
+  """Returns the spectra of samples and of data as one table.
 
   frequency [K] is in cycles per pixel. power_*, [K C], is the mean over examples, and *_low and
   *_high are percentiles 16 and 84 of single examples. power_ratio = samples / data has
-  power_ratio_stderr from the scatter of both. edges [bins + 1, C] reach over the data and the
-  samples; density_*, [bins C], is per data unit. mean_* and std_* [C] are those of all pixels.
+  power_ratio_stderr from the scatter of both.
 
   Args:
     samples: [N *spatial C].
     data: [M *spatial C].
-    num_bins: of the histograms.
+    periodic: as in `power_spectrum`.
   """
   good = samples.shape[1:] == data.shape[1:]
   require(good, 'samples', samples.shape, f'[N, *{data.shape[1:]}]', 'compare fields of one shape')
-  axes = tuple(range(data.ndim - 1))
-  low = np.minimum(samples.min(axes), data.min(axes)).astype(np.float64)
-  high = np.maximum(samples.max(axes), data.max(axes)).astype(np.float64)
-  table = {'edges': np.linspace(low, np.where(high > low, high, low + 1), num_bins + 1)}
-  relative = 0
+  table, relative = {}, 0
   for name, u in (('samples', samples), ('data', data)):
-    table['frequency'], power = power_spectrum(u)
+    table['frequency'], power = power_spectrum(u, periodic)
     mean = power.mean(axis=0)
     table[f'power_{name}'] = mean
     table[f'power_{name}_low'], table[f'power_{name}_high'] = np.percentile(power, BAND, axis=0)
     relative = relative + power.var(axis=0) / max(len(u) - 1, 1) / np.where(mean > 0, mean, 1) ** 2
+  table['power_ratio'] = table['power_samples'] / table['power_data']
+  table['power_ratio_stderr'] = table['power_ratio'] * np.sqrt(relative)
+  return table
+
+
+def compare_values(
+  samples: np.ndarray, data: np.ndarray, num_bins: int = 50
+) -> dict[str, np.ndarray]:
+  """Returns the histograms of samples and of data as one table.
+
+  edges [bins + 1, C] reach over the data and the samples; density_*, [bins C], is per data unit.
+  mean_* and std_* [C] are those of all pixels.
+
+  Args:
+    samples: [N *spatial C].
+    data: [M *spatial C].
+    num_bins: how many bins.
+  """
+  axes = tuple(range(data.ndim - 1))
+  low = np.minimum(samples.min(axes), data.min(axes)).astype(np.float64)
+  high = np.maximum(samples.max(axes), data.max(axes)).astype(np.float64)
+  table = {'edges': np.linspace(low, np.where(high > low, high, low + 1), num_bins + 1)}
+  for name, u in (('samples', samples), ('data', data)):
     densities = [
       histogram(u[..., [channel]], edges).mean(axis=0)
       for channel, edges in enumerate(table['edges'].T)
@@ -161,8 +190,6 @@ def compare(samples: np.ndarray, data: np.ndarray, num_bins: int = 50) -> dict[s
     table[f'density_{name}'] = np.concatenate(densities, axis=1)
     pixels = u.reshape(-1, u.shape[-1]).astype(np.float64)
     table[f'mean_{name}'], table[f'std_{name}'] = pixels.mean(axis=0), pixels.std(axis=0)
-  table['power_ratio'] = table['power_samples'] / table['power_data']
-  table['power_ratio_stderr'] = table['power_ratio'] * np.sqrt(relative)
   return table
 
 
@@ -198,15 +225,16 @@ def _shell_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   return means(frequency[order][None, :, None])[0, :, 0], means(values)
 
 
-def _share(samples: np.ndarray, truth: np.ndarray, levels) -> Share:
+def _share(samples: np.ndarray, truth: np.ndarray, levels, valid=None) -> Share:
   """Returns the shares of `coverage`, for samples [S N ...] and truth [N ...]."""
+  where = np.broadcast_to(True if valid is None else valid, truth.shape)
   rank = (samples < truth).sum(axis=0) + 0.5 * (samples == truth).sum(axis=0)
   low, size = rank / (len(samples) + 1), 1 / (len(samples) + 1)
   values, errors = [], []
   for level in levels:
     start, stop = 0.5 - level / 2, 0.5 + level / 2
     within = np.clip(np.minimum(low + size, stop) - np.maximum(low, start), 0, None) / size
-    share = within.reshape(len(within), -1).mean(axis=1)
+    share = np.mean(within, axis=tuple(range(1, within.ndim)), where=where)
     values.append(share.mean())
     many = len(share) > 1
     errors.append(share.std(ddof=1) / np.sqrt(len(share)) if many else np.nan)

@@ -6,7 +6,7 @@
 
 For a slice of TPUs the steps of training, evaluation and sampling are compiled with XLA's TPU
 compiler, which needs no TPU. For GPUs nothing is compiled, and memory and traffic are estimated.
-Nothing is written, and no data is read.
+Nothing is written, and no data is read but, with config.data.as_found, for its shapes.
 """
 
 import functools
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from vdm import build
 from vdm.data import conditions_of
+from vdm.data.settle import as_found
 from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
 from vdm.evaluation.bound import jit_step
@@ -266,7 +267,8 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
     jax.config.update('jax_platforms', 'cpu')  # no device is taken for what only compiles
   build.check_devices(config, num_devices(topology))
   where = target(topology, config.parallel.fsdp)
-  config = config.copy_and_resolve_references()
+  config = config.copy_and_resolve_references().unlock()
+  config.data = as_found(config.data)
   config.model = build.for_platform(config.model, where.platform)
   columns, of_training, failure = {}, None, ''
   init = build.init_state(config, build.model(config))

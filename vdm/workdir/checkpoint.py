@@ -43,7 +43,7 @@ def manager(
 
   Args:
     workdir: the run's directory.
-    keep: how many of the newest checkpoints stay, besides the one with the lowest bits_per_dim.
+    keep: how many of the newest checkpoints stay, besides the one with the best likelihood.
       None opens the directory for reading only, which is safe beside a run that writes there.
     folder: of the workdir.
   """
@@ -130,7 +130,7 @@ def latest_step(manager: ocp.CheckpointManager) -> int | None:
 
 
 def best_step(manager: ocp.CheckpointManager) -> int | None:
-  """Returns the step with the lowest bits_per_dim, or None if no checkpoint has one."""
+  """Returns the step with the best likelihood, or None if no checkpoint has one."""
   manager.wait_until_finished()
   return _best({step: _rank(manager.directory, step) for step in manager.all_steps()})
 

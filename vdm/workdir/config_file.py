@@ -27,10 +27,11 @@ _FREE_BLOCKS = (
   'parallel.',
   'log.',
   'profile.',
-  'data.eval_',
 )
 _FREE_LEAVES = (
   'name',
+  'data.eval_split',
+  'data.eval_images',
   'data.dir',
   'data.path',
   'data.cache',

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from etils import epath
 from jax.sharding import Mesh
@@ -93,6 +95,14 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
   require(guide.network == model.network, field, workdir, kind, remedy)
   own, other = (f'{m.decoder.units} and images {m.image_shape}' for m in (model, guide))
   require(own == other, field, workdir, f'a model of {own}, not {other}', remedy)
+  dtype = model.decoder.dtype
+  ends = jnp.stack([jnp.zeros(model.image_shape, dtype), jnp.ones(model.image_shape, dtype)])
+  mine, its = model.decoder.to_model(ends), guide.decoder.to_model(ends)
+  same = np.allclose(mine, its, rtol=1e-4, atol=1e-6)
+  rule = 'a run with the same config.data.shift and scale'
+  require(bool(same), field, workdir, rule, 'train it on the same data')
+  for name, one, two in model.takes.differences(guide.takes):
+    require(False, field, workdir, f'a run with {name} {one}, not {two}', remedy)
   return guide, _state(folder, build.init_state(config, guide), mesh, 'newest')
 
 
