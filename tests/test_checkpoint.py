@@ -20,7 +20,7 @@ from vdm.configs import default
 
 from configs.default import get_config
 from vdm import build
-from vdm.system import parallel
+from vdm.system import files, parallel
 from vdm.workdir import checkpoint, config_file, integrity
 
 
@@ -375,6 +375,19 @@ def test_the_broken_one_is_named_and_set_aside(two, tmp_path, caplog):
     manager.close()
     assert checkpoint.restore(checkpoint.manager(tmp_path), abstract(make_state()))[1] == 2
     assert (directory / ('2.corrupt', '2.corrupt2')[attempt]).is_dir()
+
+
+@pytest.mark.parametrize('body', ['[]', '3'])
+def test_what_orbax_notes_of_a_step_and_cannot_read_is_named(body, two, tmp_path):
+  note = copy(two, tmp_path) / '1' / '_CHECKPOINT_METADATA'
+  note.write_text(body)
+  with pytest.raises(
+    files.Damaged, match=r'_CHECKPOINT_METADATA cannot be read .* remove'
+  ) as error:
+    checkpoint.manager(tmp_path)
+  assert '\n' not in str(error.value)
+  note.unlink()
+  assert checkpoint.restore(checkpoint.manager(tmp_path), abstract(make_state()))[1] == 2
 
 
 def test_when_all_are_broken_it_stops_and_touches_nothing(two, tmp_path):

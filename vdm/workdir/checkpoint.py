@@ -46,6 +46,9 @@ def manager(
     keep: how many of the newest checkpoints stay, besides the one with the best likelihood.
       None opens the directory for reading only, which is safe beside a run that writes there.
     folder: of the workdir.
+
+  Raises:
+    Damaged: what Orbax notes of a step is no JSON object.
   """
   if keep is not None and keep < 1:
     raise ValueError(f'config.checkpoint.keep={keep} must be at least 1.')
@@ -62,7 +65,12 @@ def manager(
     cleanup_tmp_directories=keep is not None,  # what a killed save left behind
     preservation_policy=types.SimpleNamespace(should_preserve=should_preserve),
   )
-  return ocp.CheckpointManager(directory, options=options)
+  notes = directory / '*' / '_CHECKPOINT_METADATA'  # Orbax's own, of each step
+  try:
+    return ocp.CheckpointManager(directory, options=options)
+  except ValueError as error:
+    remedy = 'remove the one that is no JSON object: it holds no array'
+    raise files.Damaged(f'{notes} cannot be read ({error}); {remedy}.') from error
 
 
 def save(
