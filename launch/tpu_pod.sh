@@ -66,7 +66,7 @@ create() {
 # uv brings a Python that is new enough: the hosts' own is 3.10.
 install() {
   on_all 'rm -rf vdm_run && mkdir vdm_run && python3 -m pip install --quiet --user uv'
-  run "${queue[@]}" scp --recurse pyproject.toml README.md LICENSE vdm configs launch \
+  run "${queue[@]}" scp --recurse pyproject.toml README.md LICENSE vdm configs pretrained launch \
     "${option[name]}:vdm_run" "${everywhere[@]}"
   on_all "cd vdm_run && python3 -m uv venv --quiet --python=3.12 .venv &&\
  python3 -m uv pip install --quiet --python=.venv -e '.[tpu]'"

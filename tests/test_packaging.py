@@ -20,13 +20,20 @@ def pyproject():
 
 def test_every_folder_is_a_package_that_is_installed(pyproject):
   setuptools = pyproject['tool']['setuptools']
-  folders = {path.parent for top in ('vdm', 'configs') for path in ROOT.glob(f'{top}/**/*.py')}
+  folders = {
+    path.parent for top in ('vdm', 'configs', 'pretrained') for path in ROOT.glob(f'{top}/**/*.py')
+  }
   names = {'.'.join(folder.relative_to(ROOT).parts) for folder in folders}
-  assert set(setuptools['packages']) == {re.sub('^configs', 'vdm.configs', name) for name in names}
+  assert set(setuptools['packages']) == {
+    re.sub('^(configs|pretrained)', r'vdm.\1', name) for name in names
+  }
   places = setuptools['package-dir']
   assert {name for name in setuptools['packages'] if name.startswith('vdm.configs')} < set(places)
   assert all((ROOT / place / '__init__.py').exists() for place in places.values())
-  assert setuptools['package-data'] == {'vdm': ['py.typed']} and (ROOT / 'vdm/py.typed').exists()
+  packages = {'vdm': ROOT / 'vdm', 'vdm.pretrained': ROOT / 'pretrained'}
+  assert setuptools['package-data'].keys() == packages.keys()
+  for name, patterns in setuptools['package-data'].items():
+    assert all(list(packages[name].glob(pattern)) for pattern in patterns), name
 
 
 def test_there_is_one_version(pyproject):

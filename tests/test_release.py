@@ -1,12 +1,14 @@
 """Models to give away."""
 
 import json
+import pathlib
 
 import jax
 import numpy as np
 import pytest
 from vdm.configs import digits
 
+import vdm
 from vdm import build
 from vdm.evaluation import evaluate
 from vdm.sampling import run as run_lib
@@ -118,3 +120,17 @@ def test_what_float16_cannot_hold_is_not_released(tmp_path):
     with pytest.raises(ValueError, match='network/kernel has values beyond float16'):
       released.write(tmp_path, {'network': {'kernel': np.float32([1, value])}}, 1)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_model_of_the_package_is_what_its_card_says(tmp_path, monkeypatch):
+  pretrained = pytest.importorskip('vdm.pretrained')
+  monkeypatch.chdir(tmp_path)  # where there is no folder of that name
+  exp, state = vdm.load('pretrained/digits')
+  folder = pathlib.Path(pretrained.__file__).parent / 'digits'
+  (card,) = (folder / 'cards').glob('bits_per_dim*.json')
+  card = json.loads(card.read_text())
+  result = exp.bits_per_dim(state, draws=4)
+  assert int(state.step) == card['step'] == 16000
+  assert result.value == pytest.approx(card['value'], abs=4 * result.stderr)
+  assert sum(f.stat().st_size for f in folder.rglob('*.*')) < 500_000

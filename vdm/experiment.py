@@ -344,7 +344,8 @@ def load(
   """Returns the experiment and a state of a run, by its own config; reads only.
 
   Args:
-    workdir: of the run, or the folder of a released model.
+    workdir: of the run, or the folder of a released model; 'pretrained/digits' comes with the
+      package.
     step: None: the newest; 'best': the lowest bits/dim; or a number.
     overrides: leaves of its config to be changed, such as {'sample.batch_size': 6} on three
       devices.
@@ -352,5 +353,6 @@ def load(
   Raises:
     ValueError: there is no such run or checkpoint, or it cannot be restored.
   """
-  run = read_run(None, files.path_of(workdir), 'newest' if step is None else str(step), overrides)
+  workdir = files.packaged_run(workdir)
+  run = read_run(None, workdir, 'newest' if step is None else str(step), overrides)
   return Experiment(run.config, workdir=run.workdir), run.state

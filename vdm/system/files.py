@@ -239,3 +239,14 @@ def packaged_configs() -> str:
   """Returns the names of these configs, as a sentence has them."""
   names = sorted(path.stem for path in pathlib.Path(configs_folder()).glob('[a-z]*.py'))
   return f'configs/{{{",".join(names)}}}.py'
+
+
+def packaged_run(path: os.PathLike | str) -> epath.Path:
+  """Returns the folder of a run; where 'pretrained/NAME' is not there, that of the package."""
+  folder, parts = path_of(path), pathlib.PurePath(path).parts
+  if not folder.exists() and len(parts) == 2 and parts[0] == 'pretrained':
+    from vdm import pretrained
+
+    packaged = epath.Path(os.path.dirname(pretrained.__file__)) / parts[1]
+    return packaged if packaged.exists() else folder
+  return folder

@@ -1,0 +1,1 @@
+"""Released models; `digits` is small enough to come with the package."""
