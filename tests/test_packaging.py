@@ -26,7 +26,9 @@ def test_every_folder_is_a_package_that_is_installed(pyproject):
   places = setuptools['package-dir']
   assert {name for name in setuptools['packages'] if name.startswith('vdm.configs')} < set(places)
   assert all((ROOT / place / '__init__.py').exists() for place in places.values())
-  assert setuptools['package-data'] == {'vdm': ['py.typed']} and (ROOT / 'vdm/py.typed').exists()
+  data = {'vdm': ['py.typed'], 'vdm.report': ['page.css']}
+  assert setuptools['package-data'] == data
+  assert all((ROOT / name.replace('.', '/') / data[name][0]).exists() for name in data)
 
 
 def test_there_is_one_version(pyproject):

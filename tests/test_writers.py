@@ -70,7 +70,9 @@ writer.close()
   events = EventAccumulator(str(tmp_path), tensor_size_guidance={'scalars': 0})
   events.Reload()
   assert [event.step for event in events.Tensors('train/loss')] == list(range(1, 13))
-  assert writers.read_scalars(tmp_path, 'train/loss')[8] == 14  # of the second
+  scalars, damaged = writers.read_scalars(tmp_path)
+  assert not damaged and list(scalars['train/loss']) == list(range(1, 13))
+  assert scalars['train/loss'][8] == 14  # of the second
 
 
 def test_a_silent_writer_writes_nothing(tmp_path):
