@@ -7,9 +7,10 @@ from etils import epath
 
 from vdm import cards
 from vdm.report.markup import Html, element, folded, joined, picture, table
-from vdm.report.run import Card, Run, command, differences
+from vdm.report.run import Card, Run, command
 from vdm.system import files
 from vdm.training.tags import describe
+from vdm.workdir.config_file import changes
 
 MOST_GRIDS = 4  # of samples along training
 
@@ -146,7 +147,7 @@ def config(run: Run) -> Html:
   """Returns what of the config differs from the defaults, and then all of it."""
   rows = [
     (element('code', leaf), _plain(value), '' if usual is None else _plain(usual))
-    for leaf, value, usual in differences(run)
+    for leaf, value, usual in changes(run.settings)
   ]
   whole = element('pre', json.dumps(run.settings, indent=2, ensure_ascii=False))
   return joined(

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from vdm import cards
-from vdm.configs import default
 from vdm.data.settle import FOUND, STATISTICS
 from vdm.system import files, writers
 from vdm.workdir import released
@@ -83,19 +82,6 @@ def _read(workdir: epath.Path, name: str) -> Run:
   series, damaged = cards.read(workdir)
   scalars, more = writers.read_scalars(workdir / 'tensorboard')
   return Run(workdir, name, settings, series, scalars, damaged + more, released.exists(workdir))
-
-
-def differences(run: Run) -> list[tuple[str, Any, Any]]:
-  """Returns the leaves that differ from configs/default.py: name, value, default.
-
-  A leaf that the defaults lack has None for its default; one that the run lacks is left out.
-  """
-  defaults = flat(plain(default.get_config()))
-  return [
-    (leaf, value, defaults[leaf] if leaf in defaults else None)
-    for leaf, value in run.leaves.items()
-    if leaf not in defaults or defaults[leaf] != value
-  ]
 
 
 def varying(runs: list[Run]) -> list[tuple[str, list[Any]]]:

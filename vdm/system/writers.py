@@ -9,8 +9,9 @@ import itertools
 import os
 import struct
 import time
-from collections.abc import Iterator
-from typing import Protocol
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from etils import epath
@@ -34,34 +35,50 @@ class MetricWriter(Protocol):
     """Writes what is left, and ends."""
 
 
-def open_writer(directory: os.PathLike, start: int = 0, silent: bool = False) -> MetricWriter:
-  """Returns a writer to TensorBoard files in `directory`; a silent one writes nothing.
+def open_writer(
+  directory: os.PathLike,
+  start: int = 0,
+  silent: bool = False,
+  describe: Callable[[str], str] = lambda tag: '',
+  texts: Mapping[str, str] = types.MappingProxyType({}),
+  hparams: Mapping[str, Any] = types.MappingProxyType({}),
+) -> MetricWriter:
+  """Returns a writer to TensorBoard files in `directory`.
 
   A run that goes on after step `start` writes the later ones again: what an interrupted process had
   written of them is withdrawn.
+
+  Args:
+    directory: of the files.
+    start: the newest step that the run has.
+    silent: whether to write nothing.
+    describe: returns what a scalar is, by its tag.
+    texts: Markdown about the run, by tag.
+    hparams: the run's hyperparameters, plain values, by which TensorBoard compares it with others.
   """
   if silent:
     return SilentWriter()
-  _start_session(directory, start + 1)
+  _start_session(directory, start, texts, hparams)
   if not packages.has_tensorflow():
-    return EventWriter(directory)
-  packages.require_tensorflow("clu's metric writer")  # it imports TensorFlow as a whole
-  from clu import metric_writers
-
-  return metric_writers.AsyncMultiWriter([metric_writers.SummaryWriter(str(directory))])
+    return EventWriter(directory, describe)
+  return CluWriter(directory, describe)
 
 
-def _start_session(directory, first):
-  """Tells TensorBoard that a session begins at step `first`.
+def _start_session(directory, start, texts, hparams):
+  """Tells TensorBoard that a session begins after step `start`, and what its run is.
 
-  At any but the first session it drops what it has from that step on.
+  At any but the first session it drops what it has of later steps.
   """
   from tensorboard.compat.proto import event_pb2
+  from tensorboard.plugins.hparams.summary_v2 import hparams_pb
+  from tensorboard.plugins.text.summary_v2 import text_pb
   from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
   log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-  writer = EventFileWriter(str(directory))
-  writer.add_event(event_pb2.Event(wall_time=time.time(), step=first, session_log=log))
+  writer, now = EventFileWriter(str(directory)), time.time()
+  writer.add_event(event_pb2.Event(wall_time=now, step=start + 1, session_log=log))
+  for summary in [*(text_pb(tag, text) for tag, text in texts.items()), hparams_pb(dict(hparams))]:
+    writer.add_event(event_pb2.Event(wall_time=now, step=start, summary=summary))
   writer.close()
 
 
@@ -78,19 +95,48 @@ class SilentWriter:
     """Closes nothing."""
 
 
+class CluWriter:
+  """Writes by clu's writer, which imports TensorFlow as a whole, and has a thread of its own."""
+
+  def __init__(self, directory: os.PathLike, describe: Callable[[str], str] = lambda tag: ''):
+    packages.require_tensorflow("clu's metric writer")
+    from clu import metric_writers
+
+    writer = metric_writers.SummaryWriter(str(directory))
+    self._writer, self._describe = metric_writers.AsyncMultiWriter([writer]), describe
+
+  def write_scalars(self, step, scalars):
+    """Writes the value of each tag at `step`, with what the tag is."""
+    from tensorboard.plugins.scalar.metadata import create_summary_metadata
+
+    # clu's write_scalars has no descriptions
+    values = {tag: np.float32(value) for tag, value in scalars.items()}
+    kinds = {tag: create_summary_metadata(None, self._describe(tag)) for tag in scalars}
+    self._writer.write_summaries(step, values, kinds)
+
+  def write_images(self, step, images):
+    """Writes the images uint8 [N H W C], C = 1 or 3, of each tag at `step`."""
+    self._writer.write_images(step, images)
+
+  def close(self):
+    """Writes what is left, and ends."""
+    self._writer.close()
+
+
 class EventWriter:
   """Writes by TensorBoard's own writer of event files, which has a thread of its own."""
 
-  def __init__(self, directory: os.PathLike):
+  def __init__(self, directory: os.PathLike, describe: Callable[[str], str] = lambda tag: ''):
     from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-    self._writer = EventFileWriter(str(directory))
+    self._writer, self._describe = EventFileWriter(str(directory)), describe
 
   def write_scalars(self, step, scalars):
-    """Writes the value of each tag at `step`."""
+    """Writes the value of each tag at `step`, with what the tag is."""
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
-    self._add(step, [scalar_pb(tag, float(value)).value[0] for tag, value in scalars.items()])
+    described = ((tag, float(value), self._describe(tag)) for tag, value in scalars.items())
+    self._add(step, [scalar_pb(*facts).value[0] for facts in described])
 
   def write_images(self, step, images):
     """Writes the images uint8 [N H W C], C = 1 or 3, of each tag at `step`."""

@@ -1,6 +1,10 @@
-"""What the scalars in TensorBoard are: a sentence for each tag."""
+"""What TensorBoard is told: what each scalar is, and the config as text and as hyperparameters."""
 
+import json
 import re
+from typing import Any
+
+from vdm.workdir.config_file import changes, flat
 
 # By a tag's name behind `train/`, or behind `eval/` and the parameters that are evaluated.
 _MEANINGS = {
@@ -56,3 +60,25 @@ def describe(tag: str) -> str:
     if found := re.fullmatch(rf'(train|eval)/{_PARAMS}{name}', tag):
       return f'{meaning} Of {found["params"]} parameters.' if found['params'] else meaning
   return ''
+
+
+def texts(tree: dict[str, Any]) -> dict[str, str]:
+  """Returns a whole config as Markdown, by tag: what differs from the defaults, and all of it."""
+  rows = [(leaf, _cell(value), _cell(usual)) for leaf, value, usual in changes(tree)]
+  lines = [f'| {" | ".join(row)} |' for row in rows]
+  head = '| differs from configs/default.py | here | default |\n|---|---|---|\n'
+  whole = json.dumps(tree, indent=2)
+  return {
+    'config/differs': head + '\n'.join(lines),
+    'config/whole': '\n'.join(f'    {line}' for line in whole.splitlines()),
+  }
+
+
+def _cell(value: Any) -> str:
+  return '' if value is None else json.dumps(value).replace('|', '\\|')
+
+
+def hparams(tree: dict[str, Any]) -> dict[str, bool | int | float | str]:
+  """Returns the leaves of a whole config as hyperparameters; sequences become text."""
+  plain = lambda value: isinstance(value, bool | int | float | str)
+  return {leaf: v if plain(v) else json.dumps(v) for leaf, v in flat(tree).items()}

@@ -216,6 +216,19 @@ def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
   return lines
 
 
+def changes(tree: Mapping) -> list[tuple[str, Any, Any]]:
+  """Returns the leaves in which a plain config differs from configs/default.py.
+
+  They are name, value and default; None if the defaults lack the leaf.
+  """
+  defaults, leaves = flat(plain(default.get_config())), flat(json.loads(json.dumps(tree)))
+  return [
+    (leaf, value, defaults[leaf] if leaf in defaults else None)
+    for leaf, value in leaves.items()
+    if leaf not in defaults or defaults[leaf] != value
+  ]
+
+
 def typed(value: Any) -> str:
   """Returns a value as it is typed behind `--config.leaf=`."""
   if isinstance(value, list):  # JSON has no tuples; configs have no lists
