@@ -7,6 +7,7 @@ methods and tags.
 import io
 import itertools
 import os
+import socket
 import struct
 import time
 import types
@@ -67,19 +68,24 @@ def open_writer(
 def _start_session(directory, start, texts, hparams):
   """Tells TensorBoard that a session begins after step `start`, and what its run is.
 
-  At any but the first session it drops what it has of later steps.
+  At any but the first session it drops what it has of later steps. The file is written as a whole:
+  what follows TensorBoard's writers, as W&B does, would take a second one for another source.
   """
   from tensorboard.compat.proto import event_pb2
   from tensorboard.plugins.hparams.summary_v2 import hparams_pb
   from tensorboard.plugins.text.summary_v2 import text_pb
-  from tensorboard.summary.writer.event_file_writer import EventFileWriter
+  from tensorboard.summary.writer.record_writer import RecordWriter
 
-  log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-  writer, now = EventFileWriter(str(directory)), time.time()
-  writer.add_event(event_pb2.Event(wall_time=now, step=start + 1, session_log=log))
-  for summary in [*(text_pb(tag, text) for tag, text in texts.items()), hparams_pb(dict(hparams))]:
-    writer.add_event(event_pb2.Event(wall_time=now, step=start, summary=summary))
-  writer.close()
+  now, log = time.time(), event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+  summaries = [*(text_pb(tag, text) for tag, text in texts.items()), hparams_pb(dict(hparams))]
+  events = [dict(file_version='brain.Event:2'), dict(step=start + 1, session_log=log)]
+  events += [dict(step=start, summary=summary) for summary in summaries]
+  file = io.BytesIO()
+  for event in events:
+    RecordWriter(file).write(event_pb2.Event(wall_time=now, **event).SerializeToString())
+  # in the order of names it comes before the writers' own, which go on behind the process
+  name = f'events.out.tfevents.{int(now):010d}.{socket.gethostname()}.{os.getpid()}'
+  files.write(epath.Path(directory) / name, file.getvalue())
 
 
 class SilentWriter:
