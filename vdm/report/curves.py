@@ -72,7 +72,7 @@ def _figure(panel: Panel) -> Html:
     figure, axes = plots.subplots(1, (4.2, 2.7))
     for line in panel.lines:
       if line.errors is None:
-        axes.plot(line.x, line.y, color=line.colour, alpha=0.45, linewidth=1.2)
+        axes.plot(line.x, line.y, color=line.colour, alpha=0.6, linewidth=1.2)
       else:
         axes.errorbar(line.x, line.y, line.errors, color=line.colour, marker='o', markersize=3.5)
     axes.set(xlabel=panel.xlabel, ylabel=panel.unit)

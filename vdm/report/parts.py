@@ -151,7 +151,8 @@ def config(run: Run) -> Html:
   ]
   whole = element('pre', json.dumps(run.settings, indent=2, ensure_ascii=False))
   return joined(
-    table(('differs from configs/default.py', 'here', 'default'), rows),
+    element('p', 'What differs from configs/default.py:'),
+    table(('', 'here', 'default'), rows),
     folded('The whole config', whole),
   )
 
