@@ -140,7 +140,9 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   monkeypatch.setattr(ablate.loop, 'train', train)
   monkeypatch.setattr(ablate, 'read_run', lambda config, workdir: (config, workdir))
   monkeypatch.setattr(ablate, 'score', score)
-  monkeypatch.setattr(ablate.writers, 'read_scalars', lambda path, tag: {1: 3.0, 2: 2.0})
+  curve = {1: 3.0, 2: 2.0}
+  scalars = {'train/loss': curve, 'train/diffusion_cv': curve}
+  monkeypatch.setattr(ablate.writers, 'read_scalars', lambda path: (scalars, []))
   ablate.flags.FLAGS.mark_as_parsed()
   config = config_of(reference=dict(weighting='elbo'), **AXES)
   assert ablate.run(config, tmp_path) == 75

@@ -211,7 +211,8 @@ def test_the_last_result_is_that_of_the_newest_step_and_the_whole_split(tmp_path
     text = cards.last_result(tmp_path)
   assert text == (
     'ema parameters, continuous-time ELBO, all 10,000 images of validation, 4 draws, seed 0: '
-    f'2.6600 +- 0.0040 bits/dim at step 200, the best is 2.6500 at 100 of 2 ({newest}).'
+    '2.660 +- 0.004 bits/dim at step 200, the best is 2.650 +- 0.004 at 100 of 2 '
+    f'({newest}).'
   )
   assert 'bits_per_dim_cut_step00000300.json cannot be read' in caplog.text
   alone = tmp_path / 'alone'
@@ -219,6 +220,22 @@ def test_the_last_result_is_that_of_the_newest_step_and_the_whole_split(tmp_path
   assert ', 1 draw, seed 0: 2.6500 bits/dim at step 100, the best of 1 (' in cards.last_result(
     alone
   )
+
+
+@pytest.mark.parametrize(
+  ('stderr', 'text'),
+  [
+    (0.0083, '2.717 +- 0.008'),
+    (0.0123, '2.717 +- 0.012'),
+    (0.02999, '2.717 +- 0.030'),
+    (0.03, '2.72 +- 0.03'),
+    (12.0, '3 +- 12'),
+    (None, '2.7172'),
+    (0.0, '2.7172'),
+  ],
+)
+def test_a_value_has_the_digits_that_its_error_lets_one_say(stderr, text):
+  assert cards.plus_minus(2.71723, stderr) == text
 
 
 def test_a_card_without_an_error_is_strict_json_and_its_row_has_none(tmp_path, capsys):

@@ -48,7 +48,7 @@ def test_the_data_itself_is_at_distance_zero(tmp_path):
 def test_training_and_eval_score_the_same_samples(tmp_path):
   config = config_of(train_every_steps=4, train_images=12, num_images=12)
   assert loop.train(config, tmp_path) == 0
-  scalars = writers.read_scalars(tmp_path / 'tensorboard', 'eval/fd_classifier')
+  scalars = writers.read_scalars(tmp_path / 'tensorboard')[0]['eval/fd_classifier']
   assert list(scalars) == [4]
   (path,) = tmp_path.glob('cards/fd_classifier_ema_*_12_*_step00000004.json')
   in_training = json.loads(path.read_text())

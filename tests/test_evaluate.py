@@ -12,7 +12,15 @@ from vdm.diffusion.elbo import DiffusionTerm
 from vdm.diffusion.gaussian import Prediction, alpha, sigma
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.diffusion.weightings import WEIGHTINGS
-from vdm.evaluation.bound import NUM_BINS, elbo_fields, log_snr_bins, make_evaluator, summarize
+from vdm.evaluation.bound import (
+  NUM_BINS,
+  BitsPerDim,
+  elbo_fields,
+  log_snr_bins,
+  make_evaluator,
+  sentence,
+  summarize,
+)
 from vdm.sampling.draw import make_sampler
 from vdm.sampling.picture import image_grid
 from vdm.system import parallel
@@ -21,6 +29,22 @@ SHAPE, VALUES = (2, 3, 1), 256
 # To sigma_0 = 1.1 cells of the grid: with less noise a denoiser that does not know that the data is
 # discrete is no longer exact; with more, the decoder's flat prior is not (0.002 bits/dim here).
 LOG_SNR_MIN, LOG_SNR_MAX = -12.0, 9.5
+
+
+@pytest.mark.parametrize(
+  ('split', 'total', 'which'),
+  [
+    ('test', 360, '360 test images'),
+    ('train[90%:]', 360, '360 images of train[90%:]'),
+    ('test', 10_000, 'the first 360 of 10,000 test images'),
+  ],
+)
+def test_the_sentence_of_a_bound(split, total, which):
+  """The last parameters, which rank checkpoints, come first."""
+  made = lambda value: BitsPerDim(value, 0.0083, 31, None, {}, 360, (1.0, None), None, (1.0, 1.0))
+  bounds = {'raw': made(2.30123), 'ema': made(2.26789)}
+  text = sentence(bounds, {'split': split, 'num_images': total})
+  assert text == f'2.268 +- 0.008 bits/dim on {which} (ema), 2.301 +- 0.008 (raw)'
 
 
 def gaussian_data(seed=0):

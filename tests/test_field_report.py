@@ -19,18 +19,19 @@ def study_of(tmp_path, field, count=200, conditional=True):
   return types.SimpleNamespace(folder=tmp_path, source=source, config=config), y
 
 
-def test_draws_from_the_exact_posterior_cover_and_have_the_power(tmp_path, caplog):
+def test_draws_from_the_exact_posterior_cover_and_have_the_power(tmp_path):
   field = GaussianField((8, 8), -2.0, 1.0, noise_std=0.5)
   of, y = study_of(tmp_path, field)
   samples = field.posterior_samples(np.random.RandomState(1), y, 15)
   draw = lambda params, count: iter(samples.reshape(-1, 8, 8, 1).reshape(3, -1, 8, 8, 1))
-  with caplog.at_level('INFO'):
-    scalars, pictures = field_report.make_report(of, draw, 200, 15)(None, 3)
+  scalars, pictures, text = field_report.make_report(of, draw, 200, 15)(None, 3)
   for kind in ('pixels', 'modes'):
     assert scalars[f'coverage_{kind}_68'] == pytest.approx(0.68, abs=0.01)
     assert scalars[f'coverage_{kind}_95'] == pytest.approx(0.95, abs=0.01)
   assert scalars['power_ratio_worst'] == pytest.approx(1, abs=0.15)
-  assert 'central intervals of the samples hold the truth' in caplog.text
+  share = scalars['coverage_modes_95']
+  assert 'central intervals hold the truth: pixels 68%: ' in text
+  assert f'modes 95%: {share:.1%} ± ' in text
   assert set(pictures) == {'samples', 'power', 'histogram', 'correlation', 'conditional'}
   assert all(p.dtype == np.uint8 and p.shape[2] == 3 for p in pictures.values())
   rows = (tmp_path / 'tables/power_00000003.csv').read_text().splitlines()
@@ -44,7 +45,7 @@ def test_too_narrow_draws_do_not_cover(tmp_path):
   samples = field.posterior_samples(np.random.RandomState(1), y, 15)
   narrow = mean + 0.5 * (samples - mean)
   draw = lambda params, count: iter([narrow.reshape(-1, 8, 8, 1).astype(np.float32)])
-  scalars, _ = field_report.make_report(of, draw, 200, 15)(None, 3)
+  scalars, _, _ = field_report.make_report(of, draw, 200, 15)(None, 3)
   assert scalars['coverage_pixels_95'] < 0.9 and scalars['coverage_modes_68'] < 0.6
 
 
@@ -54,11 +55,11 @@ def test_other_numbers_of_axes_without_conditions(shape, tmp_path, monkeypatch):
   of, _ = study_of(tmp_path, field, 20, conditional=False)
   own, _ = field.draw(np.random.RandomState(1), 20)
   report = field_report.make_report(of, lambda params, count: iter([own]), 20, 1)
-  scalars, pictures = report(None, 3)
+  scalars, pictures, _ = report(None, 3)
   assert set(scalars) == {'power_ratio_worst'}
   assert set(pictures) == {'samples', 'power', 'histogram'}
   monkeypatch.setattr(jax, 'process_index', lambda: 1)
-  assert report(None, 4) == ({}, {})
+  assert report(None, 4) == ({}, {}, '')
 
 
 def test_any_number_of_axes_as_pictures():
@@ -85,7 +86,7 @@ def test_what_a_mask_leaves_out_counts_nowhere(tmp_path):
   samples = field.posterior_samples(np.random.RandomState(1), y, 15)
   samples = np.where(valid, samples, 5.5).reshape(-1, 8, 8, 1)
   draw = lambda params, count: iter([samples])
-  scalars, _ = field_report.make_report(of, draw, 200, 15)(None, 3)
+  scalars, _, _ = field_report.make_report(of, draw, 200, 15)(None, 3)
   for kind in ('pixels', 'modes'):
     assert scalars[f'coverage_{kind}_68'] == pytest.approx(0.68, abs=0.015)
     assert scalars[f'coverage_{kind}_95'] == pytest.approx(0.95, abs=0.015)
@@ -97,5 +98,5 @@ def test_a_single_pixel_has_no_spectrum(tmp_path):
   source = of_arrays(u, vector=vector[:, 0])
   of = types.SimpleNamespace(folder=tmp_path, source=source, config={'model': {}})
   own = np.random.RandomState(1).normal(size=(40, 1, 3))
-  scalars, pictures = field_report.make_report(of, lambda *_: iter([own]), 20, 2)(None, 3)
+  scalars, pictures, _ = field_report.make_report(of, lambda *_: iter([own]), 20, 2)(None, 3)
   assert set(pictures) == {'histogram'} and 'power_ratio_worst' not in scalars

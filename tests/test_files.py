@@ -78,7 +78,7 @@ def test_config_and_cards_are_written_to_gs_and_read_again(bucket):
   cards.write(cards.path_of(bucket, ('bits_per_dim', 'ema'), {}, 4), card)
   assert cards.last_result(bucket).startswith(
     'ema parameters, continuous-time ELBO, all 360 images of test, 1 draw, seed 0: '
-    '3.0000 +- 0.1000 bits/dim at step 4, the best of 1 (gs://'
+    '3.00 +- 0.10 bits/dim at step 4, the best of 1 (gs://'
   )
 
 

@@ -20,7 +20,7 @@ LEVELS = (
   'sampling fid',
   'evaluation',
   'training',
-  'planning ablate experiment',
+  'planning ablate experiment report',
   'main',
 )
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names.split()}

@@ -30,10 +30,11 @@ def test_every_folder_is_a_package_that_is_installed(pyproject):
   places = setuptools['package-dir']
   assert {name for name in setuptools['packages'] if name.startswith('vdm.configs')} < set(places)
   assert all((ROOT / place / '__init__.py').exists() for place in places.values())
-  packages = {'vdm': ROOT / 'vdm', 'vdm.pretrained': ROOT / 'pretrained'}
-  assert setuptools['package-data'].keys() == packages.keys()
+  folders = {'vdm.pretrained': ROOT / 'pretrained'}
+  assert setuptools['package-data'].keys() == {'vdm', 'vdm.report', 'vdm.pretrained'}
   for name, patterns in setuptools['package-data'].items():
-    assert all(list(packages[name].glob(pattern)) for pattern in patterns), name
+    folder = folders.get(name, ROOT / name.replace('.', '/'))
+    assert all(list(folder.glob(pattern)) for pattern in patterns), name
 
 
 def test_there_is_one_version(pyproject):

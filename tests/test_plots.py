@@ -65,6 +65,25 @@ def test_the_first_step_which_compiles_has_no_speed():
   assert 0 < writer.scalars[6]['train/images_per_second'] < 1e7
 
 
+def test_compiling_is_said_before_and_timed_after(monkeypatch, caplog):
+  now = [5.0]
+  monkeypatch.setattr(meter_lib, 'time', types.SimpleNamespace(monotonic=lambda: now[0]))
+  meter = Meter(Writer(), every=2, batch_size=8, start=6, total=8)
+  with caplog.at_level('INFO'):
+    now[0] += 50  # an evaluation that was owed
+    next(meter.waits_for(iter([0])))
+    assert [record.getMessage() for record in caplog.records] == ['compiling the train step']
+    now[0] += 21.6
+    for step in (7, 8):
+      meter.push(step, metrics(2.0), fetch=lambda m: m)
+      now[0] += 0.5
+    meter.drain()
+  meter.close()
+  *_, compiled, step = [record.getMessage() for record in caplog.records]
+  assert compiled == 'compiled: step 7 is done after 22 s'
+  assert step == 'step 8: 2.000 bits/dim in training, 16 images/s, 0:00 left'
+
+
 @pytest.mark.parametrize('seconds', [0.0, 3.0])
 def test_data_wait_is_the_share_of_time_that_a_slow_source_takes(seconds, monkeypatch):
   """Steps take one second each by the test's own clock; the first and a pause do not count."""

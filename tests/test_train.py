@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 
 import jax
@@ -101,6 +102,20 @@ def test_a_run_writes_its_speed_and_its_wait_for_data(straight):
 
 
 @pytest.mark.slow
+def test_an_evaluation_is_one_line(tmp_path, caplog):
+  with caplog.at_level('INFO'):
+    assert loop.train(config_of(fid__train_every_steps=4), tmp_path) == 0
+  own = [record for record in caplog.records if f'{os.sep}vdm{os.sep}' in record.pathname]
+  lines = [record.getMessage() for record in own]
+  value = r'[\d.]+ \+- [\d.]+'
+  bound = rf'{value} bits/dim on the first 8 of 360 test images \(ema\), {value} \(raw\)'
+  two, four = [line for line in lines if 'test images' in line]
+  assert re.fullmatch(rf'step 2: {bound} \(\d+ s\)', two), two
+  assert re.fullmatch(rf'step 4: {bound}; FD-classifier {value} \(\d+ s\)', four), four
+  assert max(map(len, lines[:-4])) < 160, lines  # the end says where to look, by whole paths
+
+
+@pytest.mark.slow
 def test_two_and_two_resumed_steps_are_four_straight_ones(tmp_path):
   resumed = tmp_path / 'resumed'
   config = config_of(optimizer__decay='constant')
@@ -119,6 +134,9 @@ def test_a_finished_run_says_so_and_does_nothing(straight, caplog):
   with caplog.at_level('INFO'):
     assert loop.train(config_of(), straight) == 0
   assert 'is done' in caplog.text and 'bits/dim' in caplog.text
+  assert f'samples: {straight}/samples/step_00000004.png' in caplog.text
+  assert f'curves: tensorboard --logdir={straight}/tensorboard' in caplog.text
+  assert f'all of it on one page: python -m vdm.report {straight}' in caplog.text
   written = {path: t for path, t in before.items() if path.parent.name == 'cards'}
   assert all(path.stat().st_mtime == t for path, t in written.items())
 

@@ -13,7 +13,7 @@ _PLACES = {
     'adaptive averages decoders elbo gaussian guidance heads noisy_elbo ode samplers schedules '
     'times weightings'
   ).split()
-}
+} | {'report': 'vdm.report'}
 
 
 def __getattr__(name: str):

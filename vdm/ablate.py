@@ -142,11 +142,14 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
       series = cards.series(path)
       bounds = [s for s in series.values() if cards.is_bound(s[0]) and s[0]['params'] == params]
       scored = max(bounds, key=len)  # what training evaluated, not somebody's look at a part of it
+      scalars, damaged = writers.read_scalars(path / 'tensorboard')
+      for line in damaged:
+        logging.warning('%s', line)
       curves = {
         'bits': {card['step']: card['value'] for card in scored},
         'loss': {card['step']: card['training_loss']['value'] for card in scored},
-        'train_loss': writers.read_scalars(path / 'tensorboard', 'train/loss'),
-        'train_cv': writers.read_scalars(path / 'tensorboard', 'train/diffusion_cv'),
+        'train_loss': scalars['train/loss'],
+        'train_cv': scalars['train/diffusion_cv'],
         'distances': {},
       }
       for scored in sorted(series.values(), key=len):  # the longest of a metric is training's

@@ -129,8 +129,15 @@ def error_fields(value: float, stderr: float | None, dof: float) -> dict[str, An
 
 
 def plus_minus(value: float, stderr: float | None) -> str:
-  """Returns 'value +- standard error', or the value alone if there is no error."""
-  return f'{value:.4f}' if stderr is None else f'{value:.4f} +- {stderr:.4f}'
+  """Returns 'value +- standard error', or the value alone if there is no error.
+
+  Both end at the error's first digit, or at its second if the first is 1 or 2.
+  """
+  if not stderr:
+    return f'{value:.4f}'
+  exponent = math.floor(math.log10(stderr))
+  places = max(0, (stderr < 3 * 10**exponent) - exponent)
+  return f'{value:.{places}f} +- {stderr:.{places}f}'
 
 
 def write(path: pathlib.Path, card: dict[str, Any]):
@@ -157,7 +164,15 @@ def series(*workdirs: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
 
   Each has its 'path' as well. A file that is no card is passed over, with a warning.
   """
-  found = {}
+  found, damaged = read(*workdirs)
+  for line in damaged:
+    logging.warning('%s', line)
+  return found
+
+
+def read(*workdirs: pathlib.Path) -> tuple[dict[str, list[dict[str, Any]]], list[str]]:
+  """Returns the cards of the workdirs as `series` does, and a line per file that is no card."""
+  found, damaged = {}, []
   for workdir in dict.fromkeys(map(epath.Path, workdirs)):
     for path in sorted((workdir / 'cards').glob('*_step*.json')):
       try:
@@ -165,11 +180,12 @@ def series(*workdirs: pathlib.Path) -> dict[str, list[dict[str, Any]]]:
         with files.reading(path, 'remove it, or copy it again'):
           description(card), int(card['step'])  # what a series is sorted and named by
       except ValueError as error:
-        logging.warning('%s', error)
+        damaged.append(str(error))
         continue
       name = path.name.rpartition('_step')[0]
       found.setdefault(name, []).append(card | {'path': str(path)})
-  return {name: sorted(cards, key=lambda card: card['step']) for name, cards in found.items()}
+  found = {name: sorted(cards, key=lambda card: card['step']) for name, cards in found.items()}
+  return found, damaged
 
 
 def is_bound(card: dict[str, Any]) -> bool:
@@ -203,29 +219,34 @@ def description(card: dict[str, Any]) -> list[str]:
   if not is_likelihood(card):
     drawn = f'{card["sampler"]}, {card["network_evaluations"]} evaluations'
     return [card['metric'], f'{card["params"]} parameters', f'{card["num_samples"]} samples', drawn]
-  draws = _at(card, 'draws_per_image') or 1
+  draws = at(card, 'draws_per_image') or 1
   times = f'{draws} draw{"s" if draws > 1 else ""}, seed {card["eval_seed"]}'
   return [f'{card["params"]} parameters', card['bound'], images_of(card), times]
 
 
-def last_result(workdir: pathlib.Path) -> str:
-  """Returns the likelihood of the newest step in a sentence that says which; '' if there are none.
+def headline(found: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+  """Returns the series of the likelihood that a run is known by, at its newest step; [] if none.
 
   Of several at that step the first of these decides: averaged parameters, the bound, the whole
   split, the number of images, and of draws.
   """
 
-  def rank(card):
+  def rank(cards):
+    card = cards[-1]
     own = card['params'] == 'ema', is_bound(card), card['whole_split'], card['num_images']
-    return card['step'], *own, _at(card, 'draws_per_image') or 1
+    return card['step'], *own, at(card, 'draws_per_image') or 1
 
-  found = [cards for cards in series(workdir).values() if is_likelihood(cards[0])]
-  if not found:
+  return max((cards for cards in found.values() if is_likelihood(cards[0])), key=rank, default=[])
+
+
+def last_result(workdir: pathlib.Path) -> str:
+  """Returns the likelihood of the newest step (`headline`) in a sentence; '' if there is none."""
+  cards = headline(series(workdir))
+  if not cards:
     return ''
-  cards = max(found, key=lambda cards: rank(cards[-1]))
   card, lowest = cards[-1], best(cards)
-  value = plus_minus(card['value'], card['stderr'])
-  whose = 'the best' if lowest is card else f'the best is {lowest["value"]:.4f} at {lowest["step"]}'
+  value, least = (plus_minus(c['value'], c['stderr']) for c in (card, lowest))
+  whose = 'the best' if lowest is card else f'the best is {least} at {lowest["step"]}'
   return (
     f'{", ".join(description(card))}: {value} {UNITS[card["metric"]]} at step {card["step"]}, '
     f'{whose} of {len(cards)} ({card["path"]}).'
@@ -241,12 +262,12 @@ def load(path: os.PathLike | str) -> dict[str, Any]:
   # what is no JSON number, in cards of before, is as good as none
   card = files.read_json(path, 'give a number card', parse_constant=lambda _: None)
   for field, kinds in (('metric', str), ('value', (int, float))):
-    if not isinstance(_at(card, field), kinds):
+    if not isinstance(at(card, field), kinds):
       raise ValueError(f"{path} is not a number card: it has no {field}; see a run's cards folder.")
   return card
 
 
-def _at(tree: Any, path: str) -> Any:
+def at(tree: Any, path: str) -> Any:
   """Returns tree['a']['b'] of 'a.b'; None if there is none."""
   for name in path.split('.'):
     tree = tree[name] if isinstance(tree, dict) and name in tree else None
@@ -255,27 +276,27 @@ def _at(tree: Any, path: str) -> Any:
 
 def facts(card: dict[str, Any]) -> dict[str, Any]:
   """Returns the value of each of FIELDS by its path; None if the card does not say."""
-  at = functools.partial(_at, card)
-  revision, plus, changes = str(at('environment.git_revision') or '').partition('+')
+  said = functools.partial(at, card)
+  revision, plus, changes = str(said('environment.git_revision') or '').partition('+')
   derived = {'revision': revision[:9] + plus + changes}
-  if at('bound') and not at('decoder'):  # a card older than the field is of probabilities
+  if said('bound') and not said('decoder'):  # a card older than the field is of probabilities
     derived['decoder'] = 'discrete'
-  if isinstance(at('data'), dict):  # a card older than these fields is of data as it was
+  if isinstance(said('data'), dict):  # a card older than these fields is of data as it was
     blank = {'num_bits': 0, 'resize': False, 'masked': False, 'condition_shape': [], 'derive': ''}
-    derived['data'] = blank | at('data')
-  own, other = at('config.schedule.name'), at('config.eval.schedule.name')
-  bound = str(at('bound') or '')
+    derived['data'] = blank | said('data')
+  own, other = said('config.schedule.name'), said('config.eval.schedule.name')
+  bound = str(said('bound') or '')
   if bound.startswith(ODE):
-    ode = at('config.eval.ode') or {}
+    ode = said('config.eval.ode') or {}
     derived['estimate'] = (
-      f'ODE, {_at(ode, "dequantization")} dequantisation, K = {_at(ode, "importance_samples")}'
+      f'ODE, {at(ode, "dequantization")} dequantisation, K = {at(ode, "importance_samples")}'
     )
     derived |= {'schedule': own, 'stderr_over': 'images'}
   elif bound:
-    steps = at('config.eval.num_timesteps')
+    steps = said('config.eval.num_timesteps')
     derived['estimate'] = f'ELBO, {f"T = {steps}" if steps else "continuous"}'
     derived |= {'schedule': own if other in (None, 'schedule') else other, 'stderr_over': 'draws'}
-  return {field.path: _at(card | derived, field.path) for field in FIELDS}
+  return {field.path: at(card | derived, field.path) for field in FIELDS}
 
 
 def compare(cards: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
@@ -304,7 +325,7 @@ def table(paths: list[str], cards: list[dict[str, Any]]) -> str:
   """Returns the cards as a Markdown table, aligned, without the columns that none of them has."""
   rows = [['', 'value', *(field.column for field in FIELDS if field.column), 'file']]
   for number, (path, card) in enumerate(zip(paths, cards, strict=True), 1):
-    stderr = _at(card, 'stderr')
+    stderr = at(card, 'stderr')
     known = isinstance(stderr, int | float) and math.isfinite(stderr)
     value = f'{card["value"]:.4f}' + (f' ± {stderr:.4f}' if known else '')
     fact = facts(card)

@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -209,7 +208,7 @@ def _or_none(number: float) -> float | None:
 
 
 def make_scorer(of: Study, settings: ConfigDict) -> Callable[[Any, str, int], BitsPerDim]:
-  """Returns (params, their name, step) -> BitsPerDim of the split, which writes a card and a line.
+  """Returns (params, their name, step) -> BitsPerDim of the split, which writes a card.
 
   Args:
     of: the study.
@@ -224,23 +223,28 @@ def make_scorer(of: Study, settings: ConfigDict) -> Callable[[Any, str, int], Bi
       raise FloatingPointError(f'step {step}: {unit} of {name} parameters is {result.value}')
     path = card_path(of, settings, name, step)
     write_card(of, path, params, name, step, elbo_fields(settings, result))
-    terms = ', '.join(f'{k} {v["value"]:.4f}' for k, v in result.terms.items())
-    value = cards.plus_minus(result.value, result.stderr)
-    whole = result.num_images == len(of.source) and 'exact_nats_per_dim' in of.source.identity
-    exact = f'; exact: {of.source.identity["exact_nats_per_dim"]:.4f}' if whole else ''
-    logging.info(
-      '%s parameters, step %d, %d images: %s %s (%s)%s',
-      name,
-      step,
-      result.num_images,
-      value,
-      unit,
-      terms,
-      exact,
-    )
     return result
 
   return score
+
+
+def sentence(bounds: dict[str, BitsPerDim], identity: dict[str, Any]) -> str:
+  """Returns '2.268 +- 0.008 bits/dim on 360 test images (ema), 2.301 +- 0.009 (raw)'.
+
+  Args:
+    bounds: by the name of the parameters, of which the last one's come first.
+    identity: `Source.identity` of the split.
+  """
+  (name, first), *others = reversed(bounds.items())
+  count, split, total = first.num_images, identity['split'], identity['num_images']
+  kind = f'{split} images' if split.isidentifier() else f'images of {split}'
+  which = f'{count:,} {kind}' if count == total else f'the first {count:,} of {total:,} {kind}'
+  value_of = lambda bound: cards.plus_minus(bound.value, bound.stderr)
+  parts = [f'{value_of(first)} {first.unit} on {which} ({name})']
+  parts += [f'{value_of(bound)} ({name})' for name, bound in others]
+  if count == total and 'exact_nats_per_dim' in identity:
+    parts.append(f'exact: {identity["exact_nats_per_dim"]:.4f}')
+  return ', '.join(parts)
 
 
 def elbo_fields(settings: ConfigDict, result: BitsPerDim) -> dict[str, Any]:

@@ -2,20 +2,22 @@
 
 The bound, the ODE, distances of samples, and pictures are four evaluations of the same kind. Each
 adds to what those before it found. Training runs those that its config asks for, --mode=eval its
-own.
+own. What a person reads of it is one line; the rest is in TensorBoard, cards and plots.
 """
 
 import dataclasses
 import itertools
 import pathlib
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from vdm import build, data
+from vdm import build, cards, data
 from vdm.build.state import TrainState, named_params
 from vdm.evaluation import bound, distances, field_report, ode
 from vdm.evaluation.bound import BitsPerDim
@@ -37,6 +39,7 @@ class Result:
   bounds: dict[str, BitsPerDim] = dataclasses.field(default_factory=dict)  # by name of parameters
   # bits or nats per dimension per unit of log-SNR by bin, by name
   curves: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  said: dict[str, str] = dataclasses.field(default_factory=dict)  # by evaluation, for the log
 
   def plus(self, **found: dict) -> 'Result':
     """Returns a result that has all of this one, and `found`."""
@@ -50,10 +53,16 @@ Evaluation = Callable[[TrainState, Result], Result]  # the state, what was found
 def evaluate(
   state: TrainState, evaluations: Iterable[Evaluation], found: Result | None = None
 ) -> Result:
-  """Returns what the evaluations find, one after the other; cards and files are written."""
-  result = found or Result()
+  """Returns what the evaluations find, one after the other, and logs it in a line.
+
+  Cards and files are written.
+  """
+  result, begin = found or Result(), time.monotonic()
   for evaluation in evaluations:
     result = evaluation(state, result)
+  if result.said:
+    took = f'({time.monotonic() - begin:.0f} s)'
+    logging.info('step %d: %s %s', int(state.step), '; '.join(result.said.values()), took)
   return result
 
 
@@ -77,7 +86,7 @@ def of_bound(of: Study, settings: ConfigDict) -> Evaluation:
         bounds={name: result},
         curves={name: result.bins},
       )
-    return found
+    return found.plus(said={'bound': bound.sentence(found.bounds, of.source.identity)})
 
   return evaluation
 
@@ -88,7 +97,10 @@ def of_ode(of: Study, settings: ConfigDict) -> Evaluation:
 
   def evaluation(state, found):
     result = score(named_params(state, name), int(state.step))
-    return found.plus(scalars={f'eval/{name}_ode_{of.model.decoder.metric}': result.value})
+    value = cards.plus_minus(result.value, result.stderr)
+    text = f'{value} {of.model.decoder.unit} by the ODE on {result.num_images:,} images ({name})'
+    scalars = {f'eval/{name}_ode_{of.model.decoder.metric}': result.value}
+    return found.plus(scalars=scalars, said={'ode': text})
 
   return evaluation
 
@@ -121,7 +133,8 @@ def of_samples(
     kept = list(itertools.islice(batches, -(-shown // how.batch_size)))
     if scores:
       parts = scorer(step, itertools.chain(kept, batches))
-      found = found.plus(scalars={f'eval/{name}': part['value'] for name, part in parts.items()})
+      scalars = {f'eval/{name}': part['value'] for name, part in parts.items()}
+      found = found.plus(scalars=scalars, said={'distances': distances.sentence(parts)})
     if shown and jax.process_index() == 0:
       pixels = of.model.decoder.to_pixels(np.concatenate(kept)[:shown])
       picture = image_grid(flat_pictures(pixels))
@@ -145,9 +158,9 @@ def of_fields(of: Study, how: ConfigDict, draw: Callable, count: int, each: int)
   report = field_report.make_report(of, draw, count, each)
 
   def evaluation(state, found):
-    scalars, pictures = report(named_params(state, how.params), int(state.step))
+    scalars, pictures, text = report(named_params(state, how.params), int(state.step))
     scalars = {f'eval/{name}': value for name, value in scalars.items()}
-    return found.plus(scalars=scalars, pictures=pictures)
+    return found.plus(scalars=scalars, pictures=pictures, said={'fields': text} if text else {})
 
   return evaluation
 
@@ -222,5 +235,8 @@ def run(run: Run, out: pathlib.Path | None = None) -> int:
     evaluations.append(of_samples(of, how, draw, scorer=scorer, scored=scored))
   if 'ode' in settings.likelihood.split(','):
     evaluations.append(of_ode(of, settings))
-  evaluate(state, evaluations)
+  result = Result()
+  for evaluation in evaluations:  # each is said when it is done: some take hours
+    result = evaluate(state, [evaluation], dataclasses.replace(result, said={}))
+  logging.info('cards and plots are in %s', folder)
   return 0

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import logging
 
 from vdm.evaluation import field_plots, fields
 from vdm.evaluation.study import Study
@@ -19,8 +18,8 @@ Draw = Callable[..., Any]
 
 def make_report(
   of: Study, draw: Draw, num_examples: int, samples_each: int
-) -> Callable[[Any, int], tuple[dict[str, float], dict[str, np.ndarray]]]:
-  """Returns (params, step) -> scalars and pictures by name, which writes both and says them.
+) -> Callable[[Any, int], tuple[dict[str, float], dict[str, np.ndarray], str]]:
+  """Returns (params, step) -> scalars and pictures by name, and a sentence; it writes pictures.
 
   The samples are set beside the first examples of the evaluation split. Where they have conditions
   and several samples each, these are draws from a posterior: their central intervals should cover
@@ -50,16 +49,16 @@ def make_report(
     samples = np.asarray(drawn, np.float32).reshape(samples_each, count, *truth.shape[1:])
     samples = np.where(counted, samples, mean)
     if jax.process_index():
-      return {}, {}
+      return {}, {}, ''
     plotted, every = of.folder / 'plots', samples.reshape(-1, *truth.shape[1:])
     pictures = {
       'histogram': field_plots.plot_histogram(
         samples[:, valid[..., 0]], truth[None, valid[..., 0]], plotted / 'histogram.png'
       ),
     }
-    scalars = {}
+    scalars, text = {}, ''
     if has_waves:
-      scalars, table = _spectrum(every, truth, periodic)
+      scalars, table, text = _spectrum(every, truth, periodic)
       header = ('cycles_per_pixel', 'channel', 'power_samples', 'power_data', 'ratio', 'stderr')
       files.write_table(of.folder / 'tables' / f'power_{step:08d}.csv', header, table)
       path = of.folder / 'samples' / f'step_{step:08d}.png'
@@ -68,7 +67,8 @@ def make_report(
       pictures['power'] = field_plots.plot_power(every, truth, path, periodic=periodic)
     told = {k: v for k, v in batch.items() if k in ('condition', 'vector')}
     if told and samples_each > 1:
-      scalars |= _coverage(samples, truth, valid)
+      held, more = _coverage(samples, truth, valid)
+      scalars, text = scalars | held, f'{text}; {more}' if text else more
     if told and samples_each > 1 and has_waves:
       predictions = {'one sample': samples[0], f'mean of {samples_each}': samples.mean(axis=0)}
       path = plotted / 'cross_correlation.png'
@@ -83,13 +83,13 @@ def make_report(
         truth[shown],
         plotted / 'conditional.png',
       )
-    return scalars, pictures
+    return scalars, pictures, text
 
   return report
 
 
-def _spectrum(samples: np.ndarray, truth: np.ndarray, periodic: bool) -> tuple[dict, list]:
-  """Returns the farthest ratio of powers from one, and the rows of a table; says the ratio."""
+def _spectrum(samples: np.ndarray, truth: np.ndarray, periodic: bool) -> tuple[dict, list, str]:
+  """Returns the farthest ratio of powers from one, the rows of a table, and a sentence."""
   frequency, own = fields.power_spectrum(samples, periodic)
   _, data = fields.power_spectrum(truth, periodic)
   mean_own, mean_data = own.mean(axis=0), data.mean(axis=0)  # [K C]
@@ -98,31 +98,24 @@ def _spectrum(samples: np.ndarray, truth: np.ndarray, periodic: bool) -> tuple[d
   error = ratio * np.sqrt(spread(own) / mean_own**2 + spread(data) / mean_data**2)
   bin_, channel = np.unravel_index(np.abs(ratio - 1).argmax(), ratio.shape)
   worst = ratio[bin_, channel]
-  logging.info(
-    'samples have %.3f to %.3f times the power of the data, by wave number: %.3f ± %.3f at %.3g '
-    'cycles per pixel',
-    ratio.min(),
-    ratio.max(),
-    worst,
-    error[bin_, channel] if np.ndim(error) else np.nan,
-    frequency[bin_],
-  )
+  text = f'samples have {ratio.min():.2f} to {ratio.max():.2f} times the power of the data'
   error = np.broadcast_to(error, ratio.shape)
   rows = [
     (k, c, mean_own[i, c], mean_data[i, c], ratio[i, c], error[i, c])
     for i, k in enumerate(frequency)
     for c in range(ratio.shape[1])
   ]
-  return {'power_ratio_worst': float(worst)}, rows
+  return {'power_ratio_worst': float(worst)}, rows, text
 
 
-def _coverage(samples: np.ndarray, truth: np.ndarray, valid: np.ndarray) -> dict[str, float]:
-  """Returns how often intervals of the samples hold the truth, and says it."""
+def _coverage(
+  samples: np.ndarray, truth: np.ndarray, valid: np.ndarray
+) -> tuple[dict[str, float], str]:
+  """Returns how often intervals of the samples hold the truth, and a sentence."""
   found = fields.coverage(samples, truth, valid=valid)
   scalars, parts = {}, []
   for kind, share in (('pixels', found.pixels), ('modes', found.modes)):
     for level, value, error in zip(found.levels, share.value, share.stderr, strict=True):
       scalars[f'coverage_{kind}_{round(100 * level)}'] = float(value)
       parts.append(f'{kind} {level:.0%}: {value:.1%} ± {error:.1%}')
-  logging.info('central intervals of the samples hold the truth: %s', ', '.join(parts))
-  return scalars
+  return scalars, f'their central intervals hold the truth: {", ".join(parts)}'

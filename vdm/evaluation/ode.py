@@ -154,7 +154,7 @@ def summarize(parts: list[dict[str, np.ndarray]]) -> OdeBitsPerDim:
 
 
 def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], OdeBitsPerDim]:
-  """Returns (params, step) -> OdeBitsPerDim of the split, which writes a card and a line.
+  """Returns (params, step) -> OdeBitsPerDim of the split, which writes a card.
 
   The card is (`cards.path_of`) cards/ode_bits_per_dim_<params>_<dequantisation><K>_<trace>_<images>
   _seed<seed>_<hash>_step<step>.json.
@@ -186,17 +186,6 @@ def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], Od
     }
     path = cards.path_of(of.folder, parts, made_of, step)
     write_card(of, path, params, settings.params, step, card_fields(settings, result))
-    logging.info(
-      '%s parameters, step %d, %d images: %s %s by the ODE (over images; '
-      '%.0f evaluations an image, at most %d)',
-      settings.params,
-      step,
-      result.num_images,
-      cards.plus_minus(result.value, result.stderr),
-      of.model.decoder.unit,
-      result.evaluations,
-      result.max_evaluations,
-    )
     return result
 
   return score

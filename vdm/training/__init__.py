@@ -1,3 +1,3 @@
 """The train step and the loop around it."""
 
-ORDER = ('step', 'meter', 'loop', '__init__')
+ORDER = ('step', 'tags', 'meter', 'loop', '__init__')

@@ -3,12 +3,14 @@
 import contextlib
 import math
 import pathlib
+import shlex
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from vdm import build, cards, data
@@ -16,10 +18,12 @@ from vdm.build.state import TrainState
 from vdm.evaluation import evaluate
 from vdm.system import files, hosts, parallel, profile, runners, writers
 from vdm.system.stopping import EXIT_PREEMPTED, Stop, Stopped, stop
+from vdm.training import tags
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
 from vdm.workdir import checkpoint, config_file, integrity, lock, posthoc_ema
 
+TENSORBOARD = 'tensorboard'  # folder of a workdir
 NOT_FINITE = {'bits_per_dim': math.nan}  # the score of an evaluation that failed
 
 
@@ -98,8 +102,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     owed = owed and not checkpoint.is_scored(manager, start)  # it was stopped meanwhile
     if start < num_steps or owed:
       num_params = sum(leaf.size for leaf in jax.tree.leaves(abstract.params))
+      devices = f'{jax.device_count()} x {jax.devices()[0].device_kind}'
       head = f'{workdir}: step {start} of {num_steps}, {num_params:,} parameters'
-      logging.info('%s, %d device(s)', head, jax.device_count())
+      logging.info('%s, on %s', head, devices)
       step_fn = make_train_step(config, model)
       runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
       runner = runner._replace(step=profile.traced(runner.step, traced, start, workdir))
@@ -108,7 +113,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
       if every.snapshot and config.ema.power_stds:
         snapshots = checkpoint.manager(workdir, num_steps, posthoc_ema.FOLDER)
         stack.callback(snapshots.close)
-      writer = writers.open_writer(workdir / 'tensorboard', start, silent=jax.process_index() > 0)
+      tree, silent = config.to_dict(), jax.process_index() > 0
+      about = tags.describe, tags.texts(tree), tags.hparams(tree)
+      writer = writers.open_writer(workdir / TENSORBOARD, start, silent, *about)
       stack.callback(writer.close)
       most_skipped = settings.most_skipped if settings.on_nan == 'skip' else 0
       meter = Meter(
@@ -130,7 +137,19 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
         return EXIT_PREEMPTED
   at = '' if start < num_steps else f', at step {start}'
   logging.info('%s is done%s. %s', workdir, at, cards.last_result(workdir))
+  if jax.process_index() == 0:
+    _say_where(workdir)
   return 0
+
+
+def _say_where(workdir: pathlib.Path):
+  """Says where to look at what a run left."""
+  pictures = sorted((epath.Path(workdir) / 'samples').glob('step_*.png'))
+  if pictures:
+    logging.info('samples: %s', pictures[-1])
+  quoted = shlex.quote(str(workdir))
+  logging.info('curves: tensorboard --logdir=%s', shlex.quote(f'{workdir}/{TENSORBOARD}'))
+  logging.info('all of it on one page: python -m vdm.report %s', quoted)
 
 
 def _take_steps(

@@ -8,7 +8,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import (
+  BarColumn,
+  Progress,
+  TaskProgressColumn,
+  TextColumn,
+  TimeElapsedColumn,
+)
 
 from vdm.diffusion.elbo import coefficients_of_variation
 from vdm.system.logs import console
@@ -16,6 +22,7 @@ from vdm.system.writers import MetricWriter
 from vdm.training.step import StepMetrics
 
 TERMS = ('recon', 'prior', 'diffusion')  # of the bound
+MUCH_WAIT = 0.2  # the share of time in want of data from which on the log says it
 
 
 class Meter:
@@ -56,12 +63,14 @@ class Meter:
     self._start, self._total = start, total
     self._pending, self._window, self._bins = None, [], []
     self._begin = self._clock = None  # set after the first step, which compiles
+    self._opened = time.monotonic()  # set before it
     self._waited = 0.0  # seconds since self._clock
     columns = (
       TextColumn('{task.description}'),
       BarColumn(),
       TaskProgressColumn(),
       TextColumn('{task.fields[status]}'),
+      TimeElapsedColumn(),  # it goes on while something compiles
     )
     self._line = Progress(*columns, console=console, disable=not _shown(), transient=True)
     self._task = self._line.add_task('compiling', total=total, completed=start, status='')
@@ -69,7 +78,8 @@ class Meter:
 
   def waits_for(self, batches: Iterator[Any]) -> Iterator[Any]:
     """Yields the same batches; the time that each next() takes counts as waiting for data."""
-    start = time.monotonic()
+    start = self._opened = time.monotonic()
+    logging.info('compiling the train step')
     for batch in batches:
       self._waited += time.monotonic() - start
       yield batch
@@ -93,6 +103,7 @@ class Meter:
     if self._begin is None:
       self._begin, self._clock, self._waited = now, now, 0.0
       self._start = self._clock_step = step
+      logging.info('compiled: step %d is done after %.0f s', step, now - self._opened)
     self._bins.append(metrics.bins)
     self._window.append(metrics)
     left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
@@ -154,15 +165,10 @@ class Meter:
     speed = ''
     if step > self._start:
       rate, wait = scalars['train/images_per_second'], scalars['train/data_wait']
-      speed = f', {rate:.4g} images/s ({wait:.0%} of the time without data), {_duration(left)} left'
-    logging.info(
-      'step %d: %.4f %s, loss %.4g%s',
-      step,
-      scalars[f'train/{self._metric}'],
-      self._unit,
-      scalars['train/loss'],
-      speed,
-    )
+      waits = f', {wait:.0%} of the time waiting for data' if wait > MUCH_WAIT else ''
+      speed = f', {rate:.3g} images/s{waits}, {_duration(left)} left'
+    value = scalars[f'train/{self._metric}']
+    logging.info('step %d: %.3f %s in training%s', step, value, self._unit, speed)
     self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
 
   def take_bins(self) -> np.ndarray | None:

@@ -207,17 +207,30 @@ def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
     if leaf in free or leaf.startswith(_FREE_BLOCKS):
       continue
     if leaf not in new:
-      lines.append(f'config.{leaf}={_typed(saved[leaf])}, which this config lacks')
+      lines.append(f'config.{leaf}={typed(saved[leaf])}, which this config lacks')
     elif leaf not in saved and leaf in defaults and defaults[leaf] == new[leaf]:
       continue  # the run is older than the leaf, whose default is what was done before
     elif leaf not in saved:
-      lines.append(f'no config.{leaf}, not {_typed(new[leaf])}')
+      lines.append(f'no config.{leaf}, not {typed(new[leaf])}')
     elif saved[leaf] != new[leaf]:
-      lines.append(f'config.{leaf}={_typed(saved[leaf])}, not {_typed(new[leaf])}')
+      lines.append(f'config.{leaf}={typed(saved[leaf])}, not {typed(new[leaf])}')
   return lines
 
 
-def _typed(value: Any) -> str:
+def changes(tree: Mapping) -> list[tuple[str, Any, Any]]:
+  """Returns the leaves in which a plain config differs from configs/default.py.
+
+  They are name, value and default; None if the defaults lack the leaf.
+  """
+  defaults, leaves = flat(plain(default.get_config())), flat(json.loads(json.dumps(tree)))
+  return [
+    (leaf, value, defaults[leaf] if leaf in defaults else None)
+    for leaf, value in leaves.items()
+    if leaf not in defaults or defaults[leaf] != value
+  ]
+
+
+def typed(value: Any) -> str:
   """Returns a value as it is typed behind `--config.leaf=`."""
   if isinstance(value, list):  # JSON has no tuples; configs have no lists
     value = tuple(value)
