@@ -15,7 +15,7 @@ ROOT = pathlib.Path(vdm.__file__).parent
 LEVELS = (
   'errors',
   'diffusion nn system',
-  'data build cards',
+  'data build cards style',
   'cli workdir',
   'sampling fid',
   'evaluation',
