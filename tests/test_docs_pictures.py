@@ -33,7 +33,7 @@ def test_no_picture_is_older_than_the_code_that_draws_it(pictures):
 
 @pytest.fixture
 def copy(tmp_path, pictures):
-  """The files that draw, to be edited: (file, old, new) -> the pictures that are other ones then."""
+  """The files that draw, to be edited: (file, *edits) -> the pictures that are others then."""
   places = [*pictures.DRAWING.values(), 'examples', 'benchmarks/campaign/soak.py', 'docs']
   for place in places:
     target = tmp_path / place

@@ -226,7 +226,8 @@ def test_a_bound_has_no_panel_of_weights_and_a_mixture_has(monkeypatch):
   monkeypatch.setattr(style, 'save', lambda figure, path: seen.append(figure))
   edges = np.linspace(-5, 8, 4)
   for mass in (np.full(3, 1e-17), np.full(3, 0.2)):
-    table = Augmented(mass, 1 - mass.sum(), np.float32(1), np.arange(4.0), mass, np.float32(2))
+    whole = dict(atom=1 - mass.sum(), total=np.float32(1), weighted=np.float32(2))
+    table = Augmented(losses=np.arange(4.0), mass=mass, parts=mass, **whole)
     plots.plot_augmented(edges, table, 'name', None, 'bits/dim')
   assert [len(figure.axes) for figure in seen] == [1, 2]
   assert 'all of the weight is on the data' in seen[0].axes[0].get_title('left')

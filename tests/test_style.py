@@ -78,7 +78,7 @@ def test_names_at_ends_do_not_overlap_or_leave_the_page():
   values |= {'a very long name of some line in this plot': [0, 0, 9], 'twin': [0, 1, 1]}
   figure, axes = named(values)
   texts = list(axes.texts)
-  assert 'line 0' in texts[0].get_text() and len(texts) == 11
+  assert texts[0].get_text() == 'line 0 = twin' and len(texts) == len(values) - 1
   boxes = [matplotlib.text.Text.get_window_extent(text) for text in texts]
   for a, b in itertools.combinations(boxes, 2):
     assert not a.overlaps(b)
