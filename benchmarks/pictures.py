@@ -228,15 +228,17 @@ def record(name: str):
   (ROOT / 'docs' / 'pictures.json').write_text(text)
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
   """Runs the command; returns its exit status, 1 where pictures are old."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
-  parser.add_argument('names', nargs='*', choices=[*PICTURES, 'old'], metavar='NAME', default=[])
+  parser.add_argument('names', nargs='*', metavar='NAME', help="of pictures, or 'old'")
   parser.add_argument('--runs', type=pathlib.Path, help='folder of the runs that are drawn')
-  args = parser.parse_args()
+  args = parser.parse_args(argv)
   names = [n for name in args.names for n in (old() if name == 'old' else [name])]
+  for name in set(names) - PICTURES.keys():
+    parser.error(f"{name} is no picture of docs/; choose 'old', or of {', '.join(PICTURES)}")
   if not args.names:
     print('\n'.join(old()))
     return int(bool(old()))

@@ -74,3 +74,26 @@ def test_a_change_of_what_draws_is_seen_and_of_nothing_else(copy, pictures):
   assert names <= copy('vdm/style.py', ('(1.04, place)', '(1.1, place)'))
   copy('vdm/style.py')
   assert copy('docs/soak.csv', ('seconds', 's')) == {'soak'}
+
+
+def test_a_picture_from_a_table_is_drawn_and_recorded(pictures, tmp_path, monkeypatch, capsys):
+  (tmp_path / 'docs').mkdir()
+  (tmp_path / 'docs' / 'pictures.json').write_text('{"gone": "1", "toy2d": "2"}')
+  drawn = pictures.PICTURES['soak']._replace(commands=('python -c "print(1)"',), made='*.png')
+  monkeypatch.setattr(pictures, 'PICTURES', {'soak': drawn, 'toy2d': pictures.PICTURES['toy2d']})
+  monkeypatch.setattr(pictures, 'ROOT', tmp_path)
+  monkeypatch.setattr(pictures, 'hash_of', lambda picture: picture.made)
+  assert pictures.main([]) == 1 and capsys.readouterr().out.split() == ['soak', 'toy2d']
+  (tmp_path / 'made.png').write_text('the picture')
+  assert pictures.main([f'--runs={tmp_path}', 'soak']) == 0
+  assert (tmp_path / 'docs' / 'soak.png').read_text() == 'the picture'
+  assert pictures.recorded() == {'soak': '*.png', 'toy2d': '2'} and pictures.old() == ['toy2d']
+
+
+@pytest.mark.parametrize(
+  ('typed', 'said'), [(['nope'], 'nope is no picture'), (['toy2d'], '--runs')]
+)
+def test_what_cannot_be_drawn_is_refused(pictures, typed, said, capsys):
+  with pytest.raises(SystemExit):
+    pictures.main(typed)
+  assert said in capsys.readouterr().err
