@@ -15,42 +15,34 @@ import json
 import pathlib
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 
+from vdm import style
 from vdm.diffusion.decoders import discrete
 from vdm.sampling.folder import read_shards
 from vdm.sampling.picture import image_grid
 
 
+def draw(folders: list[pathlib.Path], classes: list[str], rows: int, path: pathlib.Path):
+  """Draws the picture, a block of `rows` rows per folder."""
+  blocks = {}
+  for folder in folders:
+    manifest = json.loads((folder / 'manifest.json').read_text())
+    images = np.concatenate(list(read_shards(folder)))[: rows * len(classes)]
+    stored = manifest['num_values'] if manifest['format'] == 'npz' else 256
+    name = f'guidance {manifest["guidance"]["weight"]:g}' if len(folders) > 1 else ''
+    blocks[name] = image_grid(discrete(stored).to_pixels(images), columns=len(classes))
+  style.save(style.label_grid(blocks, classes), path)
+
+
 def main():
-  """Draws the picture."""
+  """Runs the command."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-  parser.add_argument('picture', help='PNG to write')
+  parser.add_argument('picture', type=pathlib.Path, help='PNG to write')
   parser.add_argument('folders', nargs='+', type=pathlib.Path, help='of --mode=sample, in order')
   parser.add_argument('--classes', required=True, help='names, separated by commas')
   parser.add_argument('--rows', type=int, default=3, help='images of each class')
   args = parser.parse_args()
-  classes = args.classes.split(',')
-  figure = Figure((len(classes) * 0.62 + 1, len(args.folders) * args.rows * 0.62 + 0.4))
-  FigureCanvasAgg(figure)
-  panels = figure.subplots(len(args.folders), 1, squeeze=False, gridspec_kw={'hspace': 0.05})[:, 0]
-  for axes, folder in zip(panels, args.folders, strict=True):
-    manifest = json.loads((folder / 'manifest.json').read_text())
-    images = np.concatenate(list(read_shards(folder)))[: args.rows * len(classes)]
-    stored = manifest['num_values'] if manifest['format'] == 'npz' else 256
-    pixels = discrete(stored).to_pixels(images)
-    picture = image_grid(pixels, columns=len(classes))
-    axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], 'gray', vmin=0, vmax=255)
-    axes.set_ylabel(f'guidance {manifest["guidance"]["weight"]:g}')
-    axes.set(xticks=[], yticks=[])
-    for spine in axes.spines.values():
-      spine.set_visible(False)
-  width = picture.shape[1] / len(classes)
-  panels[0].xaxis.tick_top()
-  panels[0].set_xticks((np.arange(len(classes)) + 0.5) * width, classes, fontsize='small')
-  panels[0].tick_params(length=0)
-  figure.savefig(args.picture, dpi=110, bbox_inches='tight')
+  draw(args.folders, args.classes.split(','), args.rows, args.picture)
 
 
 if __name__ == '__main__':

@@ -7,23 +7,21 @@ samples, the model's density by its probability-flow ODE, and the learned schedu
 """
 
 import argparse
+import pathlib
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 import optax
 from flax import linen as nn
 
+from vdm import style
 from vdm.diffusion import ode, samplers, weightings
 from vdm.diffusion.elbo import diffusion_loss, interior_gradient
 from vdm.diffusion.gaussian import alpha, log_snr_and_slope
 from vdm.diffusion.heads import to_prediction
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.diffusion.times import stratified
-
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
 
 BATCH, LOG_SNR_MIN, LOG_SNR_MAX = 512, -6.0, 10.0
 LEARNED = SCHEDULES['learned_net'](LOG_SNR_MIN, LOG_SNR_MAX, num_hidden=64)
@@ -76,6 +74,26 @@ def step(params, opt_state, key):
   return optax.apply_updates(params, updates), opt_state, (loss.mean(), loss.std() / loss.mean())
 
 
+@style.paper
+def draw(data, samples, density, log_snr, times, out):
+  """Plots points, the density on the plane, and that of the training times over log-SNR."""
+  figure, (*planes, last) = style.figure(4, (12, 2.9))
+  for panel, points, title in zip(planes, (data, samples), ('data', 'samples'), strict=False):
+    panel.scatter(*points.T, s=1.5, color=style.BLUE, linewidths=0)
+    panel.set_title(f'{title}, 2,000 points')
+  image = planes[2].imshow(density, origin='lower', extent=(-2.4, 2.4, -2.4, 2.4))
+  planes[2].set_title('density, by the ODE')
+  figure.colorbar(image, ax=planes[2], label='per unit of area', shrink=0.8)
+  for panel in planes:
+    panel.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), xlabel='$x_1$', ylabel='$x_2$', aspect='equal')
+    panel.grid(visible=False)
+  linear = last.axhline(1 / (LOG_SNR_MAX - LOG_SNR_MIN), color=style.REFERENCE, linestyle='--')
+  (learned,) = last.plot(log_snr, times)
+  last.set(xlabel='log-SNR (noise on the left)', ylim=(0, None), title='density of training times')
+  last.legend([learned, linear], ['learned', 'linear'], loc='lower right')
+  style.save(figure, out)
+
+
 def main(steps, out):
   """Trains, draws samples, solves the ODE on a grid of the plane, and plots."""
   key_init, key_sample, key_data = jax.random.split(jax.random.key(0), 3)
@@ -98,23 +116,13 @@ def main(steps, out):
   solve = jax.jit(lambda z: ode.log_prob(denoise, z, *ends, probes, 1e-3, 1e-3, 500))
   density = np.exp(solve(alpha(ends[0]) * plane).log_prob.reshape(60, 60))
 
-  figure, axes = plt.subplots(1, 4, figsize=(16, 4), layout='constrained')
-  for panel, points, title in ((axes[0], spiral(key_data, 2000), 'data'), (axes[1], x, 'samples')):
-    panel.scatter(*points.T, s=2)
-    panel.set(xlim=(-2.4, 2.4), ylim=(-2.4, 2.4), title=title)
-  axes[2].imshow(density, origin='lower', extent=(-2.4, 2.4, -2.4, 2.4))
-  axes[2].set_title('density by the ODE')
   log_snr, slope = log_snr_and_slope(schedule, jnp.linspace(0.0, 1.0, 200))
-  axes[3].plot(log_snr, -1 / slope, label='learned: least variance')
-  axes[3].axhline(1 / (LOG_SNR_MAX - LOG_SNR_MIN), color='k', linestyle=':', label='linear')
-  axes[3].set(xlabel='log-SNR', title='density of training times', ylim=(0, None))
-  axes[3].legend()
-  figure.savefig(out, dpi=100)
+  draw(spiral(key_data, 2000), x, density, log_snr, -1 / slope, out)
   print('wrote', out)
 
 
 if __name__ == '__main__':
   parser = argparse.ArgumentParser(description='A variational diffusion model of a spiral.')
   parser.add_argument('--steps', type=int, default=3000)
-  parser.add_argument('--out', default='toy2d.png')
+  parser.add_argument('--out', type=pathlib.Path, default='toy2d.png')
   main(**vars(parser.parse_args()))

@@ -306,9 +306,9 @@ def test_images_do_not_depend_on_the_batch_they_are_drawn_in():
 
 def test_grid_shows_every_image_once():
   images = np.arange(5 * 2 * 3 * 1).reshape(5, 2, 3, 1) % 17
-  picture = image_grid(discrete(17).to_pixels(images))
-  assert picture.shape == (2 * 4, 3 * 5, 1) and picture.dtype == np.uint8
-  np.testing.assert_array_equal(picture[1:3, 6:9, 0], np.round(images[1, ..., 0] * 255 / 16))
+  picture = image_grid(discrete(17).to_pixels(images), least_width=1)
+  assert picture.shape == (2 * 6, 3 * 7, 1) and picture.dtype == np.uint8
+  np.testing.assert_array_equal(picture[2:4, 9:12, 0], np.round(images[1, ..., 0] * 255 / 16))
 
 
 @pytest.mark.parametrize('shape, num_values', [((28, 20, 1), 17), ((9, 7, 4), 32)])

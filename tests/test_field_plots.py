@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from vdm import style
 from vdm.evaluation import field_plots
 
 
@@ -20,8 +21,8 @@ def noise(*shape):
 def figures(monkeypatch):
   """The figures that are saved."""
   seen = []
-  save = field_plots.save_figure
-  monkeypatch.setattr(field_plots, 'save_figure', lambda f, path: seen.append(f) or save(f, path))
+  save = style.save
+  monkeypatch.setattr(style, 'save', lambda f, path: seen.append(f) or save(f, path))
   return seen
 
 
@@ -39,10 +40,10 @@ def test_plots_of_statistics_are_pictures_with_units(shape, figures, tmp_path):
   assert is_picture(field_plots.plot_cross_correlation({'sample': samples}, data, path), path)
   power, pixels, correlation = figures
   labels = [(axes.get_xlabel(), axes.get_ylabel()) for f in figures for axes in f.axes]
-  assert labels[0] == ('', 'power (data units²)') and labels[2][1] == 'samples / data'
-  assert labels[2][0] == labels[-1][0] == 'cycles per pixel'
-  assert [axes.get_title() for axes in power.axes] == ['one', 'two', '', '']
-  assert [axes.get_title() for axes in pixels.axes] == ['channel 0', 'channel 1']
+  assert labels[0] == ('', 'power (data units²)') and labels[2][1].startswith('samples / data')
+  assert labels[2][0] == labels[-1][0] == 'spatial frequency (cycles per pixel)'
+  assert [axes.get_title('left') for axes in power.axes] == ['one', 'two', '', '']
+  assert [axes.get_title('left') for axes in pixels.axes] == ['channel 0', 'channel 1']
   assert correlation.axes[0].get_ylim()[1] == 1.02
 
 
@@ -61,7 +62,11 @@ def test_slices_are_pictures_of_every_field_and_channel(shape, channels, figures
   else:
     rows = [field for c in range(channels) for field in u[..., c]]
     shown = [cut for field in rows for cut in (field[3], field[:, 2], field[:, :, 4])]
-    assert [a.get_title() for a in axes[:3]] == ['axis 1 at 3', 'axis 2 at 2', 'axis 3 at 4']
+    assert [a.get_title('center') for a in axes[:3]] == [
+      'axis 1 at 3',
+      'axis 2 at 2',
+      'axis 3 at 4',
+    ]
   assert len(axes) == len(images) + channels  # a bar each
   for image, field in zip(images, shown, strict=True):
     np.testing.assert_array_equal(image.get_array(), field)
@@ -86,7 +91,7 @@ def test_rows_show_condition_samples_their_mean_and_the_truth(shape, figures, tm
     got = [line.get_ydata() for line in lines]
   else:
     axes = [axes for axes in figures[0].axes if axes.images]
-    assert [a.get_title() for a in axes] == names + [''] * 6
+    assert [a.get_title('center') for a in axes] == names + [''] * 6
     got = [a.images[0].get_array() for a in axes[6:]]
   if len(shape) == 3:
     shown = [u[len(u) // 2] for u in shown]

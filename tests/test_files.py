@@ -8,9 +8,8 @@ import pytest
 from etils import epath
 from vdm.configs import digits
 
-from vdm import cards
+from vdm import cards, style
 from vdm.diffusion.decoders import discrete
-from vdm.evaluation import plots
 from vdm.sampling.folder import open_samples, read_shards, write_shard
 from vdm.sampling.picture import save_png
 from vdm.system import files
@@ -96,7 +95,7 @@ def test_images_are_written_to_gs_and_read_again(image_format, bucket):
 
 
 def test_figures_and_tables_are_written_to_gs(bucket):
-  plots.save_figure(plots.subplots(1, (4, 3))[0], bucket / 'plots' / 'a.png')
+  style.save(style.figure(1, (4, 3))[0], bucket / 'plots' / 'a.png')
   assert (bucket / 'plots' / 'a.png').read_bytes().startswith(b'\x89PNG')
   files.write_table(bucket / 'tables' / 'a.csv', ('a', 'b'), [(1, 'x, y')])
   assert (bucket / 'tables' / 'a.csv').read_bytes() == b'a,b\r\n1,"x, y"\r\n'

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vdm import cards
+from vdm import cards, style
+from vdm.diffusion.noisy_elbo import Augmented
 from vdm.evaluation import plots
 from vdm.system import logs
 from vdm.training import meter as meter_lib
@@ -177,11 +178,11 @@ def curves(monkeypatch, draw):
 
   def keep(figure, path):
     for axes in figure.axes:
-      titles.append(axes.get_title())
+      titles.append(axes.get_title('left').replace('\n', ' '))
       for bars in axes.containers:
         found[bars.get_label()] = tuple(map(list, bars[0].get_data()))
 
-  monkeypatch.setattr(plots, 'save_figure', keep)
+  monkeypatch.setattr(style, 'save', keep)
   draw()
   return found, titles
 
@@ -231,11 +232,38 @@ def test_importing_the_package_leaves_the_backend_of_a_notebook_alone():
 
 def test_the_progressive_picture_says_what_its_rows_and_columns_are(tmp_path, monkeypatch):
   seen = []
-  monkeypatch.setattr(plots, 'save_figure', lambda figure, path: seen.append(figure))
-  picture = np.zeros((2 * 3 * 10, 2 * 10, 1), np.uint8)  # z and x_hat of three images, two levels
-  plots.plot_progressive(picture, np.array([7.25, -5.0]), 3, tmp_path / 'p.png')
-  (axes,) = seen[0].axes
-  assert [label.get_text() for label in axes.get_xticklabels()] == ['7.2', '-5.0']
-  np.testing.assert_allclose(axes.get_xticks(), [4.5, 14.5])
-  assert [label.get_text() for label in axes.get_yticklabels()] == ['z', 'x_hat'] * 3
-  np.testing.assert_allclose(axes.get_yticks(), np.arange(6) * 10 + 4.5)
+  monkeypatch.setattr(style, 'save', lambda figure, path: seen.append(figure))
+  blocks = {f'image {n}': np.zeros((2 * 10, 2 * 10, 1), np.uint8) for n in (1, 2, 3)}
+  plots.plot_progressive(blocks, np.array([7.25, -5.0]), tmp_path / 'p.png')
+  _, *words = [text.get_text() for text in seen[0].texts]
+  assert words == ['7.2', '−5.0'] + [w for n in blocks for w in (n, '$z$', r'$\hat{x}$')]
+
+
+def test_a_bound_has_no_panel_of_weights_and_a_mixture_has(monkeypatch):
+  """The loss of the bound itself is no mixture: its weights are rounding, and no picture."""
+  seen = []
+  monkeypatch.setattr(style, 'save', lambda figure, path: seen.append(figure))
+  edges = np.linspace(-5, 8, 4)
+  for mass in (np.full(3, 1e-17), np.full(3, 0.2)):
+    whole = dict(atom=1 - mass.sum(), total=np.float32(1), weighted=np.float32(2))
+    table = Augmented(losses=np.arange(4.0), mass=mass, parts=mass, **whole)
+    plots.plot_augmented(edges, table, 'name', None, 'bits/dim')
+  assert [len(figure.axes) for figure in seen] == [1, 2]
+  assert 'all of the weight is on the data' in seen[0].axes[0].get_title('left')
+  assert 'data as they are: 0.4' in seen[1].axes[0].get_title('left')
+
+
+def test_the_schedule_has_no_empty_panel_and_shows_constant_densities_whole(monkeypatch):
+  seen, log_snr = [], np.linspace(8, -5, 11)
+  monkeypatch.setattr(style, 'save', lambda figure, path: seen.append(figure))
+  plots.plot_schedule({}, log_snr, None)
+  plots.plot_schedule({'a': [CARD]}, log_snr, None)
+  assert [len(figure.axes) for figure in seen] == [2, 3]
+  assert seen[0].axes[1].get_ylim()[1] > 1.05 / 13
+
+
+def test_errors_and_stars_of_a_history_are_explained(monkeypatch):
+  seen = []
+  monkeypatch.setattr(style, 'save', lambda figure, path: seen.append(figure))
+  plots.plot_history({'a_1': [CARD]}, None)
+  assert seen[0].get_supxlabel() == 'bars: one standard error either way; star: the best'

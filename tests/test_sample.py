@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from PIL import Image
 from vdm.configs import default
 
-from vdm import build, data
+from vdm import build, data, style
 from vdm.diffusion.decoders import discrete
 from vdm.diffusion.gaussian import Prediction, expand_to, fold_in
 from vdm.diffusion.schedules import SCHEDULES
@@ -21,7 +21,7 @@ from vdm.sampling import run as run_lib
 from vdm.sampling.draw import make_sampler
 from vdm.sampling.folder import check_format, read_shards, write_shard
 from vdm.sampling.labels import conditions_of, drawn_classes
-from vdm.sampling.picture import image_grid, save_png
+from vdm.sampling.picture import class_grid, image_grid, save_png
 from vdm.sampling.run import folder_name, manifest_of
 from vdm.system import parallel
 from vdm.workdir.load import Run
@@ -314,17 +314,46 @@ def test_png_holds_one_or_three_channels():
 @pytest.mark.parametrize('channels', [1, 2, 3, 4, 5])
 def test_a_grid_shows_every_channel_and_what_is_empty_is_no_image(channels, tmp_path):
   images = np.random.default_rng(0).integers(0, 17, (5, 3, 4, channels))
-  picture = image_grid(discrete(17).to_pixels(images))
+  picture = image_grid(discrete(17).to_pixels(images), least_width=1)
   wide = 4 if channels in (1, 3) else 4 * channels
-  assert picture.shape == (2 * (3 + 2), 3 * (wide + 2), channels if channels in (1, 3) else 1)
+  assert picture.shape == (2 * (3 + 4), 3 * (wide + 4), channels if channels in (1, 3) else 1)
   for number, image in enumerate(images):
     row, column = divmod(number, 3)
-    cell = picture[row * 5 + 1 : row * 5 + 4, column * (wide + 2) + 1 :][:, :wide]
+    cell = picture[row * 7 + 2 : row * 7 + 5, column * (wide + 4) + 2 :][:, :wide]
     parts = [image] if channels in (1, 3) else [image[..., c : c + 1] for c in range(channels)]
     np.testing.assert_array_equal(cell, np.concatenate(np.round(np.array(parts) * 255 / 16), 1))
-  assert (picture[5:, 2 * (wide + 2) :] == 128).all()  # the sixth cell
+  assert (picture[7:, 2 * (wide + 4) :] == style.FRAME).all()  # the sixth cell
   save_png(tmp_path / 'grid.png', picture)
   assert Image.open(tmp_path / 'grid.png').mode == ('RGB' if channels == 3 else 'L')
+
+
+def test_small_images_are_enlarged_by_whole_pixels():
+  images = np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3)).astype(np.uint8)
+  picture = image_grid(images)
+  scale = 40  # 2 * 8 pixels to 640
+  assert picture.shape == (2 * (8 * scale + 4),) * 2 + (3,)
+  second = picture[2 : 2 + 8 * scale, 8 * scale + 6 :][:, : 8 * scale]
+  np.testing.assert_array_equal(second, np.kron(images[1], np.ones((scale, scale, 1), np.uint8)))
+  large = np.zeros((1, 700, 700, 1), np.uint8)
+  assert image_grid(large).shape == (704, 704, 1)
+
+
+def test_classes_in_turn_are_the_named_columns_of_a_grid(monkeypatch):
+  images, figures = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 1)).astype(np.uint8), []
+  of = style.image_of
+  monkeypatch.setattr(style, 'image_of', lambda figure: figures.append(figure) or of(figure))
+  picture = class_grid(images, np.array([4, 0, 7, 4, 0, 7, 4]))
+  (figure,) = figures
+  assert [text.get_text() for text in figure.texts][:4] == ['class', '4', '0', '7']
+  grid = np.broadcast_to(image_grid(images, 3), (*image_grid(images, 3).shape[:2], 3))
+  rows, columns = grid.shape[:2]
+  windows = picture[-8 - rows : -8, -8 - columns : -8]
+  np.testing.assert_array_equal(windows, grid)  # pixel for pixel
+  centres = [text.get_position()[0] * picture.shape[1] for text in figure.texts[1:4]]
+  np.testing.assert_allclose(np.diff(centres), columns / 3)
+  for classes in ([3] * 7, [0, 1, 1, 0, 1, 0, 1], list(range(7))):
+    named = class_grid(images, np.array(classes)).shape != image_grid(images).shape
+    assert named == (classes == list(range(7)))
 
 
 def test_labels_of_a_model_whose_data_are_not_here_are_of_all_classes_and_it_is_said(caplog):

@@ -9,8 +9,8 @@ label to the blocks and leaves that it changes in the base (a block with a `name
 base's); `evaluations`, the numbers of sampler steps at which samples are scored; and `reference`,
 {axis: label} of the runs whose last loss the others are timed against, or {}. Runs are the
 product of the axes, each in a folder of its own; the same command goes on where it stopped. After
-every run DIR/results.csv, results.md and *.png are written anew from all that is there. An axis
-called `seed` is what means and spreads are over.
+every run DIR/results.csv, results.md, curves.csv and *.png are written anew from all that is there.
+An axis called `seed` is what means and spreads are over.
 """
 
 import itertools
@@ -24,7 +24,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from absl import app, flags, logging
 from etils import epath
@@ -34,7 +33,7 @@ from vdm import build, cards, cli, data, fid
 from vdm.build.state import named_params
 from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
-from vdm.evaluation import plots
+from vdm.evaluation.curve_plots import BY_LOG_SNR, plot_curves
 from vdm.sampling.draw import make_sampler
 from vdm.system import files, hosts, logs, writers
 from vdm.training import loop
@@ -194,7 +193,7 @@ def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]
 
 
 def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
-  """Writes results.csv, one line per run; results.md, one per group of seeds; and the plots."""
+  """Writes results.csv, one line per run; results.md, one per group of seeds; curves.csv; plots."""
   found = list(collect(workdir, runs))
   if not found:
     return
@@ -216,59 +215,45 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
     ]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
   files.write(workdir / 'results.md', '\n'.join(lines) + '\n')
-  _plot(workdir, {', '.join(own): [run for run, _ in members] for own, members in groups.items()})
+  groups = {', '.join(own): [run for run, _ in members] for own, members in groups.items()}
+  curves = workdir / 'curves.csv'
+  files.write_table(curves, ('plot', 'line', 'x', 'mean', 'least', 'greatest'), curves_of(groups))
+  plot_curves(curves, workdir)
 
 
-def _plot(workdir: pathlib.Path, groups: dict[str, list[dict]]):
-  """Plots curves of each group: the mean over its runs, and from the least to the greatest."""
-  colours = matplotlib.colormaps['tab10'].colors
-  styles = {}
-  for i, label in enumerate(groups):
-    again, number = divmod(i, len(colours))  # a colour that comes again has the other style
-    dashed = (number + again) % 2  # and what lies on its neighbour shows it
-    styles[label] = {'color': colours[number], 'linestyle': '--' if dashed else '-'}
+def curves_of(groups: dict[str, list[dict]]) -> list[tuple]:
+  """Returns the rows of curves.csv: of each plot and group of seeds the points of its curve.
 
-  def draw(name, xlabel, ylabel, points, log_x=False, log_y=False, most=None):
-    figure, axes = plots.subplots(1, (8, 5))
-    for label, members in groups.items():
-      runs = members[:most]
-      x = points(runs[0])[0]
-      values = np.array([points(run)[1] for run in runs if len(points(run)[1]) == len(x)])
-      axes.plot(x, values.mean(axis=0), marker='.', label=label, **styles[label])
-      axes.fill_between(x, values.min(0), values.max(0), alpha=0.1, color=styles[label]['color'])
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    if log_x:
-      axes.set_xscale('log', base=2)
-      plots.plain_numbers(axes.xaxis)
-    if log_y:
-      axes.set_yscale('log')
-      plots.plain_numbers(axes.yaxis)
-    figure.legend(loc='outside right center', fontsize='small', title='mean, least to greatest')
-    plots.save_figure(figure, workdir / f'{name}.png')
-
+  A row is the plot's name, the group's, x, and the mean, the least and the greatest over the runs.
+  Each run has its density at its own log-SNR: those of the first are kept.
+  """
   pairs = lambda table: ([float(k) for k in table], list(table.values()))
-  draw('bits_per_dim', 'steps', 'bits/dim', lambda run: pairs(run['bits']))
-  draw(
-    'fd_pixels', 'network evaluations', 'FD-pixels', lambda run: pairs(run['fd_pixels']), True, True
-  )
-  runs = [run for members in groups.values() for run in members]
-  for metric in set.intersection(*(set(run['distances']) for run in runs)):
-    label = f'Fréchet distance, {metric}'
-    draw(metric, 'steps', label, lambda run, m=metric: pairs(run['distances'][m]), log_y=True)
   relative = lambda loss: (list(loss), np.array(list(loss.values())) / next(iter(loss.values())))
-  label = 'training loss, of its first'
-  draw('loss', 'steps', label, lambda run: relative(run['train_loss']), log_y=True)
-  label = 'standard deviation over mean of the training loss'
-  draw('diffusion_cv', 'steps', label, lambda run: pairs(run['train_cv']))
-  weight = lambda run: (run['log_snr'], np.array(run['weight']) / max(run['weight']))
-  draw('weight', 'log-SNR', 'w, of its greatest', weight)
 
   def density(run):
     log_snr = np.array(run['log_snr'])
     return (log_snr[1:] + log_snr[:-1]) / 2, -1 / (np.diff(log_snr) * len(log_snr))
 
-  # each run's density is at its own log-SNR: those of the first are drawn
-  draw('density', 'log-SNR', 'density of training times', density, most=1)
+  points = {
+    'bits_per_dim': lambda run: pairs(run['bits']),
+    'fd_pixels': lambda run: pairs(run['fd_pixels']),
+    'loss': lambda run: relative(run['train_loss']),
+    'diffusion_cv': lambda run: pairs(run['train_cv']),
+    'weight': lambda run: (run['log_snr'], np.array(run['weight']) / max(run['weight'])),
+    'density': density,
+  }
+  runs = [run for members in groups.values() for run in members]
+  for metric in sorted(set.intersection(*(set(run['distances']) for run in runs))):
+    points[metric] = lambda run, m=metric: pairs(run['distances'][m])
+  rows = []
+  for plot, of in points.items():
+    for label, members in groups.items():
+      found = [of(run) for run in (members[:1] if plot in BY_LOG_SNR else members)]
+      x = found[0][0]
+      values = np.array([y for _, y in found if len(y) == len(x)])
+      parts = zip(x, values.mean(0), values.min(0), values.max(0), strict=True)
+      rows += [(plot, label, *(f'{number:.5g}' for number in point)) for point in parts]
+  return rows
 
 
 def _indices(count: int) -> list[int]:

@@ -18,9 +18,10 @@ import sys
 import time
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.campaign.runs import ROOT, SIGNALS
-from vdm.evaluation import plots
+from vdm import style
 
 WARM = 180.0  # seconds of a life until all has been compiled, and run
 
@@ -61,6 +62,36 @@ def soak(out: pathlib.Path, minutes: float, seed: int) -> list[tuple[float, int,
   return rows
 
 
+@style.paper
+def plot(rows: np.ndarray, path: pathlib.Path) -> np.ndarray:
+  """Plots memory and open files [N 4] (`soak`) against time, each life under its number."""
+  figure, panels = style.figure(1, (7.2, 4.2), 2, sharex=True)
+  lives = np.unique(rows[:, 1])
+  units = ('resident memory (GB)', 'open files')
+  for axes, column, unit, scale in zip(panels, (2, 3), units, (1024, 1), strict=True):
+    for number, life in enumerate(lives):
+      of = rows[rows[:, 1] == life]
+      axes.plot(of[:, 0] / 60, of[:, column] / scale, '-', color=style.BLUE, linewidth=1.2)
+      if number:
+        axes.axvline(of[0, 0] / 60, color=style.REFERENCE, linestyle=':', linewidth=1)
+    axes.set(ylabel=unit, ylim=(0, None), xlim=(0, rows[-1, 0] / 60))
+    axes.yaxis.set_major_locator(MaxNLocator(5, integer=scale == 1))
+    axes.grid(axis='x', visible=False)
+  for life in lives:
+    middle = rows[rows[:, 1] == life][:, 0].mean() / 60
+    panels[0].annotate(
+      f'life {life + 1:.0f}',
+      (middle, 1),
+      (0, 2),
+      panels[0].get_xaxis_transform(),
+      textcoords='offset points',
+      ha='center',
+      fontsize=8,
+    )
+  panels[1].set_xlabel('minutes (dotted: killed, and started again)')
+  return style.save(figure, path)
+
+
 def main() -> int:
   """Runs the command; returns its exit status."""
   parser = argparse.ArgumentParser(
@@ -69,14 +100,15 @@ def main() -> int:
   parser.add_argument('--out', type=pathlib.Path, required=True)
   parser.add_argument('--minutes', type=float, default=30.0)
   parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument('--table', type=pathlib.Path, help='an earlier soak.csv: draws it, no run')
   args = parser.parse_args()
   args.out.mkdir(parents=True, exist_ok=True)
-  rows = np.array(soak(args.out.absolute(), args.minutes, args.seed))
-  figure, (left, right) = plots.subplots(2, (10, 4))
+  if args.table:
+    rows = np.loadtxt(args.table, delimiter=',', skiprows=1)
+  else:
+    rows = np.array(soak(args.out.absolute(), args.minutes, args.seed))
   for life in np.unique(rows[:, 1]):
     of = rows[rows[:, 1] == life]
-    left.plot(of[:, 0] / 60, of[:, 2], color='tab:blue')
-    right.plot(of[:, 0] / 60, of[:, 3], color='tab:orange')
     warm = of[of[:, 0] > of[0, 0] + WARM]
     if len(warm) > 2:
       slope = np.polyfit(warm[:, 0] / 60, warm[:, 2], 1)[0]
@@ -85,9 +117,7 @@ def main() -> int:
         f'{warm[-1, 2]:.0f} MB ({slope:+.2f} MB per minute), open files {warm[:, 3].min():.0f} to '
         f'{warm[:, 3].max():.0f}'
       )
-  left.set(xlabel='minutes', ylabel='resident memory, MB', ylim=(0, None))
-  right.set(xlabel='minutes', ylabel='open files', ylim=(0, None))
-  plots.save_figure(figure, args.out / 'soak.png')
+  plot(rows, args.out / 'soak.png')
   return 0
 
 

@@ -8,6 +8,7 @@ ORDER = (
   'fields',
   'plots',
   'field_plots',
+  'curve_plots',
   'field_report',
   'pictures',
   'evaluate',

@@ -24,7 +24,8 @@ from vdm.evaluation.bound import BitsPerDim
 from vdm.evaluation.pictures import make_pictures, write_augmented
 from vdm.evaluation.study import Study, ends_of
 from vdm.sampling.draw import make_sampler
-from vdm.sampling.picture import flat_pictures, image_grid, save_png
+from vdm.sampling.labels import Conditions, conditions_of
+from vdm.sampling.picture import class_grid, flat_pictures, image_grid, save_png
 from vdm.workdir import config_file
 from vdm.workdir.load import Run
 
@@ -110,6 +111,7 @@ def of_samples(
   how: ConfigDict,
   draw: Callable,
   shown: int = 0,
+  conditions: Conditions | None = None,
   scorer: Callable | None = None,
   scored: int = 0,
   every: int = 1,
@@ -121,6 +123,7 @@ def of_samples(
     how: config.sample.
     draw: a sampler (`sampling.draw.make_sampler`).
     shown: images in the grid; 0: none is made.
+    conditions: of the images, for the names of the grid's columns, if their classes are any.
     scorer: of distances (`distances.make_scorer`), if any.
     scored: images that it takes.
     every: steps of training between two scores.
@@ -137,7 +140,10 @@ def of_samples(
       found = found.plus(scalars=scalars, said={'distances': distances.sentence(parts)})
     if shown and jax.process_index() == 0:
       pixels = of.model.decoder.to_pixels(np.concatenate(kept)[:shown])
-      picture = image_grid(flat_pictures(pixels))
+      pictures = flat_pictures(pixels)
+      picture = image_grid(pictures)
+      if conditions is not None:
+        picture = class_grid(pictures, conditions(np.arange(shown))['label'])
       save_png(of.folder / 'samples' / f'step_{step:08d}.png', picture)
       found = found.plus(pictures={'samples': picture})
     return found
@@ -200,9 +206,11 @@ def in_training(
   if every:
     scorer = distances.make_scorer(of, config.fid, how, config.data, scored)
   draw = make_sampler(config, model, mesh)
+  has_classes = config.model.class_conditional
+  conditions = conditions_of(how, config.data, True) if has_classes else None
   return (
     of_bound(of, config.eval),
-    of_samples(of, how, draw, how.preview_images, scorer, scored, every or 1),
+    of_samples(of, how, draw, how.preview_images, conditions, scorer, scored, every or 1),
     of_pictures(of, how.params),
   )
 

@@ -8,15 +8,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
+from matplotlib.ticker import MaxNLocator
 
+from vdm import style
 from vdm.evaluation import fields
-from vdm.evaluation.plots import save_figure, subplots
 
-COLOURS = {'data': 'k', 'samples': 'C0'}
+COLOURS = {'data': style.DATA, 'samples': style.BLUE}
 CELL = 1.5  # inches, the longer side of a field
 
 
+@style.paper
 def plot_power(
   samples: np.ndarray,
   data: np.ndarray,
@@ -38,7 +39,7 @@ def plot_power(
   table = fields.compare_power(samples, data, periodic)
   names = _names(names, data)
   ratios = {'height_ratios': (2, 1), 'sharex': 'col', 'squeeze': False}
-  figure, rows = subplots(len(names), (4.5 * len(names) + 0.5, 4.8), 2, **ratios)
+  figure, rows = style.figure(len(names), (3.4 * len(names) + 0.8, 4.2), 2, **ratios)
   frequency = table['frequency']
   for channel, (above, below) in enumerate(rows.T):
     for name in ('data', 'samples'):
@@ -48,17 +49,20 @@ def plot_power(
       above.plot(frequency, mean, _line(name), color=COLOURS[name], label=name)
     above.set(xscale='log', yscale='log', title=names[channel])
     ratio, error = (table[f'power_ratio{end}'][:, channel] for end in ('', '_stderr'))
-    below.fill_between(frequency, ratio - error, ratio + error, color='C0', alpha=0.3, linewidth=0)
-    below.plot(frequency, ratio, color='C0')
-    below.axhline(1, color='k', linewidth=0.8)
+    below.fill_between(
+      frequency, ratio - error, ratio + error, color=style.BLUE, alpha=0.3, linewidth=0
+    )
+    below.plot(frequency, ratio, '-', color=style.BLUE)
+    below.axhline(1, color=style.DATA, linewidth=0.8)
     _frequencies(below)
   rows[0, 0].set_ylabel('power (data units²)')
-  rows[0, 0].legend(title='mean, and 16–84 % of fields', fontsize='small', title_fontsize='small')
-  rows[1, 0].set_ylabel('samples / data')
+  rows[0, 0].legend(title='line: mean; band: 16–84 % of fields', alignment='left')
+  rows[1, 0].set_ylabel('samples / data\n(band: ± std. error)')
   figure.align_ylabels(rows[:, 0])
-  return save_figure(figure, path)
+  return style.save(figure, path)
 
 
+@style.paper
 def plot_cross_correlation(
   predictions: dict[str, np.ndarray], truth: np.ndarray, path: pathlib.Path, periodic: bool = True
 ) -> np.ndarray:
@@ -72,21 +76,22 @@ def plot_cross_correlation(
     path: of the PNG.
     periodic: whether opposite borders meet.
   """
-  figure, axes = subplots(1, (5, 3.6))
+  figure, axes = style.figure(1, (4.6, 3.2))
   for name, u in predictions.items():
     frequency, r = fields.cross_correlation(u, truth, periodic)
     r = r.mean(axis=2)
     (line,) = axes.plot(frequency, r.mean(axis=0), label=name)
     low, high = np.percentile(r, fields.BAND, axis=0)
     axes.fill_between(frequency, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
-  axes.axhline(0, color='k', linewidth=0.8)
+  axes.axhline(0, color=style.DATA, linewidth=0.8)
   axes.set(xscale='log', ylabel='cross-correlation with the truth')
   axes.set_ylim(top=1.02)
   _frequencies(axes)
-  axes.legend(title='mean, and 16–84 % of fields', fontsize='small', title_fontsize='small')
-  return save_figure(figure, path)
+  axes.legend(title='line: mean; band: 16–84 % of fields', alignment='left')
+  return style.save(figure, path)
 
 
+@style.paper
 def plot_histogram(
   samples: np.ndarray, data: np.ndarray, path: pathlib.Path, names: tuple[str, ...] = ()
 ) -> np.ndarray:
@@ -99,15 +104,15 @@ def plot_histogram(
     names: of the channels.
   """
   table, names = fields.compare_values(samples, data), _names(names, data)
-  figure, panels = subplots(len(names), (4.5 * len(names) + 0.5, 3.6), squeeze=False)
+  figure, panels = style.figure(len(names), (3.4 * len(names) + 0.8, 3.0), squeeze=False)
   for channel, axes in enumerate(panels[0]):
     edges, *both = (table[k][:, channel] for k in ('edges', 'density_data', 'density_samples'))
-    axes.stairs(both[0], edges, fill=True, color='0.8', label='data')
-    axes.stairs(both[1], edges, color='C0', label='samples')
-    axes.set(yscale='log', xlabel='data units', title=names[channel])
+    axes.stairs(both[0], edges, fill=True, color=style.PALE, label='data')
+    axes.stairs(both[1], edges, color=style.BLUE, linewidth=1.5, label='samples')
+    axes.set(yscale='log', xlabel='value (data units)', title=names[channel])
   panels[0, 0].set_ylabel('density (per data unit)')
-  panels[0, 0].legend(fontsize='small')
-  return save_figure(figure, path)
+  panels[0, 0].legend()
+  return style.save(figure, path)
 
 
 def plot_slices(u: np.ndarray, path: pathlib.Path, names: tuple[str, ...] = ()) -> np.ndarray:
@@ -172,47 +177,52 @@ def plot_rows(
   return _pictures(rows, [''] * len(rows), scales, 'bottom', path)
 
 
+@style.paper
 def _lines(u: np.ndarray, names: tuple[str, ...], path: pathlib.Path) -> np.ndarray:
   """Plots 1-D fields [N X C], one per row, and one channel per column."""
-  figure, axes = subplots(len(names), (4 * len(names), 1.2 * len(u) + 0.6), len(u), squeeze=False)
+  figure, axes = style.figure(
+    len(names), (4 * len(names), 1.2 * len(u) + 0.6), len(u), squeeze=False
+  )
   for channel, column in enumerate(axes.T):
     low, high = float(u[..., channel].min()), float(u[..., channel].max())
     margin = 0.05 * (high - low or 1)
     for place, line in zip(column, u[..., channel], strict=True):
-      place.plot(line, linewidth=1)
+      place.plot(line, linewidth=1, color=style.BLUE)
       place.set(xlim=(0, len(line) - 1), ylim=(low - margin, high + margin))
       place.tick_params(labelbottom=place is column[-1])
     column[0].set_title(names[channel])
-    column[-1].set_xlabel('pixels')
-  figure.supylabel('data units', fontsize='medium')
-  return save_figure(figure, path)
+    column[-1].set_xlabel('position (pixels)')
+  figure.supylabel('data units', fontsize=9)
+  return style.save(figure, path)
 
 
+@style.paper
 def _line_rows(shown: dict[str, np.ndarray], path: pathlib.Path) -> np.ndarray:
   """Plots 1-D fields [N X] by name, one example per row, on an axis from 0 to the truth's size."""
   truth, size = shown['truth'], shown['truth'].shape[1]
-  figure, axes = subplots(1, (7, 1.5 * len(truth) + 0.8), len(truth), squeeze=False)
+  figure, axes = style.figure(1, (7, 1.5 * len(truth) + 0.8), len(truth), squeeze=False)
   for n, row in enumerate(axes[:, 0]):
     for name, u in shown.items():
       x = np.arange(u.shape[1]) * size / u.shape[1]
-      style = {'alpha': 0.4, 'color': 'C0', 'linewidth': 0.8}
+      look = {'alpha': 0.4, 'color': style.BLUE, 'linewidth': 0.8, 'linestyle': '-'}
       if name == 'condition':
-        style = {'linestyle': '', 'marker': '.', 'color': 'C1'}
+        look = {'linestyle': '', 'marker': '.', 'color': style.RED}
       elif name == 'truth':
-        style = {'color': 'k', 'linewidth': 1}
+        look = {'color': style.DATA, 'linewidth': 1, 'linestyle': '-'}
       elif name.startswith('mean'):
-        style = {'color': 'C0', 'linewidth': 1.5}
-      row.plot(x, u[n], label=name, **style)
+        look = {'color': style.BLUE, 'linewidth': 1.5, 'linestyle': '-'}
+      row.plot(x, u[n], label=name, **look)
     row.set(xlim=(0, size - 1))
     row.tick_params(labelbottom=n == len(truth) - 1)
-  axes[-1, 0].set_xlabel('pixels')
-  figure.supylabel('data units', fontsize='medium')
+  axes[-1, 0].set_xlabel('position (pixels)')
+  figure.supylabel('data units', fontsize=9)
   handles = axes[0, 0].get_legend_handles_labels()
-  tight = {'fontsize': 'small', 'handlelength': 1.2, 'columnspacing': 1.2}
+  tight = {'handlelength': 1.2, 'columnspacing': 1.2}
   figure.legend(*handles, loc='outside upper center', ncols=len(handles[0]), **tight)
-  return save_figure(figure, path)
+  return style.save(figure, path)
 
 
+@style.paper
 def _pictures(
   rows: list[list[tuple[str, np.ndarray, int]]],
   names: Sequence[str],
@@ -239,14 +249,15 @@ def _pictures(
   size = [CELL * sum(widths) + 0.3, CELL * sum(heights) + 0.3]
   size[location == 'bottom'] += 0.9  # inches, of the bars
   ratios = {'width_ratios': widths, 'height_ratios': heights, 'squeeze': False}
-  figure, axes = subplots(len(widths), tuple(size), len(rows), **ratios)
+  figure, axes = style.figure(len(widths), tuple(size), len(rows), **ratios)
   members: list[list] = [[] for _ in scales]
   for places, row, name in zip(axes, rows, names, strict=True):
     for place, (title, image, number) in zip(places, row, strict=True):
       limits = {k: v for k, v in scales[number].items() if k != 'extend'}
       place.imshow(image, interpolation='nearest', **limits)
       place.set(xticks=[], yticks=[], anchor='N' if title else 'C')
-      place.set_title(title if row is rows[0] else '', fontsize='small')
+      place.set_title(title if row is rows[0] else '', loc='center')
+      place.spines[:].set_visible(True)
       members[number].append(place)
     places[0].set_ylabel(name)
   for scale, group in zip(scales, members, strict=True):
@@ -266,8 +277,8 @@ def _pictures(
       panchor=False,
       ticks=MaxNLocator(2 if location == 'bottom' and count == 1 else 5),
     )
-    bar.ax.tick_params(labelsize='small')
-  return save_figure(figure, path)
+    bar.ax.tick_params(labelsize=8)
+  return style.save(figure, path)
 
 
 def _scale(u: np.ndarray) -> dict[str, Any]:
@@ -284,10 +295,8 @@ def _scale(u: np.ndarray) -> dict[str, Any]:
 
 def _frequencies(axes):
   """Labels a logarithmic axis of frequencies with plain numbers."""
-  axes.set(xlabel='cycles per pixel')
-  axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-  axes.xaxis.set_major_formatter(StrMethodFormatter('{x:g}'))
-  axes.xaxis.set_minor_formatter(NullFormatter())
+  axes.set(xlabel='spatial frequency (cycles per pixel)')
+  style.plain_numbers(axes.xaxis)
 
 
 def _names(names: tuple[str, ...], u: np.ndarray) -> tuple[str, ...]:

@@ -89,13 +89,14 @@ def make_pictures(
     log_snr = jax.device_get(schedule(jnp.linspace(0.0, 1.0, 101)))
     if jax.process_index():
       return {}
-    grid = model.decoder.to_pixels(picture_of(z, x_hat, model.decoder))
-    picture = image_grid(flat_pictures(grid), NUM_LEVELS)
+    images = flat_pictures(model.decoder.to_pixels(picture_of(z, x_hat, model.decoder)))
+    pairs = np.split(images, len(few['image']))  # two rows each
+    blocks = {f'image {n}': image_grid(pair, NUM_LEVELS) for n, pair in enumerate(pairs, 1)}
     found = cards.series(*with_cards_of, of.folder)
     path = of.folder / 'samples' / f'progressive_{int(state.step):08d}.png'
     ends, plotted = (log_snr[0], log_snr[-1]), of.folder / 'plots'
     return {
-      'progressive': plots.plot_progressive(picture, levels, len(few['image']), path),
+      'progressive': plots.plot_progressive(blocks, levels, path),
       'diffusion_loss': plots.plot_bins(curves, ends, plotted / 'diffusion_loss.png', unit),
       'schedule': plots.plot_schedule(found, log_snr, plotted / 'schedule.png'),
       'spectrum': plots.plot_spectrum(*spectrum, levels, plotted / 'spectrum.png'),

@@ -1,37 +1,37 @@
 """Plots of an evaluation and of a run's history."""
 
 import pathlib
-from typing import Any
+import textwrap
 
 import matplotlib
 import numpy as np
-from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
-from vdm import cards
+from vdm import cards, style
 from vdm.diffusion.noisy_elbo import Augmented
-from vdm.system import files
+
+LOG_SNR = 'log-SNR (noise on the left)'
 
 
+@style.paper
 def plot_bins(
   curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path, unit: str
-):
+) -> np.ndarray:
   """Plots what is spent per unit of log-SNR, and in all from noise up to a log-SNR, in `unit`.
 
-  There is one curve per set of parameters. Returns the picture.
+  There is one curve per set of parameters, each thinner than the one below it, so that those that
+  lie on each other are seen. Returns the picture.
   """
-  figure, (left, right) = subplots(2, (10, 3.5))
-  for name, bins in curves.items():
+  figure, (left, right) = style.figure(2, (7.2, 2.8))
+  for number, (name, bins) in enumerate(curves.items()):
     edges = np.linspace(ends[1], ends[0], len(bins) + 1)
-    left.stairs(bins, edges, label=name)
+    look = {'color': style.COLOURS[number % 6], 'linewidth': 1 + 1.6 * (len(curves) - 1 - number)}
+    left.stairs(bins, edges, baseline=None, **look)
     spent = np.cumsum(filled(bins) * np.diff(edges))
-    right.plot(edges, [0, *spent], label=f'{name}, {spent[-1]:.3f} in all')
-  left.set(xlabel='log-SNR', ylabel=f'{unit} per unit of log-SNR', ylim=(0, None))
-  right.set(xlabel='log-SNR', ylabel=f'{unit} spent, from noise', ylim=(0, None))
-  right.legend()
-  return save_figure(figure, path)
+    right.plot(edges, [0, *spent], '-', label=f'{name}: {spent[-1]:.3f} {unit}', **look)
+  left.set(xlabel=LOG_SNR, ylabel=f'{unit} per unit of log-SNR', ylim=(0, None))
+  right.set(xlabel=LOG_SNR, ylabel=f'{unit} spent, from noise up', ylim=(0, None))
+  right.legend(title='diffusion loss in all', alignment='left', labelcolor='linecolor')
+  return style.save(figure, path)
 
 
 def filled(bins: np.ndarray) -> np.ndarray:
@@ -42,87 +42,117 @@ def filled(bins: np.ndarray) -> np.ndarray:
   return np.interp(number, number[seen], bins[seen])
 
 
-def plot_spectrum(frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, path: pathlib.Path):
+@style.paper
+def plot_spectrum(
+  frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, path: pathlib.Path
+) -> np.ndarray:
   """Plots the data's radial power spectrum, and the noise of z / alpha at some log-SNR levels.
 
-  What lies above a level's line is visible in z there. Returns the picture.
+  What lies above a level's line is visible in z there. Levels far from all of the data's power are
+  left out. Returns the picture.
   """
-  figure, axes = subplots(1, (6, 4.5))
-  colours = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, len(levels)))
-  for level, colour in zip(levels, colours, strict=True):
+  figure, axes = style.figure(1, (4.6, 3.2))
+  low, high = power.min() / 8, power.max() * 8
+  shown = [level for level in levels if low < np.exp(-level) < high]
+  colours = matplotlib.colormaps['cividis'](np.linspace(0, 0.75, max(1, len(shown))))
+  for level, colour in zip(shown, colours, strict=False):
     axes.axhline(np.exp(-level), color=colour, linestyle=':')
     right = axes.get_yaxis_transform()
-    axes.text(1, np.exp(-level), f' {level:.1f}', color=colour, va='center', transform=right)
-  axes.loglog(frequency, power, 'k', label='data')
-  axes.set(xlabel='cycles per pixel', ylabel='power (of noise: at the right, by log-SNR)')
-  axes.legend()
-  return save_figure(figure, path)
+    place = {'color': colour, 'va': 'center', 'fontsize': 8, 'transform': right}
+    axes.text(1.01, np.exp(-level), style.signed(level), **place)
+  place = {'rotation': 270, 'va': 'center', 'transform': axes.transAxes}
+  axes.text(1.13, 0.5, 'noise at this log-SNR', **place)
+  axes.loglog(frequency, power, color=style.DATA, linewidth=2)
+  axes.annotate('data', (frequency[0], power[0]), (4, 4), textcoords='offset points')
+  axes.set(xlabel='spatial frequency (cycles per pixel)', ylabel='power (data scaled to −1 … 1)')
+  axes.set_ylim(low, high)
+  style.plain_numbers(axes.xaxis)
+  style.plain_numbers(axes.yaxis)
+  return style.save(figure, path)
 
 
-def plot_progressive(picture: np.ndarray, levels: np.ndarray, num_images: int, path: pathlib.Path):
-  """Plots the grid of `pictures.picture_of`, with the log-SNR of each column and what each row is.
+def plot_progressive(
+  blocks: dict[str, np.ndarray], levels: np.ndarray, path: pathlib.Path
+) -> np.ndarray:
+  """Writes z above x_hat of some images, a column per log-SNR, with the names of both.
 
-  Returns the picture.
+  Args:
+    blocks: name of an image -> the picture of its two rows.
+    levels: log-SNR of the columns.
+    path: of the PNG.
+
+  Returns:
+    The picture.
   """
-  height, width = picture.shape[:2]
-  figure, axes = subplots(1, (8, 8 * height / width + 0.6))
-  axes.imshow(picture if picture.shape[2] == 3 else picture[..., 0], 'gray', vmin=0, vmax=255)
-  centres = lambda count, size: (np.arange(count) + 0.5) * size / count - 0.5
-  axes.set_xticks(centres(len(levels), width), [f'{level:.1f}' for level in levels])
-  axes.set_yticks(centres(2 * num_images, height), ['z', 'x_hat'] * num_images)
-  axes.tick_params(length=0)
-  axes.spines[:].set_visible(False)
-  axes.set_xlabel('log-SNR of z, from data to noise')
-  return save_figure(figure, path)
+  columns = [style.signed(level) for level in levels]
+  title = "log-SNR of z, from data to noise; below z the model's estimate of the data"
+  rows = ('$z$', r'$\hat{x}$')
+  return style.save(style.label_grid(blocks, columns, rows, title), path)
 
 
-def plot_augmented(edges: np.ndarray, table: Augmented, title: str, path: pathlib.Path, unit: str):
+@style.paper
+def plot_augmented(
+  edges: np.ndarray, table: Augmented, title: str, path: pathlib.Path, unit: str
+) -> np.ndarray:
   """Plots what a weighted loss bounds (`noisy_elbo`): the noise levels' weights, and their bounds.
 
-  All are in `unit`. Returns the picture.
+  All are in `unit`. A loss that has all of its weight on the data as they are, which is the bound
+  itself, has no plot of weights. Returns the picture.
   """
-  figure, (left, right) = subplots(2, (10, 3.5))
-  density = table.mass / table.total / np.diff(edges)
-  if np.abs(density).max() < 1e-6:  # the bound itself: what is left is rounding
-    left.set_ylim(-0.1, 1)
-    density = 0 * density
-  left.stairs(density, edges, label='noise added, density')
-  left.axhline(0, color='k', linewidth=0.5)
-  left.plot(edges[-1], 0, 'o', label=f'data as it is: {table.atom / table.total:.3g}')
-  left.set(xlabel='log-SNR', ylabel='share of the weight', title=title)
-  left.legend()
-  right.plot(edges, table.losses)
+  density, atom = table.mass / table.total / np.diff(edges), table.atom / table.total
+  is_bound = np.abs(density).max() < 1e-6  # what is left is rounding
+  figure, panels = style.figure(
+    1 if is_bound else 2, (4.2 if is_bound else 7.2, 2.8), squeeze=False
+  )
+  right = panels[0, -1]
+  if not is_bound:
+    left = panels[0, 0]
+    left.stairs(density, edges, fill=density.min() >= 0, color=style.BLUE, alpha=0.6)
+    left.axhline(0, color=style.REFERENCE, linewidth=0.7)
+    left.set(xlabel='log-SNR of the noise added', ylabel='share of the weight per log-SNR')
+    left.set_title(f'{title};\nshare on the data as they are: {atom:.3g}')
+  right.plot(edges, table.losses, color=style.BLUE)
   right.set(xlabel='log-SNR of the noise added', ylabel=f'bound of the noisy data ({unit})')
-  return save_figure(figure, path)
+  if is_bound:
+    right.set_title(f'{title};\nall of the weight is on the data as they are')
+  return style.save(figure, path)
 
 
-def plot_history(found: dict[str, list[dict]], path: pathlib.Path):
+@style.paper
+def plot_history(found: dict[str, list[dict]], path: pathlib.Path) -> np.ndarray:
   """Plots likelihoods and Fréchet distances against steps, from series of cards (`cards.series`).
 
-  Each series has a curve, with its errors and a star at its best; what all of them share is said
-  above, the rest in the legend. Returns the picture.
+  Each series has a curve, with one standard error on either side and a star at its best; what all
+  of them share is said above, the rest at their ends, or
+  in a legend where it is long. Returns the picture.
   """
   bounds = {k: s for k, s in found.items() if cards.is_likelihood(s[0])}
   unit = ' and '.join(sorted({cards.UNITS[s[0]['metric']] for s in bounds.values()}))
   distances = {k: s for k, s in found.items() if cards.is_distance(s[0])}
   kinds = [(bounds, unit, 'linear'), (distances, 'Fréchet distance', 'log')]
-  kinds = kinds if distances else kinds[:1]
-  figure, panels = subplots(len(kinds), (6 * len(kinds), 3.5))
-  for axes, (chosen, label, scale) in zip(np.atleast_1d(panels), kinds, strict=True):
+  kinds = [kind for kind in kinds if kind[0]] or kinds[:1]
+  figure, panels = style.figure(len(kinds), (3.8 * len(kinds), 3.0), squeeze=False)
+  for axes, (chosen, label, scale) in zip(panels[0], kinds, strict=True):
     shared, labels = _labels(chosen)
+    lines = {}
     for name, series in chosen.items():
       steps, values = ([card[k] for card in series] for k in ('step', 'value'))
       errors = [0.0 if 'stderr' not in c or c['stderr'] is None else c['stderr'] for c in series]
       bars = axes.errorbar(steps, values, errors, marker='.', label=labels[name])
       best = cards.best(series)
       axes.plot(best['step'], best['value'], '*', color=bars[0].get_color(), markersize=10)
-    axes.set(xlabel='steps (star: the best)', ylabel=label, yscale=scale)
+      lines[labels[name]] = bars[0]
+    axes.set(xlabel='training steps', ylabel=label, yscale=scale)
     if scale == 'log':
-      plain_numbers(axes.yaxis)
-    axes.set_title(shared, fontsize='small')
-    if any(labels.values()):  # of several
-      axes.legend(fontsize='small')
-  return save_figure(figure, path)
+      style.plain_numbers(axes.yaxis)
+    axes.set_title('\n'.join(textwrap.wrap(shared, 48)), fontsize=8)
+    if max(map(len, lines), default=0) > 16:
+      axes.legend(labelcolor='linecolor')
+    elif any(lines):  # several
+      style.label_ends(axes, lines)
+  note = 'bars: one standard error either way; star: the best'
+  figure.supxlabel(note, x=0.01, ha='left', fontsize=8, color=style.REFERENCE)
+  return style.save(figure, path)
 
 
 def _labels(found: dict[str, list[dict]]) -> tuple[str, dict[str, str]]:
@@ -144,55 +174,38 @@ def _labels(found: dict[str, list[dict]]) -> tuple[str, dict[str, str]]:
   return shared, labels
 
 
-def plot_schedule(found: dict[str, list[dict]], log_snr: np.ndarray, path: pathlib.Path):
+@style.paper
+def plot_schedule(
+  found: dict[str, list[dict]], log_snr: np.ndarray, path: pathlib.Path
+) -> np.ndarray:
   """Plots the schedule at equally spaced times, its density, and its effect on the loss's variance.
 
   The history is that of the averaged parameters, the longest among series of number cards
-  (`cards.series`): the spread of the bound under the schedule of evaluation, which for an adaptive
-  one is linear. Returns the picture.
+  (`cards.series`), if there are any: the spread of the bound under the schedule of evaluation,
+  which for an adaptive one is linear. Returns the picture.
   """
-  figure, (left, middle, right) = subplots(3, (12, 3.5))
-  t = np.linspace(0, 1, len(log_snr))
-  left.plot(t, log_snr, label='now')
-  left.plot(t[[0, -1]], log_snr[[0, -1]], 'k:', label='linear')
-  left.set(xlabel='t', ylabel='log-SNR')
-  left.legend()
-  middle.stairs((-np.diff(t) / np.diff(log_snr))[::-1], log_snr[::-1])  # edges must rise
-  middle.axhline(1 / (log_snr[0] - log_snr[-1]), color='k', linestyle=':')
-  middle.set(xlabel='log-SNR', ylabel='density of training times', ylim=(0, None))
   bounds = [s for s in found.values() if cards.is_bound(s[0]) and s[0]['params'] == 'ema']
   series = max(bounds, key=len, default=[])
-  steps = [card['step'] for card in series]
-  right.plot(steps, [card['diffusion_cv'] for card in series], '.-', label='as evaluated')
-  right.plot(steps, [card['diffusion_cv_linear'] for card in series], 'k.:', label='linear')
-  right.set(xlabel='steps', ylabel='std / mean of the diffusion loss')
-  right.margins(y=0.2)
-  right.set_ylim(0)
-  right.legend()
-  return save_figure(figure, path)
-
-
-def subplots(
-  columns: int, size: tuple[float, float], rows: int = 1, **kwargs: Any
-) -> tuple[Figure, Any]:
-  """Returns a figure of `size` inches, and its axes: one, or an array [columns] or [rows columns].
-
-  It does without pyplot, so importing this package does not change a notebook's backend.
-  """
-  figure = Figure(size, layout='constrained')
-  FigureCanvasAgg(figure)
-  return figure, figure.subplots(rows, columns, **kwargs)
-
-
-def plain_numbers(axis: Axis):
-  """Labels a logarithmic axis with plain numbers, within a decade its minor ticks too."""
-  low, high = axis.get_view_interval()
-  plain = StrMethodFormatter('{x:g}')
-  axis.set_major_formatter(plain)
-  axis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
-
-
-def save_figure(figure: Figure, path: pathlib.Path) -> np.ndarray:
-  """Writes the figure as PNG and returns it as an image uint8 [H W 3]."""
-  files.write(path, files.content(lambda file: figure.savefig(file, format='png', dpi=120)))
-  return np.asarray(figure.canvas.buffer_rgba())[..., :3].copy()
+  count = 3 if series else 2
+  figure, (left, middle, *rest) = style.figure(count, (2.8 * count, 2.6))
+  linear = {'color': style.REFERENCE, 'linestyle': '--', 'linewidth': 1.2}
+  own, t = {'color': style.BLUE, 'linestyle': '-'}, np.linspace(0, 1, len(log_snr))
+  left.plot(t[[0, -1]], log_snr[[0, -1]], **linear, label='linear')
+  left.plot(t, log_snr, **own, label='of training')
+  left.set(xlabel='time $t$', ylabel='log-SNR')
+  left.legend(labelcolor='linecolor', loc='lower left')
+  middle.axhline(1 / (log_snr[0] - log_snr[-1]), **linear)
+  density = (-np.diff(t) / np.diff(log_snr))[::-1]  # edges must rise
+  middle.stairs(density, log_snr[::-1], baseline=None, color=style.BLUE)
+  middle.set(xlabel=LOG_SNR, ylabel='density of training times')
+  middle.set_ylim(0, 1.1 * np.max(density))
+  for axes in rest:
+    steps = [card['step'] for card in series]
+    lines = {
+      'linear': axes.plot(steps, [c['diffusion_cv_linear'] for c in series], marker='.', **linear),
+      'as evaluated': axes.plot(steps, [c['diffusion_cv'] for c in series], marker='.', **own),
+    }
+    axes.set(xlabel='training steps', ylabel='std / mean of the diffusion loss')
+    axes.set_ylim(0, 1.15 * max(line.get_ydata().max() for (line,) in lines.values()))
+    style.label_ends(axes, {name: line for name, (line,) in lines.items()})
+  return style.save(figure, path)

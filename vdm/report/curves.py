@@ -8,25 +8,16 @@ from typing import NamedTuple
 import matplotlib
 import numpy as np
 
-from vdm import cards
-from vdm.evaluation import plots
+from vdm import cards, style
 from vdm.report.markup import Html, element, joined
 from vdm.report.run import Card, Run
 
 COLOURS = ('#2f7ed8', '#d9722b', '#2b9a66', '#b4509f', '#8a7a12', '#d24d57', '#6b6bd6', '#5d7f8f')
 INK = '#010203'  # stands for the page's colour of text
-STYLE = {
+STYLE = style.RC | {
   'svg.fonttype': 'none',  # text stays text
   'svg.hashsalt': 'vdm',  # the same curves are the same file
-  'font.size': 9.0,
-  'axes.spines.top': False,
-  'axes.spines.right': False,
-  'axes.linewidth': 0.6,
-  'axes.grid': True,
   'grid.alpha': 0.15,
-  'grid.linewidth': 0.6,
-  'lines.linewidth': 1.6,
-  'legend.frameon': False,
   **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'grid.color'), INK),
   **dict.fromkeys(('xtick.color', 'ytick.color'), INK),
 }
@@ -69,17 +60,19 @@ def draw(panels: list[Panel]) -> Html:
 
 def _figure(panel: Panel) -> Html:
   with matplotlib.rc_context(STYLE):
-    figure, axes = plots.subplots(1, (4.2, 2.7))
+    figure, axes = style.figure(1, (4.2, 2.7))
     for line in panel.lines:
       if line.errors is None:
-        axes.plot(line.x, line.y, color=line.colour, alpha=0.6, linewidth=1.2)
+        axes.plot(line.x, line.y, '-', color=line.colour, alpha=0.6, linewidth=1.2)
       else:
-        axes.errorbar(line.x, line.y, line.errors, color=line.colour, marker='o', markersize=3.5)
+        axes.errorbar(
+          line.x, line.y, line.errors, linestyle='-', color=line.colour, marker='o', markersize=3.5
+        )
     axes.set(xlabel=panel.xlabel, ylabel=panel.unit)
     axes.locator_params(axis='x', nbins=6)
     if panel.log:
       axes.set_yscale('log')
-      plots.plain_numbers(axes.yaxis)
+      style.plain_numbers(axes.yaxis)
     elif limits := _limits(panel.lines):
       axes.set_ylim(limits)
     file = io.StringIO()

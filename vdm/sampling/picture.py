@@ -6,24 +6,44 @@ import pathlib
 import numpy as np
 from PIL import Image
 
+from vdm import style
 from vdm.sampling.folder import encode_png
 from vdm.system import files
 
+GAP = 2  # pixels of grey on each side of an image
 
-def image_grid(pixels: np.ndarray, columns: int = 0) -> np.ndarray:
-  """Returns images uint8 [N H W C] as one picture uint8 [.. .. 1 or 3], in grey frames.
+
+def image_grid(pixels: np.ndarray, columns: int = 0, least_width: int = 640) -> np.ndarray:
+  """Returns images uint8 [N H W C] as one picture uint8 [.. .. 1 or 3], in light grey frames.
 
   Images of one or three channels are grey or RGB; of any others the channels stand side by side.
+  Small ones are enlarged by a whole number, each pixel to a square, until all are `least_width`.
   """
   columns = columns or math.ceil(math.sqrt(len(pixels)))
   rows = math.ceil(len(pixels) / columns)
   if pixels.shape[3] not in (1, 3):
     pixels = pixels.transpose(0, 1, 3, 2).reshape(*pixels.shape[:2], -1, 1)
-  cells = np.pad(pixels, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=128)
+  scale = math.ceil(least_width / (columns * pixels.shape[2]))
+  cells = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+  frame = ((0, 0), (GAP, GAP), (GAP, GAP), (0, 0))
+  cells = np.pad(cells, frame, constant_values=style.FRAME)
   _, h, w, c = cells.shape
-  picture = np.full((rows * columns, h, w, c), 128, np.uint8)
+  picture = np.full((rows * columns, h, w, c), style.FRAME, np.uint8)
   picture[: len(cells)] = cells
   return picture.reshape(rows, columns, h, w, c).swapaxes(1, 2).reshape(rows * h, columns * w, c)
+
+
+def class_grid(pixels: np.ndarray, classes: np.ndarray) -> np.ndarray:
+  """Returns images uint8 [N H W C] whose classes [N] come in turn as a grid, a named column each.
+
+  Where they do not, or are one or more than twenty, it is the grid of `image_grid`, without names.
+  """
+  names = list(dict.fromkeys(classes.tolist()))
+  in_turn = np.resize(names, len(classes)) if names else classes
+  if not 1 < len(names) <= 20 or len(pixels) < len(names) or (in_turn != classes).any():
+    return image_grid(pixels)
+  grid = image_grid(pixels, len(names))
+  return style.image_of(style.label_grid({'': grid}, list(map(str, names)), title='class'))
 
 
 def flat_pictures(pixels: np.ndarray) -> np.ndarray:
@@ -43,9 +63,7 @@ def flat_pictures(pixels: np.ndarray) -> np.ndarray:
   return np.where((low <= row) & (row <= high), 0, 255).astype(np.uint8)
 
 
-def save_png(path: pathlib.Path, picture: np.ndarray, least_side: int = 256):
-  """Writes a picture uint8 [H W 1 or 3], enlarged by whole pixels where it is small."""
+def save_png(path: pathlib.Path, picture: np.ndarray):
+  """Writes a picture uint8 [H W 1 or 3]."""
   image = Image.fromarray(picture[..., 0] if picture.shape[2] == 1 else picture)
-  scale = max(1, math.ceil(least_side / min(image.size)))
-  image = image.resize([side * scale for side in image.size], Image.NEAREST)
   files.write(path, encode_png(image))

@@ -19,7 +19,7 @@ from vdm.diffusion.samplers import num_evaluations
 from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.folder import check_format, open_samples, read_shards, write_shard
 from vdm.sampling.labels import Conditions, conditions_of, drawn_classes
-from vdm.sampling.picture import flat_pictures, image_grid, save_png
+from vdm.sampling.picture import class_grid, flat_pictures, image_grid, save_png
 from vdm.system import files
 from vdm.workdir import config_file, integrity
 from vdm.workdir.load import Run
@@ -68,7 +68,9 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
     )
     images = np.concatenate(list(few))[: settings.preview_images]
     pixels = model.decoder.to_pixels(images) if settings.format == 'npz' else images
-    save_png(folder.with_name(f'{folder.name}.png'), image_grid(flat_pictures(pixels)))
+    pictures, classes = flat_pictures(pixels), conditions(np.arange(len(pixels)))['label']
+    picture = class_grid(pictures, classes) if conditional else image_grid(pictures)
+    save_png(folder.with_name(f'{folder.name}.png'), picture)
     logging.info('%s and .png have %d images', folder, settings.num_images)
   return 0
 
