@@ -52,6 +52,14 @@ def identifier(text: str, source: str) -> str:
   return f'{module}.{name}' if re.fullmatch(r'[A-Za-z_][\w.]*', name) else module
 
 
+def named_in(navigation) -> list[str]:
+  """Returns the pages that a part of the navigation names."""
+  if isinstance(navigation, str):
+    return [navigation]
+  parts = navigation.values() if isinstance(navigation, dict) else navigation
+  return [page for part in parts for page in named_in(part)]
+
+
 def content(path: str) -> str:
   """Returns a file of the checkout as Markdown; what is none is shown as it is."""
   text = (ROOT / path).read_text()
@@ -92,13 +100,13 @@ def on_config(config):
 
 
 def on_files(files, config):
-  """Adds KaTeX, and the files outside docs/ that pages link, and those that these link."""
-  from mkdocs.structure.files import File
+  """Adds KaTeX, and the files outside docs/ that the navigation names or a page links."""
+  from mkdocs.structure.files import File, InclusionLevel
 
   for name, data in katex().items():
     files.append(File.generated(config, name, content=data))
-  todo = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md']
-  todo += [path_of(file.src_uri) for file in files.documentation_pages()]
+  listed = [path_of(uri) for uri in named_in(config.nav)]
+  todo = listed + [path_of(file.src_uri) for file in files.documentation_pages()]
   done = set()
   while todo:
     path = todo.pop()
@@ -106,7 +114,9 @@ def on_files(files, config):
       continue
     done.add(path)
     if not path.startswith('docs/'):
-      files.append(File.generated(config, uri_of(path), content=content(path)))
+      file = File.generated(config, uri_of(path), content=content(path))
+      file.inclusion = InclusionLevel.INCLUDED if path in listed else InclusionLevel.NOT_IN_NAV
+      files.append(file)
     if path.endswith('.md'):
       for match in LINK.finditer((ROOT / path).read_text()):
         target = target_of(path, match[3])
