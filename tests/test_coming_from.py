@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm.diffusion import elbo, gaussian, guidance, heads, samplers, schedules, weightings
+from vdm.diffusion import averages, elbo, gaussian, guidance, heads, samplers, schedules, weightings
 from vdm.diffusion.gaussian import Prediction
 
 LOG_SNR = np.array([-6.0, -1.0, 0.0, 2.5, 9.0])
@@ -174,7 +174,7 @@ def test_guidance_scale_is_the_weight():
 def test_the_half_life_of_an_average():
   rate, batch = 0.9999, 128
   halflife = batch * math.log(0.5) / math.log(rate)
-  near(0.5 ** (batch / halflife), rate)
+  near(averages.exponential_decay(10**6, batch, halflife, rampup_ratio=0.0), rate)
 
 
 def test_discrete_time_is_that_of_the_public_code():
