@@ -1,5 +1,6 @@
 """Shows docstrings and comments as they are meant: an extension of Griffe, for the reference."""
 
+import ast
 import functools
 import io
 import textwrap
@@ -18,15 +19,25 @@ def comments(path) -> dict[int, tuple[str, bool]]:
   return found
 
 
+def is_code(paragraph: str) -> bool:
+  """Returns whether a paragraph of a docstring is indented, or Python that does something."""
+  if paragraph.startswith('  '):
+    return True
+  try:
+    return '(' in paragraph and bool(ast.parse(paragraph).body)
+  except SyntaxError:
+    return False
+
+
 class Formulas(griffe.Extension):
-  """Makes code blocks of what docstrings indent, and descriptions of the comments on fields."""
+  """Makes code blocks of what is code in docstrings, and descriptions of the comments on fields."""
 
   def on_object(self, *, obj: griffe.Object, **_):
     """Changes the docstring of each object that Griffe has read."""
     if obj.docstring:
       paragraphs = obj.docstring.value.split('\n\n')
       obj.docstring.value = '\n\n'.join(
-        textwrap.indent(textwrap.dedent(part), '    ') if part.startswith('  ') else part
+        textwrap.indent(textwrap.dedent(part), '    ') if is_code(part) else part
         for part in paragraphs
       )
 
