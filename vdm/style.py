@@ -4,6 +4,7 @@ A function that draws is decorated with `paper`, takes its figure from `figure` 
 None of them needs pyplot, so importing this does not change a notebook's backend.
 """
 
+import io
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -84,6 +85,13 @@ def save(drawn: Figure, path: pathlib.Path) -> np.ndarray:
   """Writes the figure as PNG and returns it as an image uint8 [H W 3]."""
   files.write(path, files.content(lambda file: drawn.savefig(file, format='png')))
   return _pixels(drawn)
+
+
+def svg_of(drawn: Figure) -> str:
+  """Returns a figure as SVG, transparent where nothing is drawn."""
+  file = io.StringIO()
+  drawn.savefig(file, format='svg', transparent=True, metadata={'Date': None})
+  return file.getvalue()
 
 
 def image_of(drawn: Figure) -> np.ndarray:

@@ -19,7 +19,7 @@ DECODERS = {'discrete': discrete, 'normal': normal, 'censored': censored}
 
 
 def factory(table: dict, field: str, block: dict, **extra):
-  """Returns table[block['name']](**rest of block, **extra), with errors in the user's words."""
+  """Returns `table[block['name']](**rest, **extra)`, with errors in the user's words."""
   kwargs = {**block, **extra}
   name = kwargs.pop('name')
   require(

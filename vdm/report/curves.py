@@ -1,6 +1,5 @@
 """Curves of runs as SVG, in the colours of the page around them."""
 
-import io
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -14,7 +13,7 @@ from vdm.report.run import Card, Run
 
 COLOURS = ('#2f7ed8', '#d9722b', '#2b9a66', '#b4509f', '#8a7a12', '#d24d57', '#6b6bd6', '#5d7f8f')
 INK = '#010203'  # stands for the page's colour of text
-STYLE = style.RC | {
+SVG = {
   'svg.fonttype': 'none',  # text stays text
   'svg.hashsalt': 'vdm',  # the same curves are the same file
   'grid.alpha': 0.15,
@@ -58,8 +57,9 @@ def draw(panels: list[Panel]) -> Html:
   return element('div', *map(_figure, panels), class_='panels')
 
 
+@style.paper
 def _figure(panel: Panel) -> Html:
-  with matplotlib.rc_context(STYLE):
+  with matplotlib.rc_context(SVG):
     figure, axes = style.figure(1, (4.2, 2.7))
     for line in panel.lines:
       if line.errors is None:
@@ -75,9 +75,7 @@ def _figure(panel: Panel) -> Html:
       style.plain_numbers(axes.yaxis)
     elif limits := _limits(panel.lines):
       axes.set_ylim(limits)
-    file = io.StringIO()
-    figure.savefig(file, format='svg', transparent=True, metadata={'Date': None})
-  svg = file.getvalue()
+    svg = style.svg_of(figure)
   svg = re.sub(r'<metadata>.*?</metadata>', '', svg[svg.index('<svg') :], flags=re.DOTALL)
   svg = re.sub(r' id="[a-z_.]+\d+"', '', svg)  # of groups: the page has many figures
   svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 role="img">', svg, count=1)
