@@ -64,6 +64,37 @@ def test_a_state_stays_usable_and_fitting_goes_on(exp, trained):
     np.testing.assert_array_equal(ours, theirs)
 
 
+def test_the_step_and_an_evaluation_are_compiled_once(exp, trained, monkeypatch):
+  first = exp.bits_per_dim(trained, draws=2)
+  monkeypatch.setattr('vdm.experiment.make_evaluator', None)
+  monkeypatch.setattr('vdm.system.runners.jit_runner', None)
+  assert exp.bits_per_dim(trained, draws=2).value == first.value
+  assert exp.bits_per_dim(trained, 'raw', draws=2).value != first.value
+  for _ in exp.fit(exp.init(), steps=1):
+    pass
+  with pytest.raises(TypeError):  # other settings are another program
+    exp.bits_per_dim(trained, draws=3)
+
+
+def test_the_schedule_of_training_is_the_adaptive_one_if_there_is_one(exp, trained):
+  t = jnp.linspace(0.0, 1.0, 5)
+  np.testing.assert_array_equal(exp.training_schedule(trained)(t), exp.schedule(trained, 'raw')(t))
+  adapts = vdm.Experiment('digits:debug', {'schedule.name': 'adaptive'})
+  state = adapts.init()
+  uniform = adapts.schedule(state)(t)
+  np.testing.assert_allclose(adapts.training_schedule(state)(t), uniform, rtol=1e-6)
+  adaptive = adapts.model.adaptive
+  log_snr, loss = jnp.array([6.0, -4.0]), jnp.array([100.0, 0.0])
+  hits = adaptive.hits(jnp.repeat(log_snr, 50), jnp.repeat(loss, 50))
+  state = state.replace(adaptive=adaptive.update(state.adaptive, hits))
+  assert adapts.training_schedule(state)(t)[1] > uniform[1]
+
+
+def test_names_of_the_face_are_loaded_when_they_are_asked_for():
+  code = 'import vdm; vdm.data.of_arrays, vdm.fields.coverage, vdm.weightings.WEIGHTINGS'
+  subprocess.run([sys.executable, '-c', code], check=True)
+
+
 def test_a_run_is_loaded_by_its_own_config(workdir, trained):
   loaded, state = vdm.load(workdir)
   assert loaded.config.train.num_steps == 6 and int(state.step) == 6
