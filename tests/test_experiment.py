@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -249,3 +250,18 @@ def test_the_door_in_the_readme_runs(tmp_path, monkeypatch, rank_promotion_allow
   exec(code, scope)
   assert scope['images'].shape == (16, 8, 8, 1) and np.isfinite(scope['result'].value)
   assert (tmp_path / 'runs' / 'mine' / 'config.json').exists()
+
+
+def test_a_script_of_your_own_uses_the_cores():
+  code = """
+import os
+import vdm
+vdm.use_cores()
+import jax
+cores = min(len(os.sched_getaffinity(0)), 8)
+assert jax.device_count() <= cores < 2 * jax.device_count()
+assert '--xla_cpu_collective_call_terminate_timeout_seconds' in os.environ['XLA_FLAGS']
+"""
+  ours = ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')
+  environment = {k: v for k, v in os.environ.items() if k not in ours}
+  subprocess.run([sys.executable, '-c', code], check=True, env=environment)
