@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import vdm
 from vdm.diffusion.decoders import discrete
 from vdm.sampling.folder import open_samples, write_shard
 
@@ -25,12 +26,16 @@ def test_the_toy_is_short_and_uses_the_maths_alone():
       assert node.module.startswith('vdm.diffusion') or drawn
 
 
-@pytest.fixture
-def toy(rank_promotion_allowed):
-  spec = importlib.util.spec_from_file_location('toy2d', TOY)
+def example(name):
+  spec = importlib.util.spec_from_file_location(name, TOY.with_name(f'{name}.py'))
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
+
+
+@pytest.fixture
+def toy(rank_promotion_allowed):
+  return example('toy2d')
 
 
 def test_the_toy_learns(toy):
@@ -64,3 +69,19 @@ def test_samples_by_class_and_guidance_become_one_picture(tmp_path):
   subprocess.run([*command, '--rows=2'], check=True)
   width, height = Image.open(picture).size
   assert width > 150 and height > 150
+
+
+@pytest.mark.slow
+def test_samples_of_a_run_become_one_picture(tmp_path, monkeypatch, capsys):
+  main, picture = example('sample').main, tmp_path / 'picture.png'
+  exp = vdm.Experiment('digits:debug')
+  exp.save(exp.init(), tmp_path / 'run')
+  monkeypatch.setattr(sys, 'argv', ['sample.py', str(tmp_path / 'run'), f'--out={picture}'])
+  main()
+  with Image.open(picture) as image:
+    assert image.size == (320, 320)  # 8 by 8 of 8 pixels and a frame, enlarged
+    assert len(image.getcolors()) > 2
+  monkeypatch.setattr(sys, 'argv', ['sample.py', str(tmp_path / 'nowhere')])
+  with pytest.raises(SystemExit):
+    main()
+  assert 'nowhere holds no' in capsys.readouterr().err

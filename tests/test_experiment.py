@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pathlib
 import re
 import shutil
@@ -62,6 +63,37 @@ def test_a_state_stays_usable_and_fitting_goes_on(exp, trained):
   assert [int(state.step) for state in (start, middle, end)] == [0, 3, 6]
   for ours, theirs in zip(jax.tree.leaves(end), jax.tree.leaves(trained), strict=True):
     np.testing.assert_array_equal(ours, theirs)
+
+
+def test_the_step_and_an_evaluation_are_compiled_once(exp, trained, monkeypatch):
+  first = exp.bits_per_dim(trained, draws=2)
+  monkeypatch.setattr('vdm.experiment.make_evaluator', None)
+  monkeypatch.setattr('vdm.system.runners.jit_runner', None)
+  assert exp.bits_per_dim(trained, draws=2).value == first.value
+  assert exp.bits_per_dim(trained, 'raw', draws=2).value != first.value
+  for _ in exp.fit(exp.init(), steps=1):
+    pass
+  with pytest.raises(TypeError):  # other settings are another program
+    exp.bits_per_dim(trained, draws=3)
+
+
+def test_the_schedule_of_training_is_the_adaptive_one_if_there_is_one(exp, trained):
+  t = jnp.linspace(0.0, 1.0, 5)
+  np.testing.assert_array_equal(exp.training_schedule(trained)(t), exp.schedule(trained, 'raw')(t))
+  adapts = vdm.Experiment('digits:debug', {'schedule.name': 'adaptive'})
+  state = adapts.init()
+  uniform = adapts.schedule(state)(t)
+  np.testing.assert_allclose(adapts.training_schedule(state)(t), uniform, rtol=1e-6)
+  adaptive = adapts.model.adaptive
+  log_snr, loss = jnp.array([6.0, -4.0]), jnp.array([100.0, 0.0])
+  hits = adaptive.hits(jnp.repeat(log_snr, 50), jnp.repeat(loss, 50))
+  state = state.replace(adaptive=adaptive.update(state.adaptive, hits))
+  assert adapts.training_schedule(state)(t)[1] > uniform[1]
+
+
+def test_names_of_the_face_are_loaded_when_they_are_asked_for():
+  code = 'import vdm; vdm.data.of_arrays, vdm.fields.coverage, vdm.weightings.WEIGHTINGS'
+  subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_a_run_is_loaded_by_its_own_config(workdir, trained):
@@ -218,3 +250,18 @@ def test_the_door_in_the_readme_runs(tmp_path, monkeypatch, rank_promotion_allow
   exec(code, scope)
   assert scope['images'].shape == (16, 8, 8, 1) and np.isfinite(scope['result'].value)
   assert (tmp_path / 'runs' / 'mine' / 'config.json').exists()
+
+
+def test_a_script_of_your_own_uses_the_cores():
+  code = """
+import os
+import vdm
+vdm.use_cores()
+import jax
+cores = min(len(os.sched_getaffinity(0)), 8)
+assert jax.device_count() <= cores < 2 * jax.device_count()
+assert '--xla_cpu_collective_call_terminate_timeout_seconds' in os.environ['XLA_FLAGS']
+"""
+  ours = ('XLA_FLAGS', 'JAX_NUM_CPU_DEVICES')
+  environment = {k: v for k, v in os.environ.items() if k not in ours}
+  subprocess.run([sys.executable, '-c', code], check=True, env=environment)

@@ -7,17 +7,18 @@ import importlib
 
 __version__ = '0.1.0'
 
+_DOOR = 'Experiment', 'load', 'use_cores'  # in vdm.experiment
 _PLACES = {
   name: f'vdm.diffusion.{name}'
   for name in (
-    'adaptive averages decoders elbo gaussian guidance heads noisy_elbo ode samplers schedules '
-    'times weightings'
+    'adaptive averages continuous decoders elbo gaussian guidance heads noisy_elbo ode samplers '
+    'schedules times weightings'
   ).split()
-} | {'report': 'vdm.report'}
+} | {'data': 'vdm.data', 'fields': 'vdm.evaluation.fields', 'report': 'vdm.report'}
 
 
 def __getattr__(name: str):
-  if name in ('Experiment', 'load'):
+  if name in _DOOR:
     return getattr(importlib.import_module('vdm.experiment'), name)
   if name in _PLACES:
     return importlib.import_module(_PLACES[name])
@@ -25,4 +26,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-  return sorted([*globals(), *_PLACES, 'Experiment', 'load'])
+  return sorted([*globals(), *_PLACES, *_DOOR])

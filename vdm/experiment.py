@@ -6,15 +6,16 @@ for state, metrics in exp.fit(state, steps=100): ...
 exp.bits_per_dim(state).value
 """
 
+import functools
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from vdm import build, data
 from vdm.build.state import TrainState, named_params
@@ -26,7 +27,7 @@ from vdm.evaluation.bound import BitsPerDim, jit_step, make_evaluator
 from vdm.evaluation.study import batches
 from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.labels import conditions_of
-from vdm.system import files, parallel, runners
+from vdm.system import files, hosts, parallel, runners
 from vdm.system.stopping import Stopped
 from vdm.training import loop
 from vdm.training.step import make_train_step
@@ -75,6 +76,7 @@ class Experiment:
     build.check_devices(self.config, jax.device_count())
     self.mesh = parallel.make_mesh(self.config.parallel.fsdp)
     self._sources: dict[str, data.Source] = {}
+    self._evaluators: dict[FrozenConfigDict, Callable[..., BitsPerDim]] = {}
 
   def source(self, split: str = 'train') -> data.Source:
     """Returns a split of the config's data, 'train' or 'eval'."""
@@ -91,7 +93,8 @@ class Experiment:
   ) -> Iterator[tuple[TrainState, dict[str, jax.Array]]]:
     """Trains in this process and without files; yields the state and metrics after each step.
 
-    Reading a metric waits for its step; the loop itself does not.
+    Reading a metric waits for its step; the loop itself does not. The step is compiled once, by the
+    first call.
 
     Args:
       state: to go on from; it stays usable.
@@ -101,10 +104,7 @@ class Experiment:
     config, start = self.config, int(state.step)
     steps = config.train.num_steps - start if steps is None else steps
     require(steps >= 0, 'steps', steps, 'zero or more', 'raise config.train.num_steps')
-    abstract = parallel.abstract_state(self.mesh, build.init_state(config, self.model))
-    step_fn = make_train_step(config, self.model)
-    runner = runners.jit_runner(step_fn, self.mesh, abstract, donate=False)
-    source = self._source(source or 'train')
+    runner, source = self._runner, self._source(source or 'train')
     batches = loop.train_batches(source, config.train.batch_size, config.seed, start)
     placed = parallel.prefetch(batches, runner.put_batch)
     for _ in range(steps):
@@ -120,7 +120,8 @@ class Experiment:
   ) -> BitsPerDim:
     """Returns the variational bound, with `.value`, `.stderr` and `.terms`, in `.unit`.
 
-    That is bits/dim, or for continuous data nats/dim, of the density per unit of the data.
+    That is bits/dim, or for continuous data nats/dim, of the density per unit of the data. It is
+    compiled once for each choice of settings.
 
     Args:
       state: of this experiment.
@@ -129,9 +130,11 @@ class Experiment:
       **settings: leaves of config.eval to change, such as draws=4, max_images=100, seed=1.
     """
     chosen, source = self._changed('eval', settings), self._source(split)
-    evaluator = make_evaluator(self.model, self.mesh, chosen)
+    key = FrozenConfigDict(chosen)
+    if key not in self._evaluators:
+      self._evaluators[key] = make_evaluator(self.model, self.mesh, chosen)
     num_images = data.num_eval_images(source, chosen.max_images)
-    return evaluator(named_params(state, params), batches(source, chosen), num_images)
+    return self._evaluators[key](named_params(state, params), batches(source, chosen), num_images)
 
   def log_prob(
     self,
@@ -263,6 +266,10 @@ class Experiment:
     """Returns t [B] -> log_snr [B] of a state."""
     return self.model.schedule(named_params(state, params))
 
+  def training_schedule(self, state: TrainState) -> Schedule:
+    """Returns what training draws its times from: an adaptive schedule, or else `schedule`."""
+    return self.model.training_schedule(state.params, state.adaptive)
+
   def save(self, state: TrainState, workdir: str | os.PathLike):
     """Writes a state as a checkpoint of a workdir, which all commands and `load` read.
 
@@ -291,6 +298,13 @@ class Experiment:
     if stopped:
       raise KeyboardInterrupt(f'{workdir} was stopped, and nothing is lost; the same call goes on.')
     return read_run(self.config, files.path_of(workdir)).state
+
+  @functools.cached_property
+  def _runner(self) -> runners.Runner:
+    """Returns the train step, to be compiled when it is first taken."""
+    abstract = parallel.abstract_state(self.mesh, build.init_state(self.config, self.model))
+    step = make_train_step(self.config, self.model)
+    return runners.jit_runner(step, self.mesh, abstract, donate=False)
 
   def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:
     """Returns a block of the config with some leaves changed."""
@@ -334,6 +348,15 @@ class Experiment:
       ends = f'{images.min():g} .. {images.max():g}'
       require(bool(good), 'images', ends, f'integers 0 .. {most}', "give the data's own values")
     return images
+
+
+def use_cores():
+  """Makes a CPU as many devices as it has cores, as the commands do; call it before all else.
+
+  They are a power of two, 8 at most, which divides batches of usual sizes. It has no effect on
+  accelerators, nor where JAX was told how many devices a CPU is.
+  """
+  hosts.use_cores(lambda count: count & (count - 1) == 0)
 
 
 def load(
