@@ -1,6 +1,9 @@
-"""The digits of configs/digits.py for half an hour instead of two minutes.
+"""The digits of configs/digits.py for 16,000 steps instead of 1,200.
 
-python -m vdm.main --config=configs/digits_full.py
+  python -m vdm.main --config=configs/digits_full.py
+
+1.711 bits/dim on the 360 test images, where the 1,200 steps have 1.991: 71 minutes on two CPU cores
+beside other work. The averaged parameters are pretrained/digits, which comes with the package.
 """
 
 from vdm.configs import default, digits

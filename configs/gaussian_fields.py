@@ -24,18 +24,18 @@ def get_config(arg=''):
       num_classes=0,
     )
     config.decoder.name = 'normal'
-    config.schedule.update(log_snr_min=-8.0, log_snr_max=8.0)
+    config.schedule.update(log_snr_min=-8.0, log_snr_max=10.0)
     config.model.update(
       width=32, num_blocks=2, dropout=0.0, fourier_exponents=(), padding='periodic'
     )
     config.optimizer.update(learning_rate=2e-3, decay='cosine', clip_norm=1.0)
     config.ema.halflife_images = 5_000
-    config.train.update(batch_size=64, num_steps=2000, log_every_steps=100, eval_every_steps=500)
+    config.train.update(batch_size=64, num_steps=4000, log_every_steps=100, eval_every_steps=1000)
     config.eval.update(batch_size=128, draws=16)
     config.eval.ode.dequantization = 'none'
     config.sample.sampler.name = 'dpmpp_2m'
     config.sample.num_steps = 50
-    config.checkpoint.every_steps = 500
+    config.checkpoint.every_steps = 1000
     if arg == 'debug':
       default.debug(config)
   return config.lock()
