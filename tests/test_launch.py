@@ -108,10 +108,12 @@ def test_a_signal_to_restart_goes_to_the_command_and_ends_both(number, tmp_path)
     'print("ready", flush=True)\n'
     'time.sleep(60)\n'
   )
-  command = ['bash', str(LAUNCH / 'restart.sh'), sys.executable, '-c', code]
   # bash traps nothing that is ignored where it starts, as in the background of a script
-  heard = lambda: signal.signal(number, signal.SIG_DFL)
-  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=heard)
+  heard = f'import os, signal, sys; signal.signal({int(number)}, signal.SIG_DFL)\n'
+  heard += 'os.execvp(sys.argv[1], sys.argv[1:])'
+  command = [sys.executable, '-c', heard, 'bash', str(LAUNCH / 'restart.sh')]
+  command += [sys.executable, '-c', code]
+  process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
   while process.stdout.readline() != 'ready\n':
     pass
   process.send_signal(number)
