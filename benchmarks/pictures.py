@@ -62,7 +62,7 @@ def _garments(made: str, weights: tuple[int, ...], rows: int, *flags: str) -> Pi
   common = (
     'python -m vdm.main --config=configs/fashion_mnist_full.py --mode=sample '
     f'--workdir=pretrained/fashion_mnist_full --config.sample.num_images={10 * rows} '
-    f'--config.sample.batch_size={10 * rows} --config.sample.grid.name=edm_sample '
+    f'--config.sample.batch_size={10 * rows} '
   ) + ' '.join(flags)
   guided = ' --config.sample.guidance.kind=classifier_free --config.sample.guidance.weight='
   draws = [
@@ -104,9 +104,7 @@ PICTURES = {
   'gaussian_fields_power': _run(
     'gaussian_fields', 'gaussian', 'plots/power.png', f'{_FIELDS}:plot_power'
   ),
-  'fashion_mnist_full_samples': _garments(
-    'garments', (1,), 6, '--config.sample.sampler.name=heun', '--config.sample.num_steps=40'
-  ),
+  'fashion_mnist_full_samples': _garments('garments', (1,), 6),
   'fashion_mnist_guidance': _garments(
     'guided', (1, 2, 4), 3, '--config.sample.sampler.name=dpmpp_2m', '--config.sample.num_steps=32'
   ),

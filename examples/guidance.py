@@ -4,7 +4,6 @@
     --workdir=pretrained/fashion_mnist_full --out=DIR/$W \\
     --config.sample.num_images=30 --config.sample.batch_size=30 \\
     --config.sample.sampler.name=dpmpp_2m --config.sample.num_steps=32 \\
-    --config.sample.grid.name=edm_sample \\
     --config.sample.guidance.kind=classifier_free --config.sample.guidance.weight=$W; done
   python examples/guidance.py guidance.png DIR/*/samples/*/ \\
     --classes=T-shirt,trouser,pullover,dress,coat,sandal,shirt,sneaker,bag,boot
