@@ -3,8 +3,8 @@
 python -m vdm.main --config=configs/gaussian_fields.py
 
 Fields 16 x 16, embedded, given their blurred and noisy images. The bound is to be set beside the
-exact E[-log p(u | y)], which the log says, and is above it by 1.2 % of what y tells after 86 minutes
-on two CPU cores beside other work.
+exact E[-log p(u | y)], which the log says. It is above it by 1.2 % of what y tells, after 86
+minutes on two CPU cores beside other work.
 """
 
 from vdm.configs import default

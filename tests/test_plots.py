@@ -210,6 +210,7 @@ def test_the_history_mixes_no_two_numbers_and_says_what_they_are(tmp_path, monke
   assert whole == ([2, 4], [2.2, 2.4])
   part = found['ema parameters, continuous-time ELBO, first 64 images of test, 4 draws, seed 0']
   assert part == ([2, 4], [9.0, 9.0])
+  plots.plot_history(cards.series(tmp_path), tmp_path / 'x.png')  # has room for all the names
 
 
 def test_two_series_that_read_alike_end_in_their_hashes_and_the_rest_is_said_once(monkeypatch):

@@ -123,17 +123,22 @@ def plot_history(found: dict[str, list[dict]], path: pathlib.Path) -> np.ndarray
   """Plots likelihoods and Fréchet distances against steps, from series of cards (`cards.series`).
 
   Each series has a curve, with one standard error on either side and a star at its best; what all
-  of them share is said above, the rest at their ends, or
-  in a legend where it is long. Returns the picture.
+  of them share is said above, the rest at their ends, or below where it is long.
+
+  Returns the picture.
   """
   bounds = {k: s for k, s in found.items() if cards.is_likelihood(s[0])}
   unit = ' and '.join(sorted({cards.UNITS[s[0]['metric']] for s in bounds.values()}))
   distances = {k: s for k, s in found.items() if cards.is_distance(s[0])}
   kinds = [(bounds, unit, 'linear'), (distances, 'Fréchet distance', 'log')]
   kinds = [kind for kind in kinds if kind[0]] or kinds[:1]
-  figure, panels = style.figure(len(kinds), (3.8 * len(kinds), 3.0), squeeze=False)
-  for axes, (chosen, label, scale) in zip(panels[0], kinds, strict=True):
-    shared, labels = _labels(chosen)
+  named = [_labels(chosen) for chosen, _, _ in kinds]
+  longest = max(len(name) for _, labels in named for name in labels.values())
+  below = longest > 16  # inches, of a legend: 0.06 a letter, 0.17 a line
+  width = max(3.8, 0.06 * longest + 0.8) if below else 3.8
+  height = 3.0 + 0.17 * max(len(labels) for _, labels in named) * below
+  figure, panels = style.figure(len(kinds), (width * len(kinds), height), squeeze=False)
+  for axes, (chosen, label, scale), (shared, labels) in zip(panels[0], kinds, named, strict=True):
     lines = {}
     for name, series in chosen.items():
       steps, values = ([card[k] for card in series] for k in ('step', 'value'))
@@ -146,8 +151,9 @@ def plot_history(found: dict[str, list[dict]], path: pathlib.Path) -> np.ndarray
     if scale == 'log':
       style.plain_numbers(axes.yaxis)
     axes.set_title('\n'.join(textwrap.wrap(shared, 48)), fontsize=8)
-    if max(map(len, lines), default=0) > 16:
-      axes.legend(labelcolor='linecolor')
+    if below:
+      place = {'loc': 'upper left', 'bbox_to_anchor': (0, -0.2), 'borderaxespad': 0}
+      axes.legend(labelcolor='linecolor', **place)
     elif any(lines):  # several
       style.label_ends(axes, lines)
   note = 'bars: one standard error either way; star: the best'
