@@ -153,7 +153,9 @@ def test_many_processes_and_devices_are_one_process_of_one(
   # one checkpoint, one set of metrics and cards, whoever made them
   assert [p.name for p in (two / 'checkpoints').iterdir()] == ['5']
   files = (two / 'tensorboard').glob('events*')
-  assert len({re.search(r'\.(\d+)\.\d+(\.v2)?$', path.name)[1] for path in files}) == 1  # process
+  assert (
+    len({re.search(r'\.(\d+)(\.\d+)?(\.v2)?$', path.name)[1] for path in files}) == 1
+  )  # process
   both = [next(iter(cards.series(w).values()))[-1] for w in (one, two)]
   assert both[0]['params'] == 'ema' and both[0]['value'] == pytest.approx(
     both[1]['value'], rel=1e-4

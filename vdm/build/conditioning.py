@@ -109,13 +109,14 @@ class Takes(NamedTuple):
       ValueError: the network does not take one of them, it has another shape, or values that are
         not finite; or a mask leaves nothing of an example.
     """
+    typed = label
     if label is not None and np.ndim(label) == 0:  # one class for all
       label = np.full(count, label)
     told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
     self.require_shapes(image_shape, count, told)
     found = {name: np.array(value) for name, value in self.nothing(count, image_shape).items()}
     if label is not None:
-      found['label'] = self._labels(native('label', label))
+      found['label'] = self._labels(native('label', label), typed)
     for name in ('vector', 'condition'):
       if told[name] is None:
         continue
@@ -132,12 +133,12 @@ class Takes(NamedTuple):
       require(not empty.size, f'mask[{empty[:1]}]', 0, rule, remedy)
     return found
 
-  def _labels(self, rows: np.ndarray) -> np.ndarray:
-    """Returns classes as int32; others are refused."""
+  def _labels(self, rows: np.ndarray, typed: Any) -> np.ndarray:
+    """Returns classes as int32; others are refused, as they were typed."""
     good = rows.dtype.kind in 'iu' and rows.min(initial=0) >= -1
     rule = f'classes, 0 .. {self.num_classes - 1}, or -1 for none'
     good = good and rows.max(initial=0) < self.num_classes
-    require(bool(good), 'label', rows, rule, 'config.data.num_classes says how many there are')
+    require(bool(good), 'label', typed, rule, 'config.data.num_classes says how many there are')
     return rows.astype(np.int32)
 
 
