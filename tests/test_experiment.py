@@ -196,7 +196,7 @@ def test_labels_and_guidance():
   images = exp.source('eval').fetch(np.arange(2))['image']
   nats = [exp.log_prob(state, images, draws=2, label=label).value for label in (None, [-1, -1])]
   np.testing.assert_array_equal(*nats)
-  with pytest.raises(ValueError, match=r'label=\(3,\) must be 4 labels'):
+  with pytest.raises(ValueError, match=r'label=\(3,\) must be an array \[4\]'):
     exp.sample(state, 4, label=label)
 
 
