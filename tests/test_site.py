@@ -48,6 +48,15 @@ def test_every_page_is_in_the_navigation_once():
   assert all((ROOT / hooks().path_of(page)).exists() for page in listed)
 
 
+def test_no_docstring_reads_as_a_link_by_reference():
+  # a["x"]["y"] outside backticks is one to Markdown, and the site is built with warnings as errors
+  for path in sorted(pathlib.Path(vdm.__file__).parent.rglob('*.py')):
+    for node in ast.walk(ast.parse(path.read_text())):
+      if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+        words = re.sub(r'```.*?```|`[^`]*`', '', ast.get_docstring(node) or '', flags=re.DOTALL)
+        assert not re.search(r'\]\s?\[', words), (path, getattr(node, 'lineno', 1))
+
+
 def test_every_module_is_in_the_reference():
   package = pathlib.Path(vdm.__file__).parent
   modules = set()

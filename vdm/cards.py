@@ -268,7 +268,7 @@ def load(path: os.PathLike | str) -> dict[str, Any]:
 
 
 def at(tree: Any, path: str) -> Any:
-  """Returns tree['a']['b'] of 'a.b'; None if there is none."""
+  """Returns `tree['a']['b']` of the path 'a.b'; None if there is none."""
   for name in path.split('.'):
     tree = tree[name] if isinstance(tree, dict) and name in tree else None
   return tree
