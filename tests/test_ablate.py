@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from vdm.configs import digits
+from vdm.configs import digits, gaussian_fields
 from vdm.configs.ablations import schedules, weightings
 
 from vdm import ablate, build
@@ -122,12 +122,12 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
       card |= dict(num_images=16, whole_split=False, data=dict(split='test'), eval_seed=0)
       path = workdir / 'cards' / f'bits_per_dim_ema_continuous_step{step}.json'
       path.write_text(json.dumps(card))
-      part = path.with_name(f'bits_per_dim_ema_continuous_16x1_step{step}.json')
+      part = path.with_name(f'bits_per_dim_ema_continuous_16x1_step{step:08}.json')
       if step == 4:  # an evaluation of some of the images: another series
         part.write_text(json.dumps(card | dict(value=9.0)))
       card = dict(step=step, value=9.0 / step, metric='fd_classifier', params='ema', num_samples=9)
       card |= dict(sampler='ddim', network_evaluations=4)
-      (workdir / 'cards' / f'fd_classifier_ema_step{step}.json').write_text(json.dumps(card))
+      (workdir / 'cards' / f'fd_classifier_ema_step{step:08}.json').write_text(json.dumps(card))
     return 0
 
   def score(run, steps):
@@ -161,3 +161,32 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   plots = 'bits_per_dim fd_pixels fd_classifier loss diffusion_cv weight density'
   for name in plots.split():
     assert (tmp_path / f'{name}.png').stat().st_size > 1000
+
+
+def test_probabilities_and_densities_do_not_share_a_grid(tmp_path):
+  axes = dict(
+    data={
+      'digits': dict(name='digits'),
+      'fields': {k: v for k, v in gaussian_fields.get_config('debug').items() if k != 'name'},
+    }
+  )
+  ablate.flags.FLAGS.mark_as_parsed()
+  with pytest.raises(ValueError, match=r'bits_per_dim and nats_per_dim.* must be of one unit'):
+    ablate.run(config_of(**axes), tmp_path)
+  assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_grid_of_continuous_data_is_in_nats_per_dim(tmp_path, monkeypatch):
+  monkeypatch.setattr(ablate, '_WORKERS', SimpleNamespace(value=1))
+  monkeypatch.setattr(ablate, '_INDEX', SimpleNamespace(value=None))
+  grid = config_of(seed={'0': dict(seed=0)})
+  with grid.unlocked():
+    grid.base = gaussian_fields.get_config('debug')
+  assert ablate.run(grid, tmp_path) == 0
+  table = csv.DictReader((tmp_path / 'results.csv').open())
+  (row,) = table
+  step = grid.base.train.num_steps
+  (card,) = (tmp_path / '0/cards').glob(f'nats_per_dim_ema_*_step{step:08}.json')
+  assert float(row['nats_per_dim']) == pytest.approx(json.loads(card.read_text())['value'], 1e-4)
+  assert 'bits_per_dim' not in row and (tmp_path / 'nats_per_dim.png').exists()

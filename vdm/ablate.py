@@ -129,9 +129,9 @@ def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
 
 
 def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
-  """Yields what the finished runs left: labels; curves {step: value}; scores.
+  """Yields what the finished runs left: labels; curves {step: value}; scores; the bound's metric.
 
-  `bits` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's;
+  `bound` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's;
   `distances`, of samples by metric, are those that training scored.
   """
   for labels, config in runs:
@@ -141,11 +141,12 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
       series = cards.series(path)
       bounds = [s for s in series.values() if cards.is_bound(s[0]) and s[0]['params'] == params]
       scored = max(bounds, key=len)  # what training evaluated, not somebody's look at a part of it
+      metric = scored[0]['metric']  # bits_per_dim, or nats_per_dim of densities
       scalars, damaged = writers.read_scalars(path / 'tensorboard')
       for line in damaged:
         logging.warning('%s', line)
       curves = {
-        'bits': {card['step']: card['value'] for card in scored},
+        'bound': {card['step']: card['value'] for card in scored},
         'loss': {card['step']: card['training_loss']['value'] for card in scored},
         'train_loss': scalars['train/loss'],
         'train_cv': scalars['train/diffusion_cv'],
@@ -156,7 +157,7 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
           values = {card['step']: card['value'] for card in scored}
           curves['distances'] |= {scored[0]['metric']: values}
       scores = files.read_json(path / SCORES, 'remove it to have it measured again')
-      yield {'labels': labels} | curves | scores
+      yield {'labels': labels, 'metric': metric} | curves | scores
 
 
 def steps_to(curve: dict[int, float], loss: float) -> float:
@@ -181,7 +182,7 @@ def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]
   cv = list(run['train_cv'].values())
   last = lambda curve: list(curve.values())[-1]
   numbers = {
-    'bits_per_dim': last(run['bits']),
+    run['metric']: last(run['bound']),
     'loss': last(run['loss']),
     'diffusion_cv': float(np.mean(cv[-max(1, len(cv) // 4) :])),
   }
@@ -234,15 +235,15 @@ def curves_of(groups: dict[str, list[dict]]) -> list[tuple]:
     log_snr = np.array(run['log_snr'])
     return (log_snr[1:] + log_snr[:-1]) / 2, -1 / (np.diff(log_snr) * len(log_snr))
 
+  runs = [run for members in groups.values() for run in members]
   points = {
-    'bits_per_dim': lambda run: pairs(run['bits']),
+    runs[0]['metric']: lambda run: pairs(run['bound']),
     'fd_pixels': lambda run: pairs(run['fd_pixels']),
     'loss': lambda run: relative(run['train_loss']),
     'diffusion_cv': lambda run: pairs(run['train_cv']),
     'weight': lambda run: (run['log_snr'], np.array(run['weight']) / max(run['weight'])),
     'density': density,
   }
-  runs = [run for members in groups.values() for run in members]
   for metric in sorted(set.intersection(*(set(run['distances']) for run in runs))):
     points[metric] = lambda run, m=metric: pairs(run['distances'][m])
   rows = []
@@ -294,8 +295,11 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   indices = _indices(len(runs))
   if _WORKERS.value < 1:
     raise ValueError(f'--workers={_WORKERS.value} must be at least 1; give 2 for two cores.')
-  for _, run_config in runs:
-    build.model(run_config)  # a bad one is refused before the first is trained
+  # a bad one is refused before the first is trained
+  metrics = {build.model(run_config).decoder.metric for _, run_config in runs}
+  found = ' and '.join(sorted(metrics))
+  remedy = 'leave decoder and data out of the axes, or give each unit a grid of its own'
+  require(len(metrics) == 1, 'config.axes', found, 'of one unit', remedy)
   if _WORKERS.value > 1:
     status = _share([i for i in indices if not (workdir / folder(runs[i][0]) / SCORES).exists()])
     write_results(workdir, runs, reference)

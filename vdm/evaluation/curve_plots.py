@@ -22,6 +22,7 @@ BY_LOG_SNR = {
 }
 LABELS = {  # of a plot: x, y, and the scales of both; any other is a distance against steps
   'bits_per_dim': ('training steps', 'bits/dim', 'linear', 'linear'),
+  'nats_per_dim': ('training steps', 'nats/dim', 'linear', 'linear'),
   'fd_pixels': ('evaluations of the network per sample', 'FD-pixels (of raw pixels)', 'log', 'log'),
   'loss': ('training steps', 'training loss / its first value', 'linear', 'log'),
   'diffusion_cv': ('training steps', 'std / mean of the training loss', 'linear', 'linear'),

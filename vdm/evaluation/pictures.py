@@ -58,7 +58,7 @@ def picture_of(z: np.ndarray, x_hat: np.ndarray, decoder: Decoder) -> np.ndarray
   """
   rows = np.stack([z, x_hat], axis=0)  # [2 L N H W C]
   rows = rows.transpose(2, 0, 1, *range(3, rows.ndim))
-  return np.asarray(decoder.from_model(rows)).reshape(-1, *z.shape[2:])
+  return np.asarray(decoder.from_model(jnp.asarray(rows))).reshape(-1, *z.shape[2:])
 
 
 def make_pictures(
