@@ -142,6 +142,19 @@ def test_during_start_up_it_ends_in_one_line(seconds, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize('number', SIGNALS)
+def test_a_process_that_waits_for_others_to_join_ends_alone(number, tmp_path):
+  job = ('--coordinator=localhost:0', '--num_processes=2', '--process_id=0')
+  process = start(tmp_path, *job)
+  wait_for(process, 'joins localhost')
+  time.sleep(1)
+  process.send_signal(number)
+  text = process.communicate(timeout=20)[0]  # it waits five minutes
+  assert process.returncode == 75 and not list(tmp_path.iterdir())
+  assert text == f'{number.name}: stopped before the job began; the same command goes on.\n'
+
+
+@pytest.mark.slow
 def test_a_storm_in_training_or_an_evaluation_saves_and_the_evaluation_is_made_up(tmp_path):
   often = ('--config.train.eval_every_steps=2', '--config.checkpoint.every_steps=1000000')
   process = start(tmp_path, *often)

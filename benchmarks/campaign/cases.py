@@ -44,6 +44,7 @@ def kills(rng: random.Random, base: pathlib.Path, processes: int = 1) -> str:
       time.sleep(pause)
       started[chosen].send_signal(number)
     said.append('+'.join(runs.signal.Signals(number).name for _, number in plan))
+    runs.launcher(started, workdir, written)
     good = runs.GOOD if processes == 1 else runs.GOOD | {1, 134, -runs.signal.SIGABRT}
     statuses = runs.finish(started, workdir, good, quiet_since=written)
     if processes > 1 and 75 in statuses and set(statuses) != {75}:

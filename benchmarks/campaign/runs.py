@@ -34,6 +34,7 @@ def get_config(arg=''):
   return config.lock()
 """
 NUM_STEPS = 12
+LIMIT = 240.0  # seconds that a run may take
 GOOD = {0, 75, -signal.SIGKILL}  # statuses that a signal may end in
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -88,11 +89,30 @@ def written(workdir: pathlib.Path) -> int:
   return log_of(workdir).stat().st_size if log_of(workdir).exists() else 0
 
 
+def launcher(started: list[subprocess.Popen], workdir: pathlib.Path, since: int):
+  """Stops what waits for a process that ended before it joined, as what starts jobs does.
+
+  Args:
+    started: the processes.
+    workdir: of the run.
+    since: the length of its output when they were started.
+  """
+  if len(started) == 1:
+    return
+  end = time.monotonic() + LIMIT
+  while all(process.poll() is None for process in started) and time.monotonic() < end:
+    time.sleep(0.1)
+  time.sleep(1.0)  # for one that is about to say that it has joined
+  if 'the job ends when' not in log_of(workdir).read_text(errors='replace')[since:]:
+    for process in started:
+      process.send_signal(signal.SIGTERM)
+
+
 def finish(
   started: list[subprocess.Popen],
   workdir: pathlib.Path,
   good: set[int],
-  limit: float = 240,
+  limit: float = LIMIT,
   quiet_since: int = -1,
 ) -> list[int]:
   """Waits for the processes of a run; returns their statuses.

@@ -1,5 +1,6 @@
 """The processes and cores of a job: how they join, and what they keep."""
 
+import concurrent.futures
 import ctypes
 import os
 from collections.abc import Callable
@@ -8,6 +9,7 @@ import jax
 from absl import logging
 
 from vdm.system import files
+from vdm.system.stopping import stop
 
 MOST_CORES = 8  # used as devices: with more, little of a batch is left to each, and of the memory
 CPU_FLAGS = {
@@ -43,7 +45,9 @@ def initialize(
   elif num_processes == 1:
     return
   try:
-    jax.distributed.initialize(**job)
+    # until all are there JAX waits in C++, where no signal is heard: not in the main thread
+    with stop.joining(), concurrent.futures.ThreadPoolExecutor(1) as other:
+      other.submit(jax.distributed.initialize, **job).result()
   except ValueError as error:
     if 'coordinator_address should be defined' not in str(error):  # JAX for: found no job
       raise

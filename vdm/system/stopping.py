@@ -40,6 +40,7 @@ class Stop:
   def _reset(self):
     self.name = ''  # of the first signal
     self._deferred = False
+    self._joining = False  # whether other processes are waited for, which know nothing of this one
     self._saves = False  # whether what is raised is caught, to save
     self._interrupted = 0.0  # the time of the first Ctrl-C
     self._calls = 0
@@ -94,6 +95,15 @@ class Stop:
     finally:
       self._deferred, self._saves = deferred, False
 
+  @contextlib.contextmanager
+  def joining(self) -> Iterator[None]:
+    """Has a signal inside end the process at once: the job that it joins has not begun."""
+    self._joining = True
+    try:
+      yield
+    finally:
+      self._joining = False
+
   def agreed(self) -> bool:
     """Returns whether to stop here; to be called as often on every process, and as often true."""
     if not _is_one_of_several():
@@ -131,6 +141,9 @@ class Stop:
         _say('Ctrl-C again: ended at once, without what was not saved yet.')
         os._exit(EXIT_INTERRUPTED)
       self._interrupted = self._interrupted or now
+    if self._joining:
+      _say(f'{name}: stopped before the job began; the same command goes on.')
+      os._exit(EXIT_PREEMPTED)
     if _is_one_of_several() and number != signal.SIGTERM:
       os.kill(os.getpid(), signal.SIGTERM)  # which JAX handles, and tells all processes
       return
