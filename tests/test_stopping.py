@@ -155,6 +155,19 @@ def test_a_process_that_waits_for_others_to_join_ends_alone(number, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_job_that_does_not_come_together_ends_in_one_line():
+  code = (
+    'from vdm.system import hosts, logs\n'
+    'logs.set_up_logging()\n'
+    'hosts.JOIN_SECONDS = 1\n'
+    'hosts.initialize("localhost:0", 2, 0, 100)\n'
+  )
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+  last = run.stderr.splitlines()[-1]
+  assert run.returncode == 134 and 'have not come within 1 s; see what they say' in last
+
+
+@pytest.mark.slow
 def test_a_storm_in_training_or_an_evaluation_saves_and_the_evaluation_is_made_up(tmp_path):
   often = ('--config.train.eval_every_steps=2', '--config.checkpoint.every_steps=1000000')
   process = start(tmp_path, *often)

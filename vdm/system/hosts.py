@@ -18,6 +18,7 @@ CPU_FLAGS = {
   # with it, two devices may meet collectives in different orders, and wait for each other for ever
   '--xla_cpu_enable_concurrency_optimized_scheduler': 'false',
 }
+JOIN_SECONDS = 300  # that processes of a job may start apart
 EXIT_LOST = 134  # as JAX ends a process whose job has lost another one
 
 
@@ -30,7 +31,8 @@ def initialize(
   is alone. A job that is started by hand says its coordinator, num_processes and process_id;
   num_processes=1 and no coordinator looks for no job.
 
-  From then on JAX ends every process (SIGABRT, status 134) once one has been silent for
+  Processes may start JOIN_SECONDS apart; what waits longer ends with EXIT_LOST, in one line. Once
+  all are there, JAX ends every process (SIGABRT, status 134) when one has been silent for
   `heartbeat_seconds`, wherever the others wait for it.
 
   Raises:
@@ -38,6 +40,7 @@ def initialize(
   """
   _check_job(coordinator, num_processes, process_id, heartbeat_seconds)
   job = dict(heartbeat_timeout_seconds=heartbeat_seconds)
+  job |= dict(initialization_timeout=JOIN_SECONDS + 60)  # when JAX aborts, in a hundred lines
   if coordinator:
     by_hand = dict(coordinator_address=coordinator, cluster_detection_method='deactivate')
     job |= dict(num_processes=num_processes, process_id=process_id) | by_hand
@@ -47,7 +50,15 @@ def initialize(
   try:
     # until all are there JAX waits in C++, where no signal is heard: not in the main thread
     with stop.joining(), concurrent.futures.ThreadPoolExecutor(1) as other:
-      other.submit(jax.distributed.initialize, **job).result()
+      joined = other.submit(jax.distributed.initialize, **job)
+      if not concurrent.futures.wait([joined], JOIN_SECONDS).done:
+        logging.error(
+          'the other processes of the job have not come within %d s; see what they say, or start '
+          'them all again.',
+          JOIN_SECONDS,
+        )
+        os._exit(EXIT_LOST)
+      joined.result()
   except ValueError as error:
     if 'coordinator_address should be defined' not in str(error):  # JAX for: found no job
       raise
