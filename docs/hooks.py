@@ -1,6 +1,7 @@
 """Makes the site of what reads well in the checkout as it is: hooks of mkdocs.
 
 * Every file outside docs/ that a page links becomes a page of the site, and the link leads there.
+* A notebook of the checkout is a page, with what it shows.
 * A link to the package's source, `elbo.diffusion_loss` to vdm/diffusion/elbo.py, leads to the
   reference of what its text names.
 * The table of the config's leaves is made of configs/default.py.
@@ -28,7 +29,7 @@ def uri_of(path: str) -> str:
   """Returns the name in the site of a file of the checkout: docs/x.md is x.md, LICENSE a page."""
   if path.startswith('docs/'):
     return path.removeprefix('docs/')
-  path = path.replace('/README.md', '.md')
+  path = path.replace('/README.md', '.md').replace('.ipynb', '.md')
   return path if path.endswith('.md') else f'{path}.md'
 
 
@@ -36,7 +37,9 @@ def path_of(uri: str) -> str:
   """Returns the file of the checkout that a page of the site is."""
   if (ROOT / 'docs' / uri).exists():
     return f'docs/{uri}'
-  return uri if (ROOT / uri).exists() else f'{uri.removesuffix(".md")}/README.md'
+  stem = uri.removesuffix('.md')
+  found = (path for path in (uri, f'{stem}.ipynb') if (ROOT / path).exists())
+  return next(found, f'{stem}/README.md')
 
 
 def target_of(page: str, link: str) -> str | None:
@@ -65,8 +68,23 @@ def content(path: str) -> str:
   text = (ROOT / path).read_text()
   if path.endswith('.md'):
     return text
+  if path.endswith('.ipynb'):
+    return notebook(path)[0]
   language = LANGUAGES.get(pathlib.PurePath(path).suffix, 'text')
   return f'# {path}\n\n````{language}\n{text}````\n'
+
+
+@functools.cache
+def notebook(path: str) -> tuple[str, dict[str, bytes]]:
+  """Returns a notebook as Markdown, and its pictures by their names in the site."""
+  from nbconvert import MarkdownExporter
+
+  folder = f'{pathlib.PurePath(path).stem}_files'
+  text, found = MarkdownExporter().from_filename(
+    str(ROOT / path), resources={'output_files_dir': folder}
+  )
+  start = posixpath.dirname(path)
+  return text, {posixpath.join(start, name): data for name, data in found['outputs'].items()}
 
 
 @functools.cache
@@ -117,8 +135,11 @@ def on_files(files, config):
       file = File.generated(config, uri_of(path), content=content(path))
       file.inclusion = InclusionLevel.INCLUDED if path in listed else InclusionLevel.NOT_IN_NAV
       files.append(file)
-    if path.endswith('.md'):
-      for match in LINK.finditer((ROOT / path).read_text()):
+    if path.endswith('.ipynb'):
+      for name, data in notebook(path)[1].items():
+        files.append(File.generated(config, name, content=data))
+    if path.endswith(('.md', '.ipynb')):
+      for match in LINK.finditer(content(path)):
         target = target_of(path, match[3])
         if target and not target.startswith(('docs/', 'vdm/')):
           todo.append(target)
