@@ -7,10 +7,9 @@ exp.bits_per_dim(state).value
 """
 
 import functools
-import math
 import os
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +17,14 @@ import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from vdm import build, data
+from vdm.build import by_hand
 from vdm.build.state import TrainState, named_params
-from vdm.diffusion.gaussian import Denoiser, Schedule, count_dims
+from vdm.diffusion.gaussian import Denoiser, Schedule
 from vdm.diffusion.samplers import Sampler
-from vdm.errors import native, require
-from vdm.evaluation import ode
-from vdm.evaluation.bound import BitsPerDim, jit_step, make_evaluator
+from vdm.errors import require
+from vdm.evaluation import likelihood, ode
+from vdm.evaluation.bound import BitsPerDim, make_evaluator
+from vdm.evaluation.likelihood import LogProb
 from vdm.evaluation.study import batches
 from vdm.sampling.draw import make_draw, make_guidance
 from vdm.sampling.labels import conditions_of
@@ -33,13 +34,6 @@ from vdm.training import loop
 from vdm.training.step import make_train_step
 from vdm.workdir import checkpoint, config_file, lock
 from vdm.workdir.load import read_run
-
-
-class LogProb(NamedTuple):
-  """Holds estimates of log p(x) for each of N examples, in nats."""
-
-  value: np.ndarray  # [N]
-  stderr: np.ndarray  # [N], of the draws; nan for a single one
 
 
 class Experiment:
@@ -77,6 +71,7 @@ class Experiment:
     self.mesh = parallel.make_mesh(self.config.parallel.fsdp)
     self._sources: dict[str, data.Source] = {}
     self._evaluators: dict[FrozenConfigDict, Callable[..., BitsPerDim]] = {}
+    self._steps: dict[tuple, Callable] = {}
 
   def source(self, split: str = 'train') -> data.Source:
     """Returns a split of the config's data, 'train' or 'eval'."""
@@ -154,7 +149,7 @@ class Experiment:
     Args:
       state: of this experiment.
       images: [N *spatial C], in the data's units.
-      draws: independent estimates of each image.
+      draws: estimates of each image: of the bound at times in as many strata, or solves of the ODE.
       seed: of the draws.
       label: classes [N]; None: the null label, for a model by class.
       vector: conditions [N E]; None: what stands for none.
@@ -170,32 +165,52 @@ class Experiment:
       build.check_ode(self.model.decoder, settings.ode.dequantization, 'bound', bound)
     told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
     given = self.model.takes.given(self.model.image_shape, len(images), **told)
-    images = self._images(images, given.get('valid'))
+    values = self.config.data.num_values
+    images = by_hand.images_of(self.model, values, images, given.get('valid'))
     source = data.of_arrays(images, 'log_prob', **given)
     weights = named_params(state, params)
-    valid = jnp.asarray(given['valid']) if 'valid' in given else None
-    counted = count_dims(self.model.image_shape, valid)  # of an example, [N] or one for all
-    nats = np.asarray(counted, np.float64) * self.model.decoder.nats_per_unit
+    placed = (parallel.to_devices(self.mesh, batch) for batch in batches(source, settings))
     if bound == 'elbo':
-      compiled = jit_step(self.model, self.mesh, settings)
-    else:
-      compiled = ode.jit_step(self.model, self.mesh, ode.OdeSettings(**settings.ode))
-    estimates = []
-    for batch in batches(source, settings):
-      placed = parallel.to_devices(self.mesh, batch)
-      if bound == 'elbo':
-        part = parallel.on_host(compiled(weights, placed, len(source), seed))
-        estimates.append(part['terms'].sum(axis=2)[:, part['mask'] > 0])
-      else:
-        parts = [parallel.on_host(compiled(weights, placed, seed + i)) for i in range(draws)]
-        kept = parts[0]['mask'] > 0
-        finished = all(part['finished'][kept].all() for part in parts)
-        most = settings.ode.max_steps
-        require(finished, 'config.eval.ode.max_steps', most, 'larger for these images', 'raise it')
-        estimates.append(np.stack([part['value'][kept] for part in parts]))
-    values = -nats * np.concatenate(estimates, axis=1).astype(np.float64)  # [draws N]
-    spread = values.std(axis=0, ddof=1) if draws > 1 else np.full(len(source), np.nan)
-    return LogProb(values.mean(axis=0), spread / math.sqrt(draws))
+      step = self._once(likelihood.jit_step, draws, settings.num_timesteps)
+      return likelihood.nats_of([parallel.on_host(step(weights, b, seed)) for b in placed])
+    how = ode.OdeSettings(**settings.ode)
+    return ode.nats_of(self._once(ode.jit_step, how), weights, placed, how, draws, seed)
+
+  def log_prob_given(
+    self,
+    state: TrainState,
+    images: np.ndarray,
+    draws: int = 64,
+    seed: int = 0,
+    mask: np.ndarray | None = None,
+    params: str = 'ema',
+  ) -> Callable[..., jax.Array]:
+    """Returns a function of conditions to estimates of log p(x | conditions), [draws N] nats.
+
+    It is called with `label`, `vector` and `condition`, one for all images or one for each, and has
+    the same noise whatever they are: so its means over draws may be compared, differentiated and
+    maximised, and it may be jitted and mapped. `vdm.likelihood.standard_error` is the error of
+    such a mean, or of the mean of a difference.
+
+    Args:
+      state: of this experiment.
+      images: [N *spatial C], in the data's units; all at once.
+      draws: times and noises of each image, in strata.
+      seed: of the draws.
+      mask: [N *spatial 1], nonzero in the dimensions that count; None: all.
+      params: as in `bits_per_dim`.
+    """
+    valid = self.model.takes.given(self.model.image_shape, len(images), mask=mask).get('valid')
+    return likelihood.by_condition(
+      functools.partial(self.denoiser, state, params, mask=mask),
+      self.schedule(state, params),
+      self.model.decoder_of(named_params(state, params)),
+      jnp.asarray(by_hand.images_of(self.model, self.config.data.num_values, images, valid)),
+      seed,
+      draws,
+      self.config.eval.num_timesteps,
+      None if valid is None else jnp.asarray(valid),
+    )
 
   def sample(
     self,
@@ -306,6 +321,13 @@ class Experiment:
     step = make_train_step(self.config, self.model)
     return runners.jit_runner(step, self.mesh, abstract, donate=False)
 
+  def _once(self, jit_step: Callable, *settings: Hashable) -> Callable:
+    """Returns jit_step(model, mesh, *settings), the same at every call: it is compiled once."""
+    key = (jit_step, *settings)
+    if key not in self._steps:
+      self._steps[key] = jit_step(self.model, self.mesh, *settings)
+    return self._steps[key]
+
   def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:
     """Returns a block of the config with some leaves changed."""
     changed = self.config[block].copy_and_resolve_references()
@@ -319,35 +341,8 @@ class Experiment:
     """Returns a split of the config's data, or a source of the same shapes that is given."""
     if isinstance(split, str):
       return self.source(split)
-    row, takes = split.fetch(np.zeros(1, np.int64)), self.model.takes
-    self._require_shape(row['image'])
-    names = {'vector': takes.vector_size, 'condition': takes.condition_shape, 'mask': takes.masked}
-    own = {name: row.get('valid' if name == 'mask' else name) for name, taken in names.items()}
-    for name, taken in names.items():
-      remedy = f'the model takes a {name} for each image'
-      require(own[name] is not None or not taken, 'source', name, 'with it', remedy)
-    takes.require_shapes(self.model.image_shape, 1, {k: v for k, v in own.items() if names[k]})
+    by_hand.require_rows(self.model, cast(dict, split.fetch(np.zeros(1, np.int64))))
     return split
-
-  def _require_shape(self, images: np.ndarray):
-    own, remedy = [*self.model.image_shape], 'that is the shape of the model'
-    good = images.shape[1:] == self.model.image_shape and len(images) > 0
-    require(good, 'images', images.shape, f'an array [N, {str(own)[1:]} of one at least', remedy)
-
-  def _images(self, images: np.ndarray, valid: np.ndarray | None) -> np.ndarray:
-    """Returns images of a user that the decoder knows, with zeros where a mask leaves them out."""
-    images = native('images', images)
-    self._require_shape(images)
-    if valid is not None:
-      images = np.where(valid, images, images.dtype.type(0))
-    finite, remedy = np.isfinite(images).all(), 'correct them, or mask them'
-    require(bool(finite), 'images', 'nan or inf', 'finite', remedy)
-    most = self.config.data.num_values - 1
-    if not self.model.decoder.is_density:
-      good = (images == np.round(images)).all() and images.min() >= 0 and images.max() <= most
-      ends = f'{images.min():g} .. {images.max():g}'
-      require(bool(good), 'images', ends, f'integers 0 .. {most}', "give the data's own values")
-    return images
 
 
 def use_cores():

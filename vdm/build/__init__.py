@@ -15,6 +15,7 @@ ORDER = (
   'checks',
   'conditioning',
   'model',
+  'by_hand',
   'state',
   '__init__',
 )

@@ -24,12 +24,13 @@ from vdm.diffusion.weightings import Weighting
 
 
 class DiffusionTerm(NamedTuple):
-  """Holds what the diffusion loss measured at one time per example, each [B]."""
+  """Holds what the diffusion loss measured at one time per example, each [B] but the last."""
 
   loss: Array  # weighted, nats
   elbo: Array  # the same with weight 1: a term of the variational bound
   log_snr: Array
   slope: Array  # dlog_snr/dt; in discrete time the mean of it over the step
+  by_dim: Array | None = None  # `elbo` by dimension, [B ...]; 0 where none is valid
 
 
 def diffusion_loss(
@@ -81,6 +82,7 @@ def diffusion_loss(
     sum_over_dims(elbo, valid),
     mean_over_dims(log_snr),
     mean_over_dims(slope),
+    elbo if valid is None else jnp.where(valid, elbo, 0),
   )
 
 

@@ -1,4 +1,4 @@
-"""Times for the examples of one global batch, and for those of an evaluation."""
+"""Times for the examples of one global batch, of an evaluation, and for the draws of each one."""
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,27 @@ def stratified_in_blocks(
     return stratified(jax.random.fold_in(key, number), position[None], size)[0]
 
   return jax.vmap(time_of)(number, position, size)
+
+
+def in_own_strata(
+  key: Array, index: Int[Array, ' b'], number: int | Int[Array, ''], count: int
+) -> Float[Array, ' b']:
+  """Returns the time of each example in stratum `number` of `count`, t = (number + u) / count.
+
+  Each example has its own u ~ U(0, 1). Over the `count` strata its times are independent, and
+  spread evenly over [0, 1]: a mean over them has less variance than one over as many free times.
+
+  Args:
+    key: of this stratum, the same on every device.
+    index: numbers of the examples, [B].
+    number: of the stratum, from 0.
+    count: of all strata.
+
+  Returns:
+    t in [0, 1], [B] float32.
+  """
+  u = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))(index)
+  return (number + u) / count
 
 
 def discretize(t: Float[Array, ' b'], num_timesteps: int) -> Float[Array, ' b']:

@@ -3,6 +3,7 @@
 ORDER = (
   'study',
   'bound',
+  'likelihood',
   'ode',
   'distances',
   'fields',

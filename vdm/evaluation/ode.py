@@ -14,6 +14,7 @@ from vdm import build, cards, data
 from vdm.diffusion import ode
 from vdm.diffusion.gaussian import count_dims, end_points, fold_in
 from vdm.errors import require
+from vdm.evaluation.likelihood import LogProb
 from vdm.evaluation.study import Study, batches, write_card
 from vdm.system import parallel
 
@@ -75,6 +76,7 @@ def make_step(model: build.Model, settings: OdeSettings) -> Callable:
     )
     num_dims = count_dims(model.image_shape, valid)
     return {
+      'log_prob': solution.log_prob,
       'value': model.decoder.per_dim(-solution.log_prob, num_dims),
       'evaluations': solution.evaluations,
       'finished': solution.finished,
@@ -104,9 +106,7 @@ def make_evaluator(
   def evaluate(params, batches, num_images):
     parts, done, clock, logged = [], 0, time.monotonic(), 0.0
     for batch in parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch)):
-      part = parallel.on_host(compiled(params, batch, seed))
-      part = {k: v[part['mask'] > 0] for k, v in part.items()}
-      _check(settings, part)  # now: not after hours
+      part = _solved(compiled(params, batch, seed), settings)
       parts.append(part)
       done += len(part['value'])
       now = time.monotonic()
@@ -124,6 +124,38 @@ def make_evaluator(
     return summarize(parts)
 
   return evaluate
+
+
+def nats_of(
+  step: Callable, params: Any, batches: Iterable[Any], settings: OdeSettings, draws: int, seed: int
+) -> LogProb:
+  """Returns estimates of log p of the images of all batches, one of each seed from `seed` on.
+
+  Args:
+    step: of `jit_step`.
+    params: of the model.
+    batches: on devices.
+    settings: of `step`.
+    draws: how many seeds.
+    seed: the first.
+
+  Raises:
+    ValueError: a solve did not reach the end in config.eval.ode.max_steps steps.
+    FloatingPointError: a likelihood is not finite.
+  """
+  seeds = range(seed, seed + draws)
+  solved = [
+    [_solved(step(params, batch, s), settings)['log_prob'] for s in seeds] for batch in batches
+  ]
+  return LogProb(np.concatenate(list(map(np.stack, solved)), axis=1).astype(np.float64), draws)
+
+
+def _solved(part: dict[str, jax.Array], settings: OdeSettings) -> dict[str, np.ndarray]:
+  """Returns what the images of a batch that count have; refuses what is no likelihood now."""
+  found = parallel.on_host(part)
+  found = {k: v[found['mask'] > 0] for k, v in found.items()}
+  _check(settings, found)
+  return found
 
 
 def _check(settings: OdeSettings, part: dict):
