@@ -8,8 +8,10 @@ import subprocess
 import sys
 import time
 
+import jax
 import pytest
 
+from vdm import cli
 from vdm.system import stopping
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -185,3 +187,28 @@ def test_a_storm_in_training_or_an_evaluation_saves_and_the_evaluation_is_made_u
   assert process.wait(timeout=120) == 75
   cards = {int(path.stem[-8:]) for path in (tmp_path / 'cards').glob('*.json')}
   assert {2, 4} <= cards  # none is left out
+
+
+@pytest.mark.parametrize(
+  'error',
+  [
+    ValueError('UNKNOWN: Gloo AllGather failed: [pair.cc:547] Connection closed by peer\nmore'),
+    RuntimeError('UNAVAILABLE: The following tasks are unhealthy'),
+    TimeoutError(),
+  ],
+)
+def test_the_loss_of_another_process_ends_in_one_line_whatever_it_is_raised_as(
+  error, monkeypatch, capsys
+):
+  statuses = []
+  monkeypatch.setattr(os, '_exit', statuses.append)
+  cli._exit_if_lost(error)  # alone nobody can be lost
+  cli._exit_if_lost(ValueError('bad'))
+  assert not statuses
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  cli._exit_if_lost(ValueError('bad'))
+  assert not statuses
+  cli._exit_if_lost(error)
+  assert statuses == [134]
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith('another process of the job was lost: ')

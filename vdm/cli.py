@@ -88,16 +88,10 @@ def in_one_line(
     stop.close()
     sys.exit(status)
   except OSError as error:
-    if isinstance(error, TimeoutError) and jax.process_count() > 1:
-      print(f'another process of the job was lost: {error}', file=sys.stderr)
-      os._exit(hosts.EXIT_LOST)
+    _exit_if_lost(error)
     sys.exit(f'{_of_file(error)}; what was written before is whole: the same command goes on.')
-  except jax.errors.JaxRuntimeError as error:
-    if jax.process_count() == 1 or not LOST.search(str(error)):
-      raise
-    print(f'another process of the job was lost: {str(error).splitlines()[0]}', file=sys.stderr)
-    os._exit(hosts.EXIT_LOST)  # an orderly end would wait for the other
   except (ValueError, FloatingPointError) as error:
+    _exit_if_lost(error)
     # What our own code refused is one line; what broke inside a library keeps its traceback.
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
@@ -105,8 +99,21 @@ def in_one_line(
       raise
     sys.exit(str(error))
   except Exception as error:
+    _exit_if_lost(error)
     _exit_if_full(error)
     raise
+
+
+def _exit_if_lost(error: Exception):
+  """Exits in one line where a library, in words and a class of its own, missed another process."""
+  import jax
+
+  from vdm.system import hosts
+
+  if (isinstance(error, TimeoutError) or LOST.search(str(error))) and jax.process_count() > 1:
+    line = str(error).partition('\n')[0]
+    print(f'another process of the job was lost: {line}', file=sys.stderr)
+    os._exit(hosts.EXIT_LOST)  # an orderly end would wait for the other
 
 
 def _exit_if_full(error: Exception):
