@@ -172,6 +172,25 @@ def get_config(arg=''):
       ),
     )
   )
+  # --mode=likelihood: every example's own, as a table; seed, batches, images, parameters, T, and
+  # whether by the bound or the ODE are those of config.eval.
+  config.likelihood = ConfigDict(
+    dict(
+      draws=64,  # of each example: times in as many strata, or solves of the ODE
+      maps=16,  # the first examples, of which the diffusion term is drawn by pixel; 0: none
+      intervals=1,  # equal parts of the range of log-SNR that a map is split into
+      conditions='given',  # or 'none': as if nothing were known, which train.label_dropout teaches
+    )
+  )
+  # A second data set, scored with the same noise: the AUROC of the two, and histograms.
+  config.likelihood.against = ConfigDict(
+    dict(
+      name='',  # as config.data.name; '': none
+      path='',  # as config.data.path
+      dir='',  # as config.data.dir, and that one if ''
+      split='test',  # or a range such as '[:1000]'
+    )
+  )
   config.sample = ConfigDict(
     dict(
       num_images=64,  # of --mode=sample

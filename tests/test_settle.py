@@ -108,9 +108,10 @@ def test_discrete_data_have_no_statistics():
   assert config_file.settled(digits.get_config()).data == digits.get_config().data
 
 
-def test_digits_are_not_to_be_found():
-  with pytest.raises(ValueError, match=r'config\.data\.as_found=True must be False for digits'):
-    config_file.settled(config_of('', name='digits'))
+def test_digits_are_found_as_their_config_has_them():
+  found = config_file.settled(config_of('', name='digits')).data
+  for leaf in ('train_images', 'eval_images', 'image_shape', 'num_values', 'num_classes'):
+    assert found[leaf] == digits.get_config().data[leaf]
 
 
 def test_show_prints_the_lines_of_a_config(tmp_path, capsys):

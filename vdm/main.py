@@ -2,6 +2,8 @@
 
   python -m vdm.main --config=configs/digits.py                  train, evaluate, draw samples
   python -m vdm.main --config=configs/digits.py --mode=eval      score the newest checkpoint
+  python -m vdm.main --config=configs/digits.py --mode=likelihood
+                                 what every example costs, as a table, and where in it
   python -m vdm.main --config=configs/digits.py --mode=sample    draw images from it
       --step=best, or a number, takes another checkpoint; --out=DIR leaves the workdir as it is
   python -m vdm.main --config=configs/digits.py --mode=release   its averages alone, in float16
@@ -33,10 +35,12 @@ from ml_collections import ConfigDict
 from vdm import cli
 from vdm.system import files
 
-_MODES = ['train', 'eval', 'sample', 'release', 'reconstruct', 'import_vdm', 'plan']
+_MODES = ['train', 'eval', 'likelihood', 'sample', 'release', 'reconstruct', 'import_vdm', 'plan']
 _MODE = flags.DEFINE_enum('mode', 'train', _MODES, 'What to do.')
 _STEP = flags.DEFINE_string(
-  'step', 'newest', 'For eval, sample and release: newest, best (by likelihood), or a number.'
+  'step',
+  'newest',
+  'For eval, likelihood, sample and release: newest, best (by likelihood), or a number.',
 )
 _CHECKPOINT = flags.DEFINE_string('checkpoint', '', 'Of the public VDM code, for import_vdm.')
 _TOPOLOGY = flags.DEFINE_string('topology', '', 'For plan: v5e:2x4, h100:8; else what is here.')
@@ -49,10 +53,11 @@ def main(argv):
   """Dispatches on --mode."""
   cli.refuse_words(argv)
   logging.getLogger('matplotlib').setLevel(logging.WARNING)  # it says when it looks for fonts
-  reads = _MODE.value in ('eval', 'sample', 'release')
+  reads = _MODE.value in ('eval', 'likelihood', 'sample', 'release')
   for flag in (_STEP, cli.OUT):
     if flag.present and not reads:
-      sys.exit(f'--{flag.name}={flag.value} is for --mode=eval, sample and release; leave it out.')
+      given = f'--{flag.name}={flag.value}'
+      sys.exit(f'{given} is for --mode=eval, likelihood, sample and release; leave it out.')
   from vdm.system import logs  # after the flags: it imports JAX
 
   logs.set_up_logging()
@@ -71,6 +76,10 @@ def _command(mode: str) -> Callable[[ConfigDict, epath.Path], int]:
       from vdm.evaluation import evaluate
 
       return _reads(evaluate.run, **out)
+    case 'likelihood':
+      from vdm.evaluation import likelihood_table
+
+      return _reads(likelihood_table.run, **out)
     case 'sample':
       from vdm.sampling import run
 

@@ -52,7 +52,8 @@ def check_config(config: ConfigDict):
   require(good, 'config.data.image_shape', shape, rule, 'give two to four numbers')
   _check_data(config.data, is_flagged(config.model))
   _check_shapes(config.data)
-  _check_conditions(config.model.class_conditional, config.data, config.train.label_dropout)
+  class_conditional, dropout = config.model.class_conditional, config.train.label_dropout
+  _check_conditions(class_conditional, config.data, dropout, config.likelihood.conditions)
   _check_training(config.train, config.fid.train_every_steps)
   kept = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
   for leaf in ('eval.params', 'eval.ode.params', 'sample.params'):
@@ -156,7 +157,7 @@ def _check_shapes(data: ConfigDict):
     require(good, f'config.data.{prefix}scale', scale, rule, 'give () for both')
 
 
-def _check_conditions(class_conditional: bool, data: ConfigDict, label_dropout: float):
+def _check_conditions(class_conditional: bool, data: ConfigDict, label_dropout: float, scored: str):
   require(
     not class_conditional or data.num_classes > 0,
     'config.model.class_conditional',
@@ -173,6 +174,13 @@ def _check_conditions(class_conditional: bool, data: ConfigDict, label_dropout: 
     label_dropout,
     'in [0, 1), and 0 without conditions',
     'give 0, or 0.1 with config.model.class_conditional=True',
+  )
+  require(
+    scored == 'given' or not conditional or label_dropout > 0,
+    'config.likelihood.conditions',
+    scored,
+    "'given' with config.train.label_dropout=0.0, which teaches nothing of their lack",
+    'train with 0.1',
   )
 
 

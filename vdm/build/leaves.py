@@ -38,14 +38,15 @@ def one_of(*names: str, remedy: str = 'choose one') -> Rule:
 RULES = (
   (
     'train.batch_size train.num_steps train.microbatches train.log_every_steps '
-    'train.eval_every_steps eval.batch_size eval.draws sample.num_images sample.preview_images '
-    'sample.batch_size sample.num_steps checkpoint.every_steps checkpoint.keep fid.batch_size '
+    'train.eval_every_steps eval.batch_size eval.draws likelihood.draws likelihood.intervals '
+    'sample.num_images sample.preview_images sample.batch_size sample.num_steps '
+    'checkpoint.every_steps checkpoint.keep fid.batch_size '
     'fid.num_images fid.train_images parallel.fsdp optimizer.learning_rate '
     'ema.halflife_images train.most_skipped',
     POSITIVE,
   ),
   (
-    'train.num_timesteps eval.num_timesteps eval.max_images data.num_classes '
+    'likelihood.maps train.num_timesteps eval.num_timesteps eval.max_images data.num_classes '
     'optimizer.warmup_steps optimizer.clip_norm optimizer.schedule_rate optimizer.weight_decay '
     'ema.rampup_ratio ema.snapshot_every_steps',
     NOT_NEGATIVE,
@@ -72,6 +73,7 @@ RULES = (
   ('train.on_nan', one_of('stop', 'skip')),
   ('model.condition_on', one_of('live', 'configured')),
   ('optimizer.decay', one_of('constant', 'cosine')),
+  ('likelihood.conditions', one_of('given', 'none')),
   ('eval.likelihood', one_of('elbo', 'ode', 'elbo,ode')),
   ('eval.ode.trace', one_of('hutchinson', 'exact')),
   ('eval.ode.probe', one_of(*PROBES)),

@@ -8,7 +8,7 @@ from vdm.data import arrays, digits, folder, gaussian_field, huggingface, tfds
 from vdm.data.derive import derived
 from vdm.data.identity import checked, identify
 from vdm.data.source import Source
-from vdm.errors import require
+from vdm.errors import confirm, require
 
 # by config.data.name; any other name is that of a TFDS data set
 KINDS = {
@@ -29,6 +29,8 @@ def load(data, split: str) -> Source:
   require(split in ('train', 'eval'), 'split', split, "'train' or 'eval'", 'choose one')
 
   fetch, labels, full_name, num_images, num_threads = KINDS.get(data.name, tfds).load(data, split)
+  field, text = f'config.data.{split}_split', data[f'{split}_split']
+  confirm(num_images > 0, field, text, 'has no examples', 'name some')
   if data.num_bits:
     fetch = _quantized(data, fetch)
   if data.derive:
@@ -45,11 +47,7 @@ def load(data, split: str) -> Source:
 
 def found(data) -> dict[str, Any]:
   """Returns the leaves of config.data as the data have them, for config.data.as_found."""
-  kind = KINDS.get(data.name, tfds)
-  known = kind is not digits
-  rule = 'False for digits, which configs/default.py describes'
-  require(known, 'config.data.as_found', data.as_found, rule, 'leave it out')
-  return kind.found(data)
+  return KINDS.get(data.name, tfds).found(data)
 
 
 def classes(source: Source, num_classes: int) -> np.ndarray:

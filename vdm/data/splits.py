@@ -47,7 +47,8 @@ def rows_of(
     config.data.eval_share 2**32, so that it stays where it is when others come or go;
   - '[a:b]', a range of all examples in their order, in numbers or percent as TFDS writes them:
     '[:90%]', '[1000:2000]', '[-500:]';
-  - a name and a range, 'train[:90%]': that part of the named split.
+  - a name and a range, 'train[:90%]': that part of the named split;
+  - for train_split alone '', no example: all may be evaluated.
 
   Args:
     data: config.data.
@@ -74,6 +75,8 @@ def rows_of(
 def _rows(data, which, count, hashes, named):
   """Returns the examples of the split 'train' or 'eval'; an empty one is refused."""
   field, text = f'config.data.{which}_split', data[f'{which}_split']
+  if which == 'train' and not text:
+    return np.arange(0)
   match = RANGE.fullmatch(text)
   known = ('train', *HELD_OUT) if not named else tuple(named)
   remedy = f"choose from {', '.join(map(repr, known))}, or a range such as '[:90%]'"

@@ -13,5 +13,7 @@ ORDER = (
   'field_report',
   'pictures',
   'evaluate',
+  'separation',
+  'likelihood_table',
   '__init__',
 )

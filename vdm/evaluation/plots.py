@@ -1,5 +1,6 @@
 """Plots of an evaluation and of a run's history."""
 
+import itertools
 import pathlib
 import textwrap
 
@@ -31,6 +32,43 @@ def plot_bins(
   left.set(xlabel=LOG_SNR, ylabel=f'{unit} per unit of log-SNR', ylim=(0, None))
   right.set(xlabel=LOG_SNR, ylabel=f'{unit} spent, from noise up', ylim=(0, None))
   right.legend(title='diffusion loss in all', alignment='left', labelcolor='linecolor')
+  return style.save(figure, path)
+
+
+@style.paper
+def plot_maps(
+  images: np.ndarray, maps: np.ndarray, edges: np.ndarray, unit: str, path: pathlib.Path
+) -> np.ndarray:
+  """Plots images above what each of their pixels costs, a row for each interval of log-SNR.
+
+  Args:
+    images: uint8 [N H W C].
+    maps: in `unit` per pixel, [N intervals H W]; negative only by rounding.
+    edges: of the intervals of log-SNR, falling, [intervals + 1].
+    unit: 'bits' or 'nats'.
+    path: of the picture, which is returned.
+  """
+  count, rows = maps.shape[0], 1 + maps.shape[1]
+  size = (max(4.0, 0.75 * count + 1.2), 0.8 * rows + 0.2)
+  figure, panels = style.figure(count, size, rows=rows, squeeze=False)
+  top = float(np.quantile(maps, 0.998))
+  for column, (image, of_image) in enumerate(zip(images, maps, strict=True)):
+    grey = {'cmap': 'gray', 'vmin': 0, 'vmax': 255} if image.shape[-1] == 1 else {}
+    panels[0][column].imshow(image.squeeze(), **grey)
+    for row, part in enumerate(of_image, start=1):
+      drawn = panels[row][column].imshow(part, 'inferno', vmin=0, vmax=top)
+  for axes in panels.flat:
+    axes.set(xticks=[], yticks=[])
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+  for row, (high, low) in enumerate(itertools.pairwise(edges), start=1):
+    name = f'{style.signed(high)} to {style.signed(low)}' if rows > 2 else 'cost'
+    place = {'rotation': 0, 'ha': 'right', 'va': 'center', 'fontsize': 8}
+    panels[row][0].set_ylabel(name, **place)
+  if rows > 2:
+    panels[0][0].set_ylabel('log-SNR', rotation=0, ha='right', va='bottom', fontsize=8)
+  bar = figure.colorbar(drawn, ax=panels, fraction=0.03, pad=0.02, aspect=14 * rows / 2)
+  bar.set_label(f'{unit} per pixel')
   return style.save(figure, path)
 
 

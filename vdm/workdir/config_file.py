@@ -21,6 +21,7 @@ from vdm.workdir import released
 # Leaves that may differ between two starts of one run: they do not change what is trained.
 _FREE_BLOCKS = (
   'eval.',
+  'likelihood.',
   'sample.',
   'fid.',
   'checkpoint.',
@@ -46,7 +47,7 @@ _FREE_LEAVES = (
 
 CONFIG = 'config.json'
 # What a command that only reads a run takes from the config it is given: the rest is the run's own.
-READING_BLOCKS = ('eval', 'sample', 'fid', 'parallel')
+READING_BLOCKS = ('eval', 'likelihood', 'sample', 'fid', 'parallel')
 READING_LEAVES = (
   ('data', 'dir'),
   ('data', 'path'),
