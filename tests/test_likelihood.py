@@ -10,7 +10,7 @@ import pytest
 
 import vdm
 from vdm.diffusion.gaussian import Prediction, alpha, expand_to, sigma
-from vdm.evaluation import likelihood
+from vdm.evaluation import inference, likelihood
 
 FIELD = vdm.data.gaussian_field.GaussianField(shape=(16,), exponent=-2.0, std=1.0)
 DECODER = vdm.continuous.normal(shift=(0.0,), scale=(1.0,), log_snr_max=9.0)
@@ -150,3 +150,43 @@ def test_a_condition_is_for_all_or_for_each():
   assert [value.shape for value in told] == [(3, 2), (3, 2)]
   with pytest.raises(ValueError, match="conditions='mask' must be label, vector or condition"):
     found(mask=1)
+
+
+def test_intervals_of_a_grid_are_quantiles():
+  values = np.linspace(-6, 6, 241)
+  rows = np.stack([-0.5 * (values - mean) ** 2 / std**2 for mean, std in ((0.3, 1), (-1, 0.5))])
+  posterior = inference.on_grid(rows[None])
+  np.testing.assert_allclose(posterior.probability.sum(axis=1), 1)
+  low, high = inference.interval(posterior.probability, values, 0.9)
+  np.testing.assert_allclose(low, [0.3 - 1.6449, -1 - 0.5 * 1.6449], atol=2e-3)
+  np.testing.assert_allclose(high, [0.3 + 1.6449, -1 + 0.5 * 1.6449], atol=2e-3)
+  prior = inference.on_grid(rows[None] * 0.5, rows * 0.5)  # half of the evidence in the prior
+  np.testing.assert_allclose(prior.probability, posterior.probability)
+  with pytest.raises(ValueError, match=r'level=95 must be in \(0, 1\)'):
+    inference.interval(posterior.probability, values, 95)
+
+
+@pytest.mark.slow
+def test_posteriors_of_the_bound_are_the_exact_ones_and_hold_the_truth():
+  rng, count, points = np.random.default_rng(3), 300, 31
+  axes = [np.linspace(-1, 1, points), np.linspace(-0.7, 0.7, points)]
+  truth = rng.uniform([-1, -0.7], [1, 0.7], (count, 2))
+  u = np.asarray(some(count, seed=4), np.float64)
+  u = truth[:, :1, None] + np.exp(truth[:, 1:, None]) * u
+  theta = np.stack(np.meshgrid(*axes, indexing='ij'), axis=-1).reshape(-1, 2)
+  log_prob = jax.jit(lambda points: jax.lax.map(conditional(jnp.float32(u), 32), points))
+  estimates = np.moveaxis(np.asarray(log_prob(jnp.float32(theta))), 0, -1)  # [draws N G]
+  found = inference.on_grid(estimates)
+  known = np.stack([exact(point, u) for point in theta], axis=1)
+  best = np.argmax(estimates.mean(axis=0), axis=1)
+  relative = estimates.mean(axis=0) - np.take_along_axis(estimates.mean(axis=0), best[:, None], 1)
+  wanted = known - np.take_along_axis(known, best[:, None], 1)
+  probable = found.probability > 1e-4
+  away = (relative - wanted)[probable] / np.maximum(found.stderr[probable], 1e-2)
+  assert np.mean(np.abs(away) < 2) > 0.9 and abs(away.mean()) < 0.3
+  share = 0.0
+  for number, axis in enumerate(axes):
+    both = found.probability.reshape(count, points, points)
+    low, high = inference.interval(both.sum(axis=2 - number), axis)
+    share += np.mean((low <= truth[:, number]) & (truth[:, number] <= high)) / 2
+  assert 0.93 <= share <= 0.97

@@ -17,6 +17,7 @@ _PLACES = {
 } | {
   'data': 'vdm.data',
   'fields': 'vdm.evaluation.fields',
+  'inference': 'vdm.evaluation.inference',
   'likelihood': 'vdm.evaluation.likelihood',
   'report': 'vdm.report',
 }

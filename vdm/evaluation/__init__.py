@@ -4,6 +4,7 @@ ORDER = (
   'study',
   'bound',
   'likelihood',
+  'inference',
   'ode',
   'distances',
   'fields',
