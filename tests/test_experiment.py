@@ -170,6 +170,12 @@ def test_log_prob_by_the_ode(exp, trained):
   assert found.value.shape == (3,) and (found.stderr > 0).all() and (found.value < 0).all()
   again = exp.log_prob(trained, images[:2], draws=2, bound='ode')
   np.testing.assert_allclose(again.value, found.value[:2], rtol=1e-4)  # each on its own
+  more = exp.log_prob(trained, images, draws=1, bound='ode', importance_samples=4)
+  assert np.isnan(more.stderr).all() and (more.value != found.value).all()
+  with pytest.raises(ValueError, match=r"settings=\['trace'\] must be left out for the bound"):
+    exp.log_prob(trained, images, trace='exact')
+  with pytest.raises(ValueError, match=r'importance=4 must be a leaf of config\.eval\.ode'):
+    exp.log_prob(trained, images, bound='ode', importance=4)
 
 
 def test_samples_take_objects_and_seeds(exp, trained):

@@ -41,6 +41,8 @@ def plot_maps(
 ) -> np.ndarray:
   """Plots images above what each of their pixels costs, a row for each interval of log-SNR.
 
+  Each row has a scale of its own.
+
   Args:
     images: uint8 [N H W C].
     maps: in `unit` per pixel, [N intervals H W]; negative only by rounding.
@@ -49,26 +51,24 @@ def plot_maps(
     path: of the picture, which is returned.
   """
   count, rows = maps.shape[0], 1 + maps.shape[1]
-  size = (max(4.0, 0.75 * count + 1.2), 0.8 * rows + 0.2)
+  size = (max(4.0, 0.75 * count + 1.6), 0.8 * rows + 0.2)
   figure, panels = style.figure(count, size, rows=rows, squeeze=False)
-  top = float(np.quantile(maps, 0.998))
-  for column, (image, of_image) in enumerate(zip(images, maps, strict=True)):
-    grey = {'cmap': 'gray', 'vmin': 0, 'vmax': 255} if image.shape[-1] == 1 else {}
-    panels[0][column].imshow(image.squeeze(), **grey)
-    for row, part in enumerate(of_image, start=1):
-      drawn = panels[row][column].imshow(part, 'inferno', vmin=0, vmax=top)
   for axes in panels.flat:
     axes.set(xticks=[], yticks=[])
     axes.grid(False)
     axes.spines[:].set_visible(False)
+  for axes, image in zip(panels[0], images, strict=True):
+    grey = {'cmap': 'gray', 'vmin': 0, 'vmax': 255} if image.shape[-1] == 1 else {}
+    axes.imshow(image.squeeze(), **grey)
+  place = {'rotation': 0, 'ha': 'right', 'va': 'center', 'fontsize': 8}
   for row, (high, low) in enumerate(itertools.pairwise(edges), start=1):
-    name = f'{style.signed(high)} to {style.signed(low)}' if rows > 2 else 'cost'
-    place = {'rotation': 0, 'ha': 'right', 'va': 'center', 'fontsize': 8}
+    top = float(np.quantile(maps[:, row - 1], 0.998))
+    for axes, part in zip(panels[row], maps[:, row - 1], strict=True):
+      drawn = axes.imshow(part, 'inferno', vmin=0, vmax=top)
+    name = f'log-SNR\n{style.signed(high)} to {style.signed(low)}' if rows > 2 else 'cost'
     panels[row][0].set_ylabel(name, **place)
-  if rows > 2:
-    panels[0][0].set_ylabel('log-SNR', rotation=0, ha='right', va='bottom', fontsize=8)
-  bar = figure.colorbar(drawn, ax=panels, fraction=0.03, pad=0.02, aspect=14 * rows / 2)
-  bar.set_label(f'{unit} per pixel')
+    bar = figure.colorbar(drawn, ax=panels[row], fraction=0.02, pad=0.01)
+    bar.set_label(f'{unit} per pixel')
   return style.save(figure, path)
 
 
