@@ -3,8 +3,8 @@
   python examples/other_sets.py DATA_DIR FOLDER
 
 DATA_DIR has Fashion-MNIST as TFDS prepares it. FOLDER gets photos.npz, crops of scikit-learn's two
-photographs; digits.npz, its handwritten digits drawn larger; and squares.npz, ten garments, and the
-same ten with a white square in the middle. docs/per_example.md has the commands that score them.
+photographs; digits.npz, its handwritten digits drawn larger; and square.npz, ten garments, one of
+them with a white square in its middle. docs/per_example.md has the commands that score them.
 """
 
 import argparse
@@ -40,15 +40,14 @@ def digits() -> np.ndarray:
   return drawn
 
 
-def squares(data_dir: str) -> np.ndarray:
-  """Returns a garment of each class, then the same with a white square, [20 28 28 1]."""
+def garments(data_dir: str) -> np.ndarray:
+  """Returns a garment of each class, the pullover with a white square, uint8 [10 28 28 1]."""
   exp, _ = vdm.load('pretrained/fashion_mnist_full', overrides={'data.dir': data_dir})
   first = exp.source('eval').fetch(np.arange(200))
   chosen = [np.flatnonzero(first['label'] == label)[0] for label in range(10)]
-  plain = first['image'][chosen]
-  changed = plain.copy()
-  changed[:, 11:17, 11:17] = 255
-  return np.concatenate([plain, changed])
+  images = first['image'][chosen].copy()
+  images[2, 11:17, 11:17] = 255
+  return images
 
 
 def main():
@@ -60,7 +59,7 @@ def main():
   args.folder.mkdir(parents=True, exist_ok=True)
   np.savez(args.folder / 'photos.npz', x=photos(np.random.default_rng(0)))
   np.savez(args.folder / 'digits.npz', x=digits())
-  np.savez(args.folder / 'squares.npz', x=squares(args.data_dir))
+  np.savez(args.folder / 'square.npz', x=garments(args.data_dir))
 
 
 if __name__ == '__main__':

@@ -68,7 +68,7 @@ def plot_maps(
     name = f'log-SNR\n{style.signed(high)} to {style.signed(low)}' if rows > 2 else 'cost'
     panels[row][0].set_ylabel(name, **place)
     bar = figure.colorbar(drawn, ax=panels[row], fraction=0.02, pad=0.01)
-    bar.set_label(f'{unit} per pixel')
+    bar.set_label(f'{unit}/pixel', fontsize=8)
   return style.save(figure, path)
 
 
