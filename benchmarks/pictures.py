@@ -28,6 +28,7 @@ DRAWING = {  # module: file
   'vdm.evaluation.plots': 'vdm/evaluation/plots.py',
   'vdm.evaluation.field_plots': 'vdm/evaluation/field_plots.py',
   'vdm.evaluation.curve_plots': 'vdm/evaluation/curve_plots.py',
+  'vdm.evaluation.separation': 'vdm/evaluation/separation.py',
 }
 
 
@@ -75,6 +76,22 @@ def _garments(made: str, weights: tuple[int, ...], rows: int, *flags: str) -> Pi
   return Picture((*draws, draw), f'{made}.png', ('examples/guidance.py:draw',))
 
 
+def _scored(made: str, other: str, count: int, code: str, *flags: str) -> Picture:
+  """A picture of the likelihoods of garments and of another set; RUNS/tfds has the data."""
+  flags = (
+    '--config.data.dir=RUNS/tfds --config.likelihood.conditions=none',
+    f'--config.likelihood.against.name=arrays --config.likelihood.against.path=RUNS/{other}.npz',
+    f'--config.likelihood.against.split=[:] --config.eval.max_images={count}',
+    *flags,
+  )
+  score = (
+    'python -m vdm.main --config=configs/fashion_mnist_full.py --mode=likelihood '
+    f'--workdir=pretrained/fashion_mnist_full --out=RUNS/{other} '
+  ) + ' '.join(flags)
+  made = f'{other}/likelihood/arrays_*/{made}'
+  return Picture(('python examples/other_sets.py RUNS/tfds RUNS', score), made, (code,))
+
+
 _PLOTS, _FIELDS = 'vdm/evaluation/plots.py', 'vdm/evaluation/field_plots.py'
 _DIGITS = 'python -m vdm.main --config=configs/digits.py --workdir=RUNS/digits'
 _NET = '--config.schedule.name=learned_net'
@@ -107,6 +124,23 @@ PICTURES = {
   'fashion_mnist_full_samples': _garments('garments', (1,), 6),
   'fashion_mnist_guidance': _garments(
     'guided', (1, 2, 4), 3, '--config.sample.sampler.name=dpmpp_2m', '--config.sample.num_steps=32'
+  ),
+  'fashion_mnist_square': _scored(
+    'maps_*.png',
+    'square',
+    10,
+    f'{_PLOTS}:plot_maps',
+    '--config.eval.batch_size=10 --config.likelihood.maps=10 --config.likelihood.intervals=4',
+  ),
+  'fashion_mnist_against_digits': _scored(
+    'histograms.png',
+    'digits',
+    300,
+    'vdm/evaluation/separation.py:plot',
+    '--config.eval.batch_size=50 --config.likelihood.draws=16 --config.likelihood.maps=0',
+  ),
+  'posterior': Picture(
+    ('python examples/infer.py RUNS/infer',), 'infer/posterior.png', ('examples/infer.py:draw',)
   ),
   'toy2d': Picture(
     ('python examples/toy2d.py --out=RUNS/toy2d.png',), 'toy2d.png', ('examples/toy2d.py:draw',)

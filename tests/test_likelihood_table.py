@@ -94,7 +94,7 @@ def test_another_set_is_scored_beside_it(tmp_path):
   folder = run(tmp_path, against, **{'likelihood.maps': 0})
   (place,) = folder.glob('arrays_all_ema_elbo_24x4_*')
   found = json.loads((place / 'against.json').read_text())
-  assert found['sets'] == ['digits', 'arrays']
+  assert found['sets'] == ['digits', 'other.npz']
   (own,) = folder.glob('digits_test_*')
   pair = [columns(of)['bits_per_dim'] for of in (own, place)]
   assert found['-log p']['auroc'] == pytest.approx(separation.auroc(*pair)[0], abs=1e-3)

@@ -13,6 +13,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from vdm.configs import digits
 
 from vdm import build, cards
@@ -41,7 +42,7 @@ ENDLESS = [
 ]
 
 
-def start(workdir, num_processes, devices, *more, slurm=False):
+def start(workdir, num_processes, devices, *more, slurm=False, config='configs/digits.py:debug'):
   """Starts the processes of one job, by hand or as SLURM would, and returns them."""
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
@@ -53,7 +54,7 @@ def start(workdir, num_processes, devices, *more, slurm=False):
     sys.executable,
     '-m',
     'vdm.main',
-    '--config=configs/digits.py:debug',
+    f'--config={config}',
     f'--workdir={workdir}',
     *OVERRIDES,
     *more,
@@ -176,6 +177,29 @@ def test_two_processes_draw_the_shard_that_one_lacks_and_the_first_writes_it(one
   assert '4 of 12 images are there already' in outputs[0]
   for a, b in zip(*paths, strict=True):
     assert a.read_bytes() == b.read_bytes(), a.name
+
+
+@pytest.mark.slow
+def test_two_processes_read_a_folder_and_score_its_pictures_as_one_does(tmp_path):
+  rng = np.random.default_rng(0)
+  for number in range(60):
+    size = (*tuple(rng.integers(9, 20, 2)), 3)
+    path = tmp_path / 'pictures' / 'ab'[number % 2] / f'{number}.png'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(rng.integers(0, 256, size, dtype=np.uint8)).save(path)
+  data = [f'--config.data.path={tmp_path / "pictures"}', '--config.data.image_shape=8,8,3']
+  data += ['--config.data.eval_share=0.3', '--config.model.width=8', '--config.model.norm_groups=2']
+  scored = ['--mode=likelihood', '--config.likelihood.draws=2', '--config.likelihood.maps=3']
+  tables = []
+  for count, workdir in ((2, tmp_path / 'two'), (1, tmp_path / 'one')):
+    finish(start(workdir, count, 2 // count, *data, config='configs/my_folder.py:debug'))
+    finish(start(workdir, count, 2 // count, *data, *scored, config='configs/my_folder.py:debug'))
+    (table,) = workdir.glob('likelihood/*/table.csv')
+    tables.append(np.genfromtxt(table, delimiter=',', names=True))
+    assert (table.parent / 'maps_3x1.png').exists()
+  assert len(tables[0]) == 13
+  for name in ('label', 'log_prob', 'stderr', 'diffusion'):
+    np.testing.assert_allclose(tables[0][name], tables[1][name], rtol=2e-3)
 
 
 @pytest.mark.slow

@@ -27,6 +27,7 @@ from vdm.workdir import config_file, integrity
 from vdm.workdir.load import Run
 
 LOG_EVERY_SECONDS = 10.0
+IN_FILES = ('folder', 'arrays', 'huggingface')  # kinds of data without splits of their own
 
 
 class Table(NamedTuple):
@@ -107,8 +108,9 @@ def other_set(settings: ConfigDict, against: ConfigDict, told: bool) -> list[Con
   other = settings.copy_and_resolve_references().unlock()
   other.update(name=against.name, path=against.path, dir=against.dir or settings.dir)
   # all of a file may be scored: none of it need be for training
-  in_file = against.name in ('folder', 'arrays', 'huggingface')
-  other.update(train_split='' if in_file else 'train', eval_split=against.split, as_found=True)
+  other.update(
+    train_split='' if against.name in IN_FILES else 'train', eval_split=against.split, as_found=True
+  )
   with within('config.likelihood.against'):
     other = as_found(other).unlock()
     shapes = [tuple(part.image_shape) for part in (settings, other)]
@@ -307,9 +309,12 @@ def _compare(
   Where they are pictures, so with the length of their PNG taken off: what is left is not low for a
   picture that is merely simple (Serra et al. 2020, arXiv 1909.11480).
   """
-  decoder, names = of.model.decoder, [source.identity['name'] for source in sources]
-  if names[0] == names[1]:
-    names = [source.identity['full_name'] for source in sources]
+  decoder, identities = of.model.decoder, [source.identity for source in sources]
+  # of what lies in files the name of the file or folder, which comes second
+  in_files = [identity['name'] in IN_FILES for identity in identities]
+  names = [
+    identity['full_name'].split('/')[i] for identity, i in zip(identities, in_files, strict=True)
+  ]
   per_dim = [table.num_dims * decoder.nats_per_unit for table in tables]
   costs = [-table.found.value / dims for table, dims in zip(tables, per_dim, strict=True)]
   scores = {'-log p': costs}
