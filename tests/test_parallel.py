@@ -322,3 +322,20 @@ def test_flips_and_turns_are_drawn_as_published_and_flagged():
 def test_a_mesh_of_devices_that_are_not_here_is_like_one_that_is():
   assert parallel.make_mesh(2).abstract_mesh.axis_types == parallel.abstract_mesh(4, 2).axis_types
   assert parallel.make_mesh(2).shape == parallel.abstract_mesh(4, 2).shape
+
+
+def test_no_more_steps_are_under_way_than_cpus_can_bear():
+  done = []
+
+  class Metric:
+    def __init__(self, number):
+      self.number = number
+
+    def block_until_ready(self):
+      done.append(self.number)
+
+  step = runners.bounded(lambda state, batch: (state + 1, {'loss': Metric(state)}))
+  for number in range(40):
+    assert step(number, None)[0] == number + 1
+    assert done == list(range(max(0, number + 1 - runners.AHEAD)))
+  assert runners.AHEAD < 32  # computations that XLA:CPU lets a device have waiting

@@ -1,5 +1,6 @@
 """How a train step runs: by jit over a mesh, or by pmap."""
 
+import collections
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -8,6 +9,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vdm.system.parallel import batch_sharding, jit, replicated, to_devices
+
+# Steps that are under way at most: an accelerator waits for none, and XLA:CPU, whose devices share
+# as many threads as there are cores, may wait for ever where more are than it lets in (32).
+AHEAD = 16
 
 
 class Runner(NamedTuple):
@@ -20,6 +25,20 @@ class Runner(NamedTuple):
   ]  # (state, batch) -> (state, metrics); may donate the state
   get_state: Callable[[Any], Any]
   get_metrics: Callable[[Any], Any]
+
+
+def bounded(step: Callable) -> Callable:
+  """Returns a step of (state, batch) -> (state, metrics) that waits for the one AHEAD before it."""
+  under_way: collections.deque[jax.Array] = collections.deque()
+
+  def call(state, batch):
+    if len(under_way) == AHEAD:
+      under_way.popleft().block_until_ready()
+    state, metrics = step(state, batch)
+    under_way.append(jax.tree.leaves(metrics)[0])
+    return state, metrics
+
+  return call
 
 
 def jit_runner(step: Callable, mesh: Mesh, abstract: Any, donate: bool = True) -> Runner:
