@@ -23,7 +23,7 @@ from vdm.data.gaussian_field import GaussianField
 
 FIELD = GaussianField(shape=(32,), exponent=-2.0, std=1.0)
 LOW, HIGH = np.array([-1.0, -0.7]), np.array([1.0, 0.7])  # of theta's prior, which is uniform
-POINTS, DRAWS = 41, 64
+POINTS, DRAWS = 21, 32
 
 
 def simulate(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.ndarray]:
