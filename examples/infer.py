@@ -20,6 +20,7 @@ import numpy as np
 import vdm
 from vdm import style
 from vdm.data.gaussian_field import GaussianField
+from vdm.system import logs
 
 FIELD = GaussianField(shape=(32,), exponent=-2.0, std=1.0)
 LOW, HIGH = np.array([-1.0, -0.7]), np.array([1.0, 0.7])  # of theta's prior, which is uniform
@@ -117,6 +118,7 @@ def main():
   parser.add_argument('--nuts', action='store_true', help='sample one posterior with numpyro too')
   args = parser.parse_args()
   vdm.use_cores()
+  logs.set_up_logging()
   args.folder.mkdir(parents=True, exist_ok=True)
   exp, state = train(args.folder, args.steps)
   truth, signals = simulate(np.random.default_rng(1), args.signals)
