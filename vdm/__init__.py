@@ -14,7 +14,12 @@ _PLACES = {
     'adaptive averages continuous decoders elbo gaussian guidance heads noisy_elbo ode samplers '
     'schedules times weightings'
   ).split()
-} | {'data': 'vdm.data', 'fields': 'vdm.evaluation.fields', 'report': 'vdm.report'}
+} | {
+  'codec': 'vdm.codec',
+  'data': 'vdm.data',
+  'fields': 'vdm.evaluation.fields',
+  'report': 'vdm.report',
+}
 
 
 def __getattr__(name: str):
