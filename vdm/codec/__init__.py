@@ -17,7 +17,12 @@ ORDER = (
   'shared',
   'coder',
   'progress',
+  'inputs',
+  'rivals',
+  'curve',
+  'report',
   '__init__',
+  '__main__',
 )
 
 # These are loaded when asked for.

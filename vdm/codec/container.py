@@ -107,7 +107,7 @@ def read(blob: bytes, name: str) -> Container:
     if number != turn or RECORD.pack(number, count, images, own) != _head(
       mark, turn, words, images
     ):
-      damage = damage or f'group {turn} of {total} is damaged (its checksum differs)'
+      damage = damage or f'group {turn} of {total} is damaged or cut off (its checksum differs)'
       if number != turn or len(words) < 4 * count:
         break  # where the next one begins is not known
     else:

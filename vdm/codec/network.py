@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from vdm import build
+from vdm.diffusion.decoders import Decoder
 from vdm.errors import confirm
 
 FAR = 1e6  # of the network's units: the nearest value is the last one
@@ -35,6 +36,11 @@ class Network(NamedTuple):
   nothing: dict[str, np.ndarray]
 
 
+def count_values(decoder: Decoder) -> int:
+  """Returns K, where a decoder is of integers 0 .. K - 1."""
+  return int(decoder.from_model(jnp.float32(FAR))) + 1
+
+
 def of_model(model: build.Model, params: Any, num_timesteps: int, group_size: int) -> Network:
   """Returns a model at T + 1 levels, for groups of one size; it runs on one device.
 
@@ -47,7 +53,7 @@ def of_model(model: build.Model, params: Any, num_timesteps: int, group_size: in
   params = jax.device_put(params, jax.devices()[0])
   times = jnp.arange(num_timesteps + 1) / num_timesteps
   levels = jax.jit(lambda params: model.schedule(params)(times))(params)
-  num_values = int(decoder.from_model(jnp.float32(FAR))) + 1
+  num_values = count_values(decoder)
 
   @jax.jit
   def predict(params, z, log_snr, conditions):

@@ -13,6 +13,7 @@ from vdm import build
 from vdm.codec import chain, grid, network
 from vdm.codec.message import keystream, require_coder
 from vdm.errors import require
+from vdm.system import files
 
 INITIAL, PROBE = 0, 3  # what pseudo-random words are for, beside `chain.ORDER` and `chain.WHITE`
 PACKAGES = ('jax', 'jaxlib', 'constriction')
@@ -22,7 +23,7 @@ REMEDIES = {
   'model': 'name the model that it was written with',
   'schedule': 'name the model that it was written with',
   'grid': 'exp is rounded in another way here: decompress it on a machine like the sender',
-  'conditions': 'give the conditions that the sender gave',
+  'conditions': 'give the conditions that the sender gave, as a file or by the split',
   'outputs': 'the network gives other bits here: decompress it on a machine like the sender',
 }
 
@@ -213,7 +214,8 @@ def require_shared(written: Mapping[str, Any], own: Shared, name: str, any_envir
     if block == 'environment' and any_environment:
       continue
     for field, mine in own.facts[block].items():
-      its = written[block][field]
+      with files.reading(name):
+        its = written[block][field]
       unknown = (block, field) == ('model', 'config') and '' in (its, mine)
       if its != mine and not unknown:
         raise ValueError(
