@@ -192,7 +192,7 @@ def test_a_multivariate_schedule():
   assert np.array_equal(codec.decompress(model, {}, blob), images(5))
 
 
-@pytest.mark.parametrize('num_timesteps', [50, 200])
+@pytest.mark.parametrize('num_timesteps', [50, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_net_length_is_the_bound(num_timesteps):
   over, deviation, _ = excess(images(640), num_timesteps=num_timesteps)
   assert deviation < 0.005
@@ -218,6 +218,7 @@ def test_trap_a_wide_grid_gives_absurd_values(monkeypatch):
   assert over > 1
 
 
+@pytest.mark.slow
 def test_trap_noise_is_copied_from_level_to_level(monkeypatch):
   """The order of dimensions is one cure, and whitening the better one: it needs both to be off."""
   u, found = images(100), {}

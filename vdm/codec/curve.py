@@ -32,7 +32,7 @@ class Along:
     self._errors: dict[int, np.ndarray] = {}  # and in the network's units, [*shape]
 
   def __call__(self, rows: slice, level: int, z: np.ndarray, x_hat: np.ndarray):
-    """Is shown what the network says of some images at a level (`coder.Watch`)."""
+    """Takes what the network says of some images at a level (`coder.Watch`)."""
     u, x = self._images[rows], np.asarray(self._decoder.to_model(self._images[rows]), np.float64)
     picture = np.asarray(self._decoder.from_model(x_hat), np.float64)
     self._squares[level] = self._squares.get(level, 0.0) + ((picture - u) ** 2).sum()

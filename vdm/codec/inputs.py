@@ -76,7 +76,9 @@ def of_split(
   require(known, '--split', split, f'one of {", ".join(map(repr, names))}', 'choose one')
   source = data.load(settings, names[split])
   good = 0 <= num_images <= len(source)
-  require(good, '--num', num_images, f'at most the {len(source)} of {split!r}', '0 is all of them')
+  require(
+    good, '--num', num_images, f'at most the {len(source)} images of {split!r}', '0 is all of them'
+  )
   batch: dict[str, Any] = dict(source.fetch(np.arange(num_images or len(source))))
   if 'valid' in batch:
     batch['mask'] = batch.pop('valid')

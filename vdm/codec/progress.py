@@ -17,22 +17,25 @@ class Progress:
     self._name, self._start = name, time.monotonic()
     self._over = sys.stderr.isatty()
     self._every = 0.2 if self._over else seconds
-    self._next = self._start + self._every
+    self._next, self._first = self._start + self._every, (self._start, 0)
 
   @property
   def seconds(self) -> float:
     """Returns how long it has taken."""
     return time.monotonic() - self._start
 
-  def __call__(self, done: int, total: int, what: str = ''):
-    """Says that `done` of `total` equal parts are done, and `what` else."""
+  def __call__(self, done: int, total: int):
+    """Says that `done` of `total` equal parts are done."""
     now = time.monotonic()
+    if not self._first[1]:
+      self._first = now, done  # before it the program was compiled
     if now < self._next and done < total:
       return
     self._next = now + self._every
-    left = (now - self._start) * (total - done) / max(done, 1)
-    line = f'{self._name}: {100 * done // total} %{what}, {spoken(now - self._start)}'
-    line += f', {spoken(left)} left' if done < total else ''
+    line = f'{self._name}: {100 * done // total} %, {spoken(now - self._start)}'
+    if self._first[1] < done < total:
+      left = (now - self._first[0]) * (total - done) / (done - self._first[1])
+      line += f', {spoken(left)} left'
     end = '' if self._over and done < total else '\n'
     print(f'\r\x1b[K{line}' if self._over else line, end=end, file=sys.stderr, flush=True)
 
