@@ -1,6 +1,5 @@
 """Bits-back coding: lossless, as long as the bound, and never a wrong picture without an error."""
 
-import functools
 import math
 
 import jax
@@ -10,77 +9,19 @@ import pytest
 
 pytest.importorskip('constriction')
 
-from vdm import build, codec
+from vdm import codec
 from vdm.codec import chain, container, grid
 from vdm.codec.message import LEAST, Message, keystream
-from vdm.data.gaussian_field import GaussianField
-from vdm.diffusion import decoders, gaussian, schedules
+from vdm.diffusion import elbo, gaussian, schedules, times
 from vdm.system import files
 
-FIELD = GaussianField((8, 8), exponent=-2.0, std=0.5)
-NUM_VALUES = 17
-SHAPE = (8, 8, 1)
-
-
-LINEAR = schedules.linear(-5.0, 8.0)
-
-
-def exact_model(schedule=LINEAR, decoder=None):
-  """Returns the model of a Gaussian field, whose denoiser is exact; it has no parameters."""
-  return build.Model(
-    init=None,
-    schedule=lambda params: schedule,
-    denoiser=lambda params, conditions=None: FIELD.denoiser(0.0, 1.0),
-    weighting=None,
-    image_shape=SHAPE,
-    decoder=decoder or decoders.discrete(NUM_VALUES),
-  )
-
-
-@functools.cache
-def images(count):
-  drawn, _ = FIELD.draw(np.random.RandomState(0), count)
-  return np.asarray(decoders.from_grid(drawn, NUM_VALUES), np.uint8)
+exact = pytest.importorskip('benchmarks.codec')  # the model of a Gaussian field, in a checkout
+exact_model, images, excess = exact.exact_model, exact.images, exact.excess
+NUM_VALUES = exact.NUM_VALUES
 
 
 def sigmoid(a):
   return 1 / (1 + np.exp(-a))
-
-
-def bound(u, num_timesteps):
-  """Returns the discrete-time bound of these images in bits/dim, its expectations in closed form.
-
-  Mode k of the image is m; z has alpha m + sigma eps, and x_hat = v z alpha with v = Q / (alpha^2 Q
-  + sigma^2). So E |m - x_hat|^2 = (1 - alpha^2 v)^2 m^2 + alpha^2 v^2 sigma^2.
-  """
-  x = np.asarray(decoders.to_grid(u, NUM_VALUES), np.float64)[..., 0]
-  square = np.abs(np.fft.fftn(x, axes=(1, 2), norm='ortho')) ** 2
-  log_snr = np.asarray(LINEAR(jnp.arange(num_timesteps + 1) / num_timesteps))
-  log_snr = log_snr.astype(np.float64)
-  snr, nats = np.exp(log_snr), 0.0
-  for s in range(num_timesteps):
-    a2, s2 = sigmoid(log_snr[s + 1]), sigmoid(-log_snr[s + 1])
-    v = FIELD.power / (a2 * FIELD.power + s2)
-    error = (1 - a2 * v) ** 2 * square + a2 * v**2 * s2
-    nats += (snr[s] - snr[s + 1]) / 2 * error.sum()
-  a2, s2 = sigmoid(log_snr[-1]), sigmoid(-log_snr[-1])
-  nats += 0.5 * (a2 * square + s2 - np.log(s2) - 1).sum()
-  noise = np.random.RandomState(1).standard_normal((20, *u.shape)).astype(np.float32)
-  loss = jax.jit(decoders.discrete(NUM_VALUES).loss)
-  nats += np.mean([loss(u, eps, jnp.float32(8.0)).sum() for eps in noise])
-  return nats / (u.size * math.log(2))
-
-
-def excess(u, **settings):
-  """Returns the net length over the bound, less 1, its deviation, and the file's header.
-
-  The length of one coding is the bound and, at each step, noise of the deviation sqrt(2 KL).
-  """
-  settings = codec.Settings(**{'group_size': 64} | settings)
-  header = container.read(codec.compress(exact_model(), {}, u, settings), 'it').header
-  exact = bound(u, settings.num_timesteps)
-  deviation = math.sqrt(2 / (exact * math.log(2) * u.size))
-  return header['net_bits'] / u.size / exact - 1, deviation, header
 
 
 def test_the_grid_has_the_moments_of_the_chain():
@@ -194,57 +135,58 @@ def test_a_multivariate_schedule():
 
 @pytest.mark.parametrize('num_timesteps', [50, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_net_length_is_the_bound(num_timesteps):
-  over, deviation, _ = excess(images(640), num_timesteps=num_timesteps)
+  over, deviation, _ = excess(640, num_timesteps=num_timesteps)
   assert deviation < 0.005
   assert abs(over) < 3 * deviation
 
 
-def one_grid(monkeypatch):
-  monkeypatch.setattr(chain, 'WINDOW_Q', 1000.0)
-  monkeypatch.setattr(chain, 'WINDOW_P', 1000.0)
+def test_the_bound_is_that_of_the_model():
+  """The closed form of this benchmark against the bound that training minimises."""
+  u, steps = jnp.asarray(images(256)), 20
+  model = exact_model()
+
+  @jax.jit
+  def of_draw(key):
+    keys = jax.random.split(key, 3)
+    t = times.stratified(keys[0], jnp.arange(len(u)), len(u))
+    noise = [jax.random.normal(key, u.shape) for key in keys[1:]]
+    terms = elbo.variational_bound(
+      model.denoiser({}), exact.LINEAR, model.decoder, model.weighting, u, t, *noise, steps
+    )
+    return (terms.recon + terms.prior + terms.diffusion.elbo).mean() / (64 * math.log(2))
+
+  draws = jax.lax.map(of_draw, jax.random.split(jax.random.key(0), 200))
+  error = float(draws.std()) / math.sqrt(len(draws))
+  assert float(draws.mean()) == pytest.approx(exact.bound(256, steps), abs=4 * error)
+  assert error < 0.003 * exact.bound(256, steps)
 
 
-def no_whitening(monkeypatch):
-  monkeypatch.setattr(chain, 'whitening', lambda *names: np.zeros(names[-1], np.uint32))
-
-
-def no_permutation(monkeypatch):
-  monkeypatch.setattr(chain, 'permutation', lambda *names: np.arange(names[-1]))
-
-
-def test_trap_a_wide_grid_gives_absurd_values(monkeypatch):
-  one_grid(monkeypatch)
-  over, _, _ = excess(images(128), num_timesteps=50)
+def test_trap_a_wide_grid_gives_absurd_values():
+  with exact.trapped('one wide grid'):
+    over, _, _ = excess(128, num_timesteps=50)
   assert over > 1
 
 
 @pytest.mark.slow
-def test_trap_noise_is_copied_from_level_to_level(monkeypatch):
+def test_trap_noise_is_copied_from_level_to_level():
   """The order of dimensions is one cure, and whitening the better one: it needs both to be off."""
-  u, found = images(100), {}
-  for name, traps in (
-    ('both', [no_whitening, no_permutation]),
-    ('white', [no_whitening]),
-    ('none', []),
-  ):
-    with monkeypatch.context() as patch:
-      for trap in traps:
-        trap(patch)
-      found[name], deviation, _ = excess(u, num_timesteps=50, group_size=1)
-  assert found['both'] > found['white'] + 0.03
-  assert abs(found['none']) < 3 * deviation
+  found = {}
+  for names in ((), ('no whitening',), ('no whitening', 'no permutation')):
+    with exact.trapped(*names):
+      found[names], deviation, _ = excess(100, num_timesteps=50, group_size=1)
+  assert found['no whitening', 'no permutation'] > found['no whitening',] + 0.03
+  assert abs(found[()]) < 3 * deviation
 
 
-def test_trap_the_shift_of_the_mean_is_passed_on(monkeypatch):
-  no_whitening(monkeypatch)
-  over, deviation, _ = excess(images(640), num_timesteps=50)
+def test_trap_the_shift_of_the_mean_is_passed_on():
+  with exact.trapped('no whitening'):
+    over, deviation, _ = excess(640, num_timesteps=50)
   assert over > 4 * deviation
 
 
 def test_trap_narrow_cells_cost_initial_bits():
   """Two levels of a group are out at once: a cell of an eighth costs three bits of each, twice."""
-  each = [excess(images(64), num_timesteps=20, cells=cells)[2] for cells in (2.0, 16.0)]
-  few, many = (32 * header['initial_words'][0] / images(64).size for header in each)
+  few, many = (excess(64, num_timesteps=20, cells=cells)[2] for cells in (2.0, 16.0))
   assert many - few == pytest.approx(6, abs=0.1)
 
 
@@ -256,9 +198,12 @@ def test_groups_come_before_their_damage_at_no_cost():
   words = sum(len(record.words) for record in file.records.values())
   spent = file.header['net_bits'] + 32 * sum(file.header['initial_words'])
   assert abs(32 * words - spent) < 64 * settings.streams
+  counts = []
   for cut in np.linspace(blob.find(b'}\n') + 10, len(blob) - 1, 6).astype(int):
     with pytest.raises(codec.Incomplete, match=r'of its 60 images are recovered') as caught:
       codec.decompress(exact_model(), {}, blob[:cut])
     found = caught.value
     assert np.array_equal(found.index, np.arange(len(found.index)))
     assert np.array_equal(found.images, u[: len(found.index)])
+    counts.append(len(found.index))
+  assert len(set(counts)) > 4 and counts[2] >= 16  # of 32 in the first stream

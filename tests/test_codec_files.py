@@ -15,7 +15,7 @@ pytest.importorskip('constriction')
 import vdm
 from vdm import build, codec
 from vdm.build.conditioning import Takes
-from vdm.codec import coder, container, curve, message, rivals
+from vdm.codec import coder, container, curve, message, progress, rivals, shared
 from vdm.codec.__main__ import main
 from vdm.data.gaussian_field import GaussianField
 from vdm.diffusion import continuous, decoders, gaussian, schedules
@@ -288,6 +288,11 @@ def test_conditions_are_given_to_both_sides():
       codec.decompress(model, {}, data, **told | {name: changed})
     with pytest.raises(ValueError, match=rf"its conditions\.{name} is .* here it is 'none'"):
       codec.decompress(model, {}, data, **told | {name: None})
+  second = shared.share(model, {}, settings, 7, told).group(1)
+  assert second.conditions['label'].tolist() == told['label'][3:6].tolist()
+  last = shared.share(model, {}, settings, 7, told).group(2)
+  assert last.conditions['label'].tolist() == [told['label'][6]] * 3
+  assert not last.kept[1:].any() and np.array_equal(last.kept[0], told['mask'][6])
   nothing = codec.compress(model, {}, u, settings)
   assert np.array_equal(codec.decompress(model, {}, nothing), u)
   with pytest.raises(ValueError, match='label'):
@@ -450,9 +455,22 @@ def test_a_report(run, tmp_path):
   for length, steps in zip(found['lengths'], (3, 5), strict=True):
     size = (tmp_path / f'T{steps}.vdm').stat().st_size
     assert length['size'] == size and len(length['seconds']) == 2
-    in_bits = length['size'] * 8 - (length['net'] + length['initial']) * 6 * 64
-    assert 5000 < in_bits < 12000  # the container
+    header = container.read((tmp_path / f'T{steps}.vdm').read_bytes(), 'it').header
+    assert length['initial'] * 6 * 64 == 32 * sum(header['initial_words'])
+    assert length['net'] * 6 * 64 == pytest.approx(header['net_bits'])
     assert length['net'] == pytest.approx(length['bound']['value'], rel=0.3)
   lines = (tmp_path / 'rate_distortion.csv').read_text().splitlines()
   assert len([line for line in lines if line.startswith('"vdm, T = 5"')]) == 5
   assert (tmp_path / 'rate_distortion.png').exists()
+
+
+def test_progress_is_one_line_with_the_time_that_is_left(monkeypatch, capsys):
+  clock = iter([0.0, 5.0, 15.0, 26.0, 27.0, 37.0])  # five seconds of it are compilation
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: next(clock))
+  tell = progress.Progress('compress')
+  for done in (1, 11, 22, 23, 201):
+    tell(done, 201)
+  lines = capsys.readouterr().err.splitlines()
+  assert lines[0] == 'compress: 5 %, 15 s, 3 min 10 s left'  # ten of 200 in ten seconds
+  assert len(lines) == 3 and lines[2] == 'compress: 100 %, 37 s'
+  assert progress.spoken(7620) == '2 h 7 min'

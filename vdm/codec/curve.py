@@ -1,7 +1,12 @@
-"""Rate and distortion along the chain: what pictures are before all of their bits are there."""
+"""Rate and distortion along the chain: what pictures are before all of their bits are there.
 
+python -m vdm.codec.curve TABLE.csv PLOT.png     # draws a report's rate_distortion.csv again
+"""
+
+import csv
 import math
 import pathlib
+import sys
 from typing import Any
 
 import numpy as np
@@ -78,3 +83,21 @@ def plot(points: Points, path: pathlib.Path) -> np.ndarray:
   axes.set_xlim(left=0)
   style.label_ends(axes, lines)
   return style.save(drawn, path)
+
+
+def main(argv: list[str]) -> int:
+  """Draws a table of `write` again; returns the exit status."""
+  if len(argv) != 2:
+    print(__doc__, file=sys.stderr)
+    return 1
+  points: Points = {}
+  with open(argv[0], newline='') as file:
+    for row in csv.DictReader(file):
+      codec, *numbers = (row[name] for name in HEADER)
+      points.setdefault(codec, []).append(tuple(map(float, numbers)))
+  plot(points, pathlib.Path(argv[1]))
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main(sys.argv[1:]))
