@@ -22,7 +22,7 @@ REMEDIES = {
   'environment': 'decompress it where they agree, or try in any environment: checksums still hold',
   'model': 'name the model that it was written with',
   'schedule': 'name the model that it was written with',
-  'grid': 'exp is rounded in another way here: decompress it on a machine like the sender',
+  'grid': 'the levels are rounded in another way here: decompress it on a machine like the sender',
   'conditions': 'give the conditions that the sender gave, as a file or by the split',
   'outputs': 'the network gives other bits here: decompress it on a machine like the sender',
 }
@@ -57,7 +57,7 @@ class Shared(NamedTuple):
     grid: of the levels.
     settings: of the code.
     conditions: of all images, [N ...].
-    count: of images, N.
+    num_images: N.
     facts: what is compared, in plain values.
   """
 
@@ -65,13 +65,13 @@ class Shared(NamedTuple):
   grid: grid.Grid
   settings: Settings
   conditions: dict[str, np.ndarray]
-  count: int
+  num_images: int
   facts: dict[str, dict[str, Any]]
 
   @property
   def num_groups(self) -> int:
     """Returns how many groups there are; the last one may be filled up."""
-    return -(-self.count // self.settings.group_size)
+    return -(-self.num_images // self.settings.group_size)
 
   @property
   def streams(self) -> list[list[int]]:
@@ -82,7 +82,7 @@ class Shared(NamedTuple):
   def rows(self, number: int) -> slice:
     """Returns which images a group has."""
     start = number * self.settings.group_size
-    return slice(start, min(start + self.settings.group_size, self.count))
+    return slice(start, min(start + self.settings.group_size, self.num_images))
 
   def group(self, number: int) -> chain.Group:
     """Returns a group; what fills it up has the conditions of its last image, and is not coded."""
