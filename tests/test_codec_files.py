@@ -199,15 +199,27 @@ def test_a_network_that_differs_later_is_found_out(monkeypatch):
   refused('cannot be decoded here', model_of(other), data=written)
 
 
-def test_a_message_must_end_in_what_it_began_with(monkeypatch):
-  bad = signed(lambda header: header.update(initial_words=[1, 1]))
+def resigned(change, records=slice(None)):
+  """Returns the file with another header and some of its records, and all checksums right."""
+  bad = signed(change)
   mark = bad[places(bad)[0][0] - 8 : places(bad)[0][0]]
   parts = [bad[: places(bad)[0][0]]]
-  for a, b in places(bad):
+  for a, b in places(bad)[records]:
     number, _, marks, _ = container.RECORD.unpack_from(bad, a)
     words = bad[a + container.RECORD.size : b]
     parts += [container._head(mark, number, words, marks), words]
-  refused('stream 0 does not end in what its sender began with; 30 of', data=b''.join(parts))
+  return b''.join(parts)
+
+
+def test_headers_that_contradict_the_rest_are_found_out():
+  words = resigned(lambda header: header.update(initial_words=[1, 1]))
+  refused('stream 0 does not end in what its sender began with; 30 of', data=words)
+  fewer = resigned(lambda header: header.update(groups=6), slice(6))
+  refused('it has 6 of its 8 groups; 24 of its 30 images', data=fewer)
+  seed = resigned(lambda header: header['settings'].update(seed=1))
+  refused(r'its outputs\.sha256 is', data=seed)
+  timesteps = resigned(lambda header: header['settings'].update(num_timesteps=7))
+  refused(r'its grid\.sha256 is', data=timesteps)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +367,9 @@ def test_the_extra_is_named_where_it_is_missing(monkeypatch, capsys):
   assert capsys.readouterr().err.count('\n') == 1
 
 
-def test_other_codecs_are_lossless_and_together_shorter():
+def test_other_codecs_are_shorter_together():
+  volumes = np.zeros((3, 4, 4, 4, 1), np.uint8)
+  assert set(rivals.lossless(volumes)) == {'zlib'} and rivals.lossy(volumes, NUM_VALUES) == {}
   found = rivals.lossless(images())
   assert {'PNG', 'WebP', 'zlib'} <= set(found)
   for each, together in found.values():

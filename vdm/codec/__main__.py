@@ -51,6 +51,7 @@ DATA_LEAVES = (
 
 def compress(typed: argparse.Namespace, run: Run) -> int:
   """Runs `compress`; returns the exit status."""
+  _check_folder(typed.out)
   source, progress = _inputs(typed, run), Progress('compress')
   blob = coder.compress(
     run.model,
@@ -76,6 +77,7 @@ def decompress(typed: argparse.Namespace, run: Run) -> int:
   stem = os.path.splitext(typed.out or typed.file)[0]
   out = typed.out or f'{stem}.npz'
   inputs.check_name(out)
+  _check_folder(out)
   with files.reading(typed.file, 'name a file that compress wrote'):
     blob = files.path_of(typed.file).read_bytes()
   progress = Progress('decompress')
@@ -119,6 +121,11 @@ def write_report(typed: argparse.Namespace, run: Run) -> int:
     seconds = ' and '.join(map(spoken, length.seconds))
     print(f'T = {length.settings.num_timesteps}: {seconds}')
   return 0
+
+
+def _check_folder(path: str):
+  """Refuses a file whose folder cannot be written, before the work is done."""
+  config_file.check_writable(files.path_of(path).parent, '--out', 'choose another')
 
 
 def _inputs(typed: argparse.Namespace, run: Run) -> inputs.Inputs:

@@ -159,14 +159,16 @@ def decompress(
       except (files.Damaged, FloatingPointError) as error:
         problems.append(f'group {number} of {both.num_groups} cannot be decoded here ({error})')
         break
-      parts[number] = found if until == 0 else model.decoder_of(params).from_model(found)
+      found = model.decoder_of(params).from_model(found) if until else found
+      parts[number] = np.asarray(found).astype(both.network.dtype)
     ends = numbers[-1] in parts and not until
     if ends and not _is_initial(both, stream, message, file.header['initial_words'][stream]):
       problems.append(f'stream {stream} does not end in what its sender began with')
+  if len(parts) < both.num_groups and not problems:
+    problems.append(f'it has {len(parts)} of its {both.num_groups} groups')
   order = sorted(parts)
-  shape = (0, *both.network.shape)
-  images = np.concatenate([np.zeros(shape), *(parts[i] for i in order)])
-  images = images.astype(both.network.dtype)
+  none = np.zeros((0, *both.network.shape), both.network.dtype)
+  images = np.concatenate([none, *(parts[i] for i in order)])
   if not problems:
     return images
   index = [np.zeros(0, np.int64), *(np.arange(count)[both.rows(i)] for i in order)]

@@ -24,13 +24,13 @@ QUALITIES = (1, 2, 4, 7, 10, 15, 20, 30, 40, 50, 60, 70, 80, 90, 95)
 def lossless(images: np.ndarray) -> dict[str, tuple[float, float]]:
   """Returns bits/dim by codec: a file for each image, and one for all of them.
 
-  Those of pictures need two axes and 1 or 3 channels; JPEG XL needs pillow-jxl-plugin.
+  Other images than pictures are for zlib alone; JPEG XL needs pillow-jxl-plugin.
 
   Args:
     images: integers [N *spatial C], coded as they are, 8 bits each.
   """
-  dims, found = images.size, {}
-  if images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3):
+  dims, found = images.size, dict[str, tuple[float, float]]()
+  if are_pictures(images):
     has_jxl = importlib.util.find_spec('pillow_jxl') is not None
     if has_jxl:
       import pillow_jxl  # noqa: F401  (it adds a format to Pillow)
@@ -47,12 +47,15 @@ def lossless(images: np.ndarray) -> dict[str, tuple[float, float]]:
 def lossy(images: np.ndarray, num_values: int) -> dict[str, list[tuple[int, float, float]]]:
   """Returns (quality, bits/dim, PSNR in dB) by codec, of all images in one picture.
 
-  In one picture they share headers, which are longer than a small image.
+  In one picture they share headers, which are longer than a small image. There are none of what
+  is no picture.
 
   Args:
-    images: integers 0 .. K - 1 [N H W C], of 1 or 3 channels.
+    images: integers 0 .. K - 1 [N *spatial C].
     num_values: K.
   """
+  if not are_pictures(images):
+    return {}
   scale = 255 / (num_values - 1)
   picture, found = mosaic(np.round(images * scale).astype(np.uint8)), {}
   whole = mosaic(images)
@@ -66,6 +69,11 @@ def lossy(images: np.ndarray, num_values: int) -> dict[str, list[tuple[int, floa
       square = ((values - whole)[there] ** 2).mean()
       found[name].append((quality, 8 * len(content) / images.size, psnr(square, num_values)))
   return found
+
+
+def are_pictures(images: np.ndarray) -> bool:
+  """Returns whether formats of pictures can hold images: two axes, 1 or 3 channels, 8 bits."""
+  return images.dtype == np.uint8 and images.ndim == 4 and images.shape[-1] in (1, 3)
 
 
 def psnr(square: float, num_values: int) -> float:
