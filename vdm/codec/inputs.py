@@ -36,9 +36,8 @@ def of_file(path: str, takes: build.conditioning.Takes, more: str = '') -> Input
     name = next((name for name in NAMES if name in arrays), '')
     rule = f'an NPZ file with an array {" or ".join(NAMES)}'
     require(bool(name), '--images', path, rule, f'it has {", ".join(arrays) or "none"}')
-    return Inputs(
-      arrays[name], _taken(arrays, takes) | (conditions_of(more, takes) if more else {})
-    )
+    own = _taken(arrays, takes)
+    return Inputs(arrays[name], own | (conditions_of(more, takes) if more else {}))
   with files.reading(path, 'give an NPY or NPZ file'):
     images = np.load(files.path_of(path), allow_pickle=False)
   return Inputs(images, conditions_of(more, takes) if more else {})
