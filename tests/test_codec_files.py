@@ -211,6 +211,13 @@ def resigned(change, records=slice(None)):
   return b''.join(parts)
 
 
+def test_a_message_ends_in_a_word_that_is_not_zero(monkeypatch):
+  """Even if the keystream begins with one: the coder takes it for the end."""
+  monkeypatch.setattr(shared, 'keystream', lambda *key, count: np.zeros(count, np.uint32))
+  both = shared.share(model_of(), {}, SETTINGS, COUNT, {})
+  assert both.initial(0)(3).tolist() == [2**31, 0, 0]
+
+
 def test_headers_that_contradict_the_rest_are_found_out():
   words = resigned(lambda header: header.update(initial_words=[1, 1]))
   refused('stream 0 does not end in what its sender began with; 30 of', data=words)
