@@ -19,7 +19,7 @@ LEVELS = (
   'cli workdir',
   'sampling fid',
   'evaluation',
-  'training',
+  'codec training',
   'planning ablate experiment report',
   'main',
 )

@@ -15,6 +15,7 @@ _PLACES = {
     'schedules times weightings'
   ).split()
 } | {
+  'codec': 'vdm.codec',
   'data': 'vdm.data',
   'fields': 'vdm.evaluation.fields',
   'inference': 'vdm.evaluation.inference',
