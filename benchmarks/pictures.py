@@ -29,6 +29,7 @@ DRAWING = {  # module: file
   'vdm.evaluation.field_plots': 'vdm/evaluation/field_plots.py',
   'vdm.evaluation.curve_plots': 'vdm/evaluation/curve_plots.py',
   'vdm.evaluation.separation': 'vdm/evaluation/separation.py',
+  'vdm.codec.curve': 'vdm/codec/curve.py',
 }
 
 
@@ -138,6 +139,12 @@ PICTURES = {
     300,
     'vdm/evaluation/separation.py:plot',
     '--config.eval.batch_size=50 --config.likelihood.draws=16 --config.likelihood.maps=0',
+  ),
+  'fashion_mnist_codec': Picture(
+    ('python -m vdm.codec.curve docs/fashion_mnist_codec.csv RUNS/fashion_mnist_codec.png',),
+    'fashion_mnist_codec.png',
+    ('vdm/codec/curve.py:plot',),
+    'docs/fashion_mnist_codec.csv',
   ),
   'posterior': Picture(
     ('python examples/infer.py RUNS/infer',), 'infer/posterior.png', ('examples/infer.py:draw',)
