@@ -116,3 +116,19 @@ def test_conditions_of_another_set_are_refused():
   message = r"likelihood\.conditions='none' must be 'given' with config\.train\.label_dropout"
   with pytest.raises(ValueError, match=message):
     vdm.Experiment('digits', {'model.class_conditional': True, 'likelihood.conditions': 'none'})
+
+
+def test_any_number_of_channels(tmp_path):
+  images = np.random.default_rng(0).integers(0, 5, (60, 8, 8, 2), dtype=np.uint8)
+  np.savez(tmp_path / 'two.npz', x=images)
+  settings = {'data.path': str(tmp_path / 'two.npz'), 'decoder.name': 'discrete'}
+  settings['eval.ode.dequantization'] = 'uniform'
+  exp = vdm.Experiment('my_arrays:debug', settings)
+  exp.save(exp.init(), tmp_path / 'run')
+  settings = {f'likelihood.against.{k}': v for k, v in {'name': 'arrays', 'split': '[:20]'}.items()}
+  settings |= {'likelihood.against.path': str(tmp_path / 'two.npz'), 'likelihood.draws': 2}
+  with_settings = read_run(exp.config, tmp_path / 'run', overrides=settings)
+  assert likelihood_table.run(with_settings, tmp_path) == 0
+  (place,) = (tmp_path / 'likelihood').glob('arrays_20_*')
+  assert list(json.loads((place / 'against.json').read_text())) == ['sets', '-log p']
+  assert np.load(next(place.glob('maps_*.npz')))['maps'].shape[2:] == (8, 8, 2)

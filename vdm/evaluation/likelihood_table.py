@@ -296,9 +296,14 @@ def _write_maps(
   arrays = dict(images=images, maps=maps, edges=edges)
   path = folder / f'maps_{count}x{intervals}.npz'
   files.write(path, files.content(lambda file: np.savez_compressed(file, **arrays)))
-  if images.ndim == 4:
+  if is_picture(of.model.image_shape):
     unit, pixels = of.model.decoder.unit.partition('/')[0], of.model.decoder.to_pixels(images)
     plot_maps(pixels, maps.sum(axis=-1), edges, unit, path.with_suffix('.png'))
+
+
+def is_picture(shape: tuple[int, ...]) -> bool:
+  """Returns whether a PNG file and a plot have room for an example: two axes, 1 or 3 channels."""
+  return len(shape) == 3 and shape[-1] in (1, 3)
 
 
 def _compare(
@@ -318,7 +323,7 @@ def _compare(
   per_dim = [table.num_dims * decoder.nats_per_unit for table in tables]
   costs = [-table.found.value / dims for table, dims in zip(tables, per_dim, strict=True)]
   scores = {'-log p': costs}
-  if not decoder.is_density and len(of.model.image_shape) == 3:
+  if not decoder.is_density and is_picture(of.model.image_shape):
     scores['-log p less the length of a PNG'] = [
       cost - separation.png_bits(source, len(cost), decoder.to_pixels) / table.num_dims
       for cost, source, table in zip(costs, sources, tables, strict=True)
