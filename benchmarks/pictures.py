@@ -28,6 +28,7 @@ DRAWING = {  # module: file
   'vdm.evaluation.plots': 'vdm/evaluation/plots.py',
   'vdm.evaluation.field_plots': 'vdm/evaluation/field_plots.py',
   'vdm.evaluation.curve_plots': 'vdm/evaluation/curve_plots.py',
+  'vdm.codec.curve': 'vdm/codec/curve.py',
 }
 
 
@@ -107,6 +108,12 @@ PICTURES = {
   'fashion_mnist_full_samples': _garments('garments', (1,), 6),
   'fashion_mnist_guidance': _garments(
     'guided', (1, 2, 4), 3, '--config.sample.sampler.name=dpmpp_2m', '--config.sample.num_steps=32'
+  ),
+  'fashion_mnist_codec': Picture(
+    ('python -m vdm.codec.curve docs/fashion_mnist_codec.csv RUNS/fashion_mnist_codec.png',),
+    'fashion_mnist_codec.png',
+    ('vdm/codec/curve.py:plot',),
+    'docs/fashion_mnist_codec.csv',
   ),
   'toy2d': Picture(
     ('python examples/toy2d.py --out=RUNS/toy2d.png',), 'toy2d.png', ('examples/toy2d.py:draw',)
