@@ -214,7 +214,8 @@ def test_flags_of_reading_are_refused_elsewhere(flag, mode, tmp_path):
   command += [f'--mode={mode}', flag, f'--workdir={tmp_path}/w']
   done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
   assert done.returncode == 1 and not (tmp_path / 'w').exists()
-  assert done.stderr == f'{flag} is for --mode=eval, likelihood, sample and release; leave it out.\n'
+  modes = '--mode=eval, likelihood, sample and release'
+  assert done.stderr == f'{flag} is for {modes}; leave it out.\n'
 
 
 @pytest.mark.slow
