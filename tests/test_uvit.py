@@ -210,6 +210,7 @@ def test_two_billion_parameters_for_512():
     ({'skip': 'add'}, (16, 16, 1), r"skip='add' must be 'concatenate' or 'residual'; try"),
     ({'patch_size': 0}, (16, 16, 1), r'config\.model\.patch_size=0 must be at least 1; try 1'),
     ({'transformer_depth': 0}, (16, 16, 1), r'config\.model\.transformer_depth=0 must be at least'),
+    ({'transformer_width': 0}, (16, 16, 1), r'config\.model\.transformer_width=0 must be at least'),
     ({'widths': ()}, (16, 16, 1), r'config\.model\.widths=\(\) must be positive integers'),
     ({'conditioning_width': 7}, (16, 16, 1), r'config\.model\.conditioning_width=7 must be even'),
     ({}, (16,), r'uvit takes \[B, \*space, C\] with one to three axes'),

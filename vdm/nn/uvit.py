@@ -113,10 +113,10 @@ class UViT(nn.Module):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     common = (self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
     layers.check_fields(*common, width_field='conditioning_width')
-    layers.check_head_width(self.head_width, self.transformer_width)
-    for name in ('transformer_depth', 'patch_size'):
+    for name in ('transformer_depth', 'transformer_width', 'patch_size'):
       value = getattr(self, name)
       layers.require_field(value >= 1, name, value, 'at least 1', 1)
+    layers.check_head_width(self.head_width, self.transformer_width)
     layers.require_field(
       self.widths and min(self.widths) >= 1,
       'widths',
