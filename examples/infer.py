@@ -1,6 +1,6 @@
 """Infers the parameters of a simulator from its output, by a likelihood that a model has learned.
 
-  python examples/infer.py FOLDER                 a few minutes on two cores
+  python examples/infer.py FOLDER                 ten minutes of CPU time
   python examples/infer.py FOLDER --nuts          and by a sampler with gradients, NUTS (numpyro)
 
 The simulator draws signals of 32 samples, mean + scale u, where u is periodic Gaussian noise with a

@@ -26,6 +26,7 @@ from vdm.codec import coder, container, inputs, report
 from vdm.codec.message import require_coder
 from vdm.codec.progress import Progress, spoken
 from vdm.codec.shared import DEFAULTS, Settings
+from vdm.data.settle import FOUND, STATISTICS
 from vdm.errors import require
 from vdm.system import files
 from vdm.workdir import config_file
@@ -35,17 +36,11 @@ OVERRIDE = re.compile(r'--config\.([\w.]+)=(.*)', re.DOTALL)
 # XLA may choose among kernels by how fast they were, which is another one in another process
 GPU_FLAGS = '--xla_gpu_deterministic_ops=true --xla_gpu_autotune_level=0'
 BLOCKS = ('model', 'schedule', 'decoder')  # of a config: what a model is made of
+COUNTS = ('train_images', 'eval_images')
 DATA_LEAVES = (
-  'image_shape',
-  'num_values',
-  'num_classes',
-  'embedding_size',
-  'condition_shape',
-  'masked',
-  'vector_shift',
-  'vector_scale',
-  'condition_shift',
-  'condition_scale',
+  *(leaf for leaf in FOUND if leaf not in COUNTS),
+  *STATISTICS['vector'],
+  *STATISTICS['condition'],
 )
 
 

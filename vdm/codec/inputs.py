@@ -1,4 +1,4 @@
-"""What the commands code: images and conditions of a file, or of a split of the config's data."""
+"""Reads what the commands code: images and conditions of a file, or of a split of the data."""
 
 from typing import Any, NamedTuple
 

@@ -1,4 +1,4 @@
-"""What sender and receiver share: the model at T levels, the groups; and how it is compared."""
+"""Makes and compares what sender and receiver share: the model at T levels, and the groups."""
 
 import hashlib
 import importlib.metadata
