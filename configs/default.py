@@ -106,9 +106,11 @@ def get_config(arg=''):
 
   config.optimizer = ConfigDict(
     dict(
+      kind='adamw',  # or 'muon': for the kernels, with Adam for all else
+      moments='float32',  # of the first moment: or 'bfloat16', a quarter less of the state
       learning_rate=2e-4,
       warmup_steps=100,
-      decay='constant',  # after the warm-up: 'constant', or 'cosine' to zero at num_steps
+      decay='constant',  # after the warm-up: or 'cosine' or 'linear', to zero at num_steps
       b1=0.9,
       b2=0.99,
       eps=1e-8,
