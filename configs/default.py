@@ -54,8 +54,12 @@ def get_config(arg=''):
       condition_shape=(),  # of a field on which it is: spatial axes and channels; (): none
       masked=False,  # each example has a mask of the dimensions that count
       # Condition and mask made of the image: 'low_resolution', block means of condition_shape, or
-      # 'inpainting', its middle given the rest; '': those that are stored, if any.
+      # 'inpainting', its middle given the rest; '': those that are stored, if any. Or coefficients
+      # of the Haar transform at `level`, 1 the finest, as real values, after uniform noise where
+      # pixels are integers 0 .. dequantize - 1: 'haar_details' given 'haar_coarse', or that itself.
       derive='',
+      level=1,
+      dequantize=0,
       # Mean and standard deviation per channel of real values, of conditions and of vectors, with
       # which the network sees them; (): measured over the training split, and kept with the run.
       shift=(),

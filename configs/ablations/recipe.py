@@ -1,4 +1,4 @@
-"""What makes bits/dim fall faster at equal network, data and steps: one knob of the recipe at a time.
+"""What makes bits/dim fall faster at equal network and data: one knob of the recipe at a time.
 
   python -m vdm.ablate --config=configs/ablations/recipe.py --workdir=runs/recipe
   python -m vdm.ablate --config=configs/ablations/recipe.py:cifar10 --workdir=runs/recipe_cifar10 \
@@ -12,7 +12,7 @@ that is what a better recipe has to beat. --config=...:debug has one seed and fo
 from ml_collections import ConfigDict
 from vdm.configs import cifar10, default, digits
 
-RATES = (2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
+RATES = ('2e-4', '5e-4', '1e-3', '2e-3', '4e-3')
 
 
 def get_config(arg=''):
@@ -27,20 +27,22 @@ def get_config(arg=''):
     if arg == 'debug':
       default.debug(base)
   plain = dict(kind='adamw', decay='constant', clip_norm=0.0, warmup_steps=100)
-  tuned = {f'public_{rate:g}': dict(optimizer=plain | dict(learning_rate=rate)) for rate in RATES}
+  tuned = {
+    f'public_{rate}': dict(optimizer=plain | dict(learning_rate=float(rate))) for rate in RATES
+  }
   decayed = {
-    f'{decay}_{rate:g}': dict(optimizer=dict(learning_rate=rate, decay=decay, clip_norm=1.0))
+    f'{decay}_{rate}': dict(optimizer=dict(learning_rate=float(rate), decay=decay, clip_norm=1.0))
     for decay in ('cosine', 'linear')
     for rate in RATES[2:]
   }
   muon = {
-    f'muon_{rate:g}': dict(
-      optimizer=dict(kind='muon', learning_rate=rate, decay='linear', clip_norm=1.0)
+    f'muon_{rate}': dict(
+      optimizer=dict(kind='muon', learning_rate=float(rate), decay='linear', clip_norm=1.0)
     )
-    for rate in (*RATES[2:], 8e-3)
+    for rate in (*RATES[2:], '8e-3')
   }
   ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}
-  best = muon['muon_0.004']
+  best = muon['muon_4e-3']
   parts = dict(
     muon_adaptive=best | dict(schedule=dict(name='adaptive', **ends)),
     muon_net=best | dict(schedule=dict(name='learned_net', **ends)),
@@ -51,7 +53,7 @@ def get_config(arg=''):
     recipe=tuned | decayed | muon | parts,
     seed={str(seed): dict(seed=seed) for seed in range(3 if arg != 'debug' else 1)},
   )
-  reference = dict(recipe='public_0.0002')
+  reference = dict(recipe='public_2e-4')
   return ConfigDict(dict(base=base, axes=axes, evaluations=(16,), reference=reference)).lock()
 
 
