@@ -4,8 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from vdm.configs import default
+from vdm.configs import default, digits
 
+import vdm
+from benchmarks import cascade
 from vdm import data
 from vdm.data import gaussian_field
 from vdm.data.wavelet import haar, unhaar
@@ -151,3 +153,36 @@ def test_real_values_get_no_noise():
 def test_what_does_not_fit_is_refused(leaves, message):
   with pytest.raises(ValueError, match=message):
     data.load(data_of(**leaves), 'train')
+
+
+@pytest.fixture
+def stages():
+  """Both stages of the digits, untrained."""
+  made = []
+  for leaves in (DETAILS, COARSE | dict(image_shape=(4, 4, 1), level=1)):
+    config = digits.get_config('debug')
+    with config.unlocked():
+      config.data = data_of(**leaves)
+      config.decoder.name = 'normal'
+    exp = vdm.Experiment(config)
+    made.append((exp, exp.init()))
+  return made
+
+
+def test_a_cascade_is_bounded_and_drawn_stage_by_stage(stages):
+  ordered = cascade.in_order(stages)
+  assert [exp.config.data.derive for exp, _ in ordered] == ['haar_coarse', 'haar_details']
+  rows = cascade.bound(ordered, draws=2, max_images=8)
+  assert [row[:2] for row in rows] == [('haar_coarse 1', 16), ('haar_details 1', 48)]
+  for (exp, state), (*_, value, stderr) in zip(ordered, rows, strict=True):
+    result = exp.bits_per_dim(state, draws=2, max_images=8)
+    assert (value, stderr) == (result.value, result.stderr)
+  images = cascade.sample(ordered, 3)
+  assert images.shape == (3, 8, 8, 1) and np.isfinite(images).all()
+  coarse, _ = haar(images)  # the details leave the coarse half as it is
+  np.testing.assert_allclose(coarse, ordered[0][0].sample(ordered[0][1], 3), atol=1e-3)
+
+
+def test_stages_that_are_no_cascade_are_refused(stages):
+  with pytest.raises(ValueError, match=r"must be the stages .*coarse', 1.*haar_details', 1"):
+    cascade.in_order(stages[:1])

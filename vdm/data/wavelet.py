@@ -8,6 +8,7 @@ E[log p(x + noise)].
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import cast
 
 import numpy as np
 
@@ -128,7 +129,7 @@ def transformed(data, fetch: Callable, count: int, split: int) -> Callable:
     batch['image'] = coarse
     if data.derive == 'haar_details':
       batch |= {'image': details, 'condition': coarse}
-    return batch
+    return cast(Batch, batch)
 
   return fetch_transformed
 
