@@ -1,6 +1,6 @@
 """The bounds of one trained model on the same images, from the loosest to the tightest.
 
-  python -m benchmarks.tightening pretrained/digits --num_images=200
+  python -m benchmarks.tightening pretrained/digits --num_images=200 --tolerance=1e-3
 
 The variational bound, and the probability-flow ODE with K importance samples of the dequantisation,
 all by `Experiment.log_prob`, in bits/dim. Differences are of the same images.
@@ -21,14 +21,16 @@ def main():
   parser.add_argument('--num_images', type=int, default=200)
   parser.add_argument('--draws', type=int, default=64, help='of the variational bound')
   parser.add_argument('--samples', type=int, nargs='+', default=[1, 8, 64], help='K')
+  parser.add_argument('--tolerance', type=float, help="of the ODE, if not the run's")
   args = parser.parse_args()
   vdm.use_cores()
   exp, state = vdm.load(args.workdir)
   images = exp.source('eval').fetch(np.arange(args.num_images))['image']
   per_dim = images[0].size * exp.model.decoder.nats_per_unit
+  tolerance = dict(rtol=args.tolerance, atol=args.tolerance) if args.tolerance else {}
   kinds = {'ELBO': dict(draws=args.draws)}
   for count in args.samples:
-    kinds[f'ODE, K = {count}'] = dict(draws=1, bound='ode', importance_samples=count)
+    kinds[f'ODE, K = {count}'] = dict(draws=1, bound='ode', importance_samples=count) | tolerance
   before = None
   print(
     f'| bound, {len(images)} images | {exp.model.decoder.unit} | less the row above | seconds |'
