@@ -115,9 +115,9 @@ def relative_errors(name: str, leaves: dict, device: jax.Device) -> dict[str, di
   return {precision: of(precision) for precision in PRECISIONS}
 
 
-def _steps(mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray]:
+def _steps(case: tuple, mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray]:
   """The parameters and averages after `count` steps; halfway saved, and read back, if so asked."""
-  config = config_of('cifar10', {})
+  config = config_of(*case)
   model = build.model(config)
   mesh, init = parallel.make_mesh(), build.init_state(config, model)
   abstract = parallel.abstract_state(mesh, init)
@@ -143,11 +143,11 @@ def _compare(a, b) -> dict[str, float | bool]:
   return {'same_bits': all(np.array_equal(x, y) for x, y in pairs), 'difference': difference}
 
 
-def runs() -> dict[str, dict]:
+def runs(case: tuple) -> dict[str, dict]:
   """Eight steps, and the same eight again, resumed after four, and by pmap."""
-  first = _steps('jit', 8)
+  first = _steps(case, 'jit', 8)
   others = {'again': ('jit', 8), 'resumed': ('jit', 8, True), 'pmap': ('pmap', 8)}
-  return {name: _compare(first, _steps(*args)) for name, args in others.items()}
+  return {name: _compare(first, _steps(case, *args)) for name, args in others.items()}
 
 
 def attention(device: jax.Device) -> dict[str, float]:
@@ -198,10 +198,12 @@ def sampler(device: jax.Device) -> dict[str, float]:
 def main(_):
   """Prints a JSON line after each part, with those before it."""
   device = jax.devices()[0]
+  cases = {name: case for name, case in CASES.items() if name.startswith(flags.FLAGS.only)}
   result = {'device_kind': device.device_kind, 'jax': jax.__version__, 'relative_errors': {}}
   with ThreadPoolExecutor(flags.FLAGS.threads) as pool:  # nearly all of it is compilation
-    parts = {pool.submit(relative_errors, *case, device): name for name, case in CASES.items()}
-    parts |= {pool.submit(runs): 'runs', pool.submit(sampler, device): 'sampler'}
+    parts = {pool.submit(relative_errors, *case, device): name for name, case in cases.items()}
+    case = next(iter(cases.values()))
+    parts |= {pool.submit(runs, case): 'runs', pool.submit(sampler, device): 'sampler'}
     parts[pool.submit(attention, device)] = 'attention'
     for part in as_completed(parts):
       name = parts[part]
@@ -210,5 +212,6 @@ def main(_):
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('only', '', 'Only models whose name begins so; the first takes the steps.')
   flags.DEFINE_integer('threads', 8, 'Parts computed at a time.')
   app.run(main)
