@@ -6,13 +6,16 @@ For small models of every network, schedule and head: the loss, eps_hat and the 
 parameters, images and random numbers, by float32 in true precision, by the default precision of
 products (TF32 on NVIDIA), and by bfloat16 activations. Errors are relative: of the loss, and of the
 whole arrays by their Euclidean norm. Then a train step by jit and by pmap, one run twice, a resumed
-run beside one in a piece (all compared by their bits), a sampler, and attention.
+run beside one in a piece (all compared by their bits), a sampler, and attention; last, alone on the
+device, attention's time beside that of cuDNN's kernel, which the networks do not use.
 """
 
+import functools
 import importlib
 import json
 import pathlib
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
@@ -176,6 +179,40 @@ def attention(device: jax.Device) -> dict[str, float]:
   return found
 
 
+def attention_ms(device: jax.Device, repeats: int = 20) -> dict[str, float | str]:
+  """Milliseconds of value and gradient at imagenet64's costliest shape; what cuDNN says if it can't.
+
+  On a CPU the shape is small, and cuDNN is not asked.
+  """
+  gpu = device.platform == 'gpu'
+  shape = (64, 1024, 6, 64) if gpu else (2, 64, 2, 8)
+  q, k, v, g = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
+  kernels = {'ours': softmax_attention}
+  if gpu:
+    kernels['cudnn'] = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+
+  def timed(kernel):
+    @jax.jit
+    def run(q, k, v, g):
+      out, pull = jax.vjp(kernel, q, k, v)
+      return out, pull(g)
+
+    jax.block_until_ready(run(q, k, v, g))
+    start = time.perf_counter()
+    for _ in range(repeats):
+      out = run(q, k, v, g)
+    jax.block_until_ready(out)
+    return 1000 * (time.perf_counter() - start) / repeats
+
+  found = {}
+  for name, kernel in kernels.items():
+    try:
+      found[name] = timed(kernel)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+      found[name] = str(error).partition('\n')[0]
+  return found
+
+
 def sampler(device: jax.Device) -> dict[str, float]:
   """The greatest difference of 16 samples, of values in -1 .. 1, from the CPU's."""
   config = config_of('fashion_mnist_uvit', {})
@@ -209,6 +246,8 @@ def main(_):
       name = parts[part]
       (result['relative_errors'] if name in CASES else result)[name] = part.result()
       print(json.dumps(result), flush=True)
+  result['attention_ms'] = attention_ms(device)
+  print(json.dumps(result), flush=True)
 
 
 if __name__ == '__main__':
