@@ -180,7 +180,7 @@ def attention(device: jax.Device) -> dict[str, float]:
 
 
 def attention_ms(device: jax.Device, repeats: int = 20) -> dict[str, float | str]:
-  """Milliseconds of value and gradient at imagenet64's costliest shape; what cuDNN says if it can't.
+  """Milliseconds of value and gradient at imagenet64's costliest shape, or why there are none.
 
   On a CPU the shape is small, and cuDNN is not asked.
   """

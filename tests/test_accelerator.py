@@ -192,6 +192,7 @@ def test_fashion_mnist_travels_as_one_file_in_its_order(tmp_path, monkeypatch):
 def test_the_plan_adds_its_minutes_up():
   all_of_it = parts.all_parts(plan_of(), {})
   lines = parts.table(all_of_it).splitlines()
+  assert parts.table(all_of_it) in (accelerator.ROOT / 'launch' / 'README.md').read_text()
   assert len(lines) == 2 + len(all_of_it)
   assert float(lines[-1].split('|')[-2]) == round(sum(p.expected for p in all_of_it) / 60, 1)
   assert all(part.expected < part.limit for part in all_of_it)
