@@ -171,7 +171,10 @@ def _take_steps(
         _say_stopped(job, step)
         return True
     manager.wait_until_finished()
-  except Stopped:  # in an evaluation, with the state saved
+  except Stopped:  # in an evaluation, with the state saved; or before the first step was taken
+    manager.wait_until_finished()
+    if checkpoint.latest_step(manager) != step:
+      raise
     _say_stopped(job, step)
     return True
   except FloatingPointError as error:
