@@ -189,6 +189,21 @@ def test_fashion_mnist_travels_as_one_file_in_its_order(tmp_path, monkeypatch):
     np.testing.assert_array_equal(found['label'], given['label'])
 
 
+def test_the_released_model_is_scored_on_the_file_and_is_left_as_it_is(tmp_path):
+  kept = accelerator.ROOT / 'pretrained' / 'fashion_mnist_full'
+  before = (kept / 'config.json').read_bytes()
+  accelerator.released_model(tmp_path / 'released', '/data/packed.npz')
+  config = json.loads((tmp_path / 'released' / 'config.json').read_text())
+  assert parts.arrays('/data/packed.npz').items() <= config['data'].items()
+  assert config | {'data': 0} == json.loads(before) | {'data': 0}
+  assert (kept / 'config.json').read_bytes() == before
+  params = [folder / 'params.npz' for folder in (kept, tmp_path / 'released')]
+  assert params[0].read_bytes() == params[1].read_bytes()
+  name = 'evaluate the released model'
+  part = next(part for part in parts.all_parts(plan_of(), {}) if part.name == name)
+  assert '--workdir=/out/released' in part.arguments
+
+
 def test_the_plan_adds_its_minutes_up():
   all_of_it = parts.all_parts(plan_of(), {})
   lines = parts.table(all_of_it).splitlines()

@@ -162,7 +162,7 @@ def all_parts(plan: Plan, results: Mapping[str, Any]) -> Sequence[Part]:
   long = ('--num_steps=32', '--repeats=3', '--config.sample.batch_size=1024')
   little = ('--images=8', '--ode_images=8', '--groups', '4', '--repeats=1', '--tolerance=.1')
   model = ('--workdir=pretrained/fashion_mnist_full', f'--data={plan.data}')
-  released = (*fashion_mnist(plan, {}), *scored(plan), '--workdir=pretrained/fashion_mnist_full')
+  released = (*fashion_mnist(plan, {}), *scored(plan), f'--workdir={plan.out / "released"}')
   rates = Part(
     'likelihoods and codec',
     'benchmarks.rates',
@@ -174,7 +174,7 @@ def all_parts(plan: Plan, results: Mapping[str, Any]) -> Sequence[Part]:
   evaluate = Part(
     'evaluate the released model',
     'vdm.main',
-    (*released, f'--out={plan.out / "released"}'),
+    released,
     90,
     150,
   )
