@@ -6,13 +6,16 @@ For small models of every network, schedule and head: the loss, eps_hat and the 
 parameters, images and random numbers, by float32 in true precision, by the default precision of
 products (TF32 on NVIDIA), and by bfloat16 activations. Errors are relative: of the loss, and of the
 whole arrays by their Euclidean norm. Then a train step by jit and by pmap, one run twice, a resumed
-run beside one in a piece (all compared by their bits), a sampler, and attention.
+run beside one in a piece (all compared by their bits), a sampler, and attention; last, alone on the
+device, attention's time beside that of cuDNN's kernel, which the networks do not use.
 """
 
+import functools
 import importlib
 import json
 import pathlib
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 
 import jax
@@ -115,9 +118,9 @@ def relative_errors(name: str, leaves: dict, device: jax.Device) -> dict[str, di
   return {precision: of(precision) for precision in PRECISIONS}
 
 
-def _steps(mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray]:
+def _steps(case: tuple, mode: str, count: int, halfway: bool = False) -> dict[str, np.ndarray]:
   """The parameters and averages after `count` steps; halfway saved, and read back, if so asked."""
-  config = config_of('cifar10', {})
+  config = config_of(*case)
   model = build.model(config)
   mesh, init = parallel.make_mesh(), build.init_state(config, model)
   abstract = parallel.abstract_state(mesh, init)
@@ -143,11 +146,11 @@ def _compare(a, b) -> dict[str, float | bool]:
   return {'same_bits': all(np.array_equal(x, y) for x, y in pairs), 'difference': difference}
 
 
-def runs() -> dict[str, dict]:
+def runs(case: tuple) -> dict[str, dict]:
   """Eight steps, and the same eight again, resumed after four, and by pmap."""
-  first = _steps('jit', 8)
+  first = _steps(case, 'jit', 8)
   others = {'again': ('jit', 8), 'resumed': ('jit', 8, True), 'pmap': ('pmap', 8)}
-  return {name: _compare(first, _steps(*args)) for name, args in others.items()}
+  return {name: _compare(first, _steps(case, *args)) for name, args in others.items()}
 
 
 def attention(device: jax.Device) -> dict[str, float]:
@@ -176,6 +179,40 @@ def attention(device: jax.Device) -> dict[str, float]:
   return found
 
 
+def attention_ms(device: jax.Device, repeats: int = 20) -> dict[str, float | str]:
+  """Milliseconds of value and gradient at imagenet64's costliest shape, or why there are none.
+
+  On a CPU the shape is small, and cuDNN is not asked.
+  """
+  gpu = device.platform == 'gpu'
+  shape = (64, 1024, 6, 64) if gpu else (2, 64, 2, 8)
+  q, k, v, g = jax.random.normal(jax.random.key(0), (4, *shape), jnp.bfloat16)
+  kernels = {'ours': softmax_attention}
+  if gpu:
+    kernels['cudnn'] = functools.partial(jax.nn.dot_product_attention, implementation='cudnn')
+
+  def timed(kernel):
+    @jax.jit
+    def run(q, k, v, g):
+      out, pull = jax.vjp(kernel, q, k, v)
+      return out, pull(g)
+
+    jax.block_until_ready(run(q, k, v, g))
+    start = time.perf_counter()
+    for _ in range(repeats):
+      out = run(q, k, v, g)
+    jax.block_until_ready(out)
+    return 1000 * (time.perf_counter() - start) / repeats
+
+  found = {}
+  for name, kernel in kernels.items():
+    try:
+      found[name] = timed(kernel)
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+      found[name] = str(error).partition('\n')[0]
+  return found
+
+
 def sampler(device: jax.Device) -> dict[str, float]:
   """The greatest difference of 16 samples, of values in -1 .. 1, from the CPU's."""
   config = config_of('fashion_mnist_uvit', {})
@@ -198,17 +235,22 @@ def sampler(device: jax.Device) -> dict[str, float]:
 def main(_):
   """Prints a JSON line after each part, with those before it."""
   device = jax.devices()[0]
+  cases = {name: case for name, case in CASES.items() if name.startswith(flags.FLAGS.only)}
   result = {'device_kind': device.device_kind, 'jax': jax.__version__, 'relative_errors': {}}
   with ThreadPoolExecutor(flags.FLAGS.threads) as pool:  # nearly all of it is compilation
-    parts = {pool.submit(relative_errors, *case, device): name for name, case in CASES.items()}
-    parts |= {pool.submit(runs): 'runs', pool.submit(sampler, device): 'sampler'}
+    parts = {pool.submit(relative_errors, *case, device): name for name, case in cases.items()}
+    case = next(iter(cases.values()))
+    parts |= {pool.submit(runs, case): 'runs', pool.submit(sampler, device): 'sampler'}
     parts[pool.submit(attention, device)] = 'attention'
     for part in as_completed(parts):
       name = parts[part]
       (result['relative_errors'] if name in CASES else result)[name] = part.result()
       print(json.dumps(result), flush=True)
+  result['attention_ms'] = attention_ms(device)
+  print(json.dumps(result), flush=True)
 
 
 if __name__ == '__main__':
+  flags.DEFINE_string('only', '', 'Only models whose name begins so; the first takes the steps.')
   flags.DEFINE_integer('threads', 8, 'Parts computed at a time.')
   app.run(main)

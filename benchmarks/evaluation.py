@@ -69,7 +69,6 @@ def trained(config: ConfigDict, model: build.Model) -> Any:
   step = make_train_step(config, model)
   init = build.init_state(config, model)
   runner = runners.runner('jit', step, mesh, parallel.abstract_state(mesh, init))
-  take = runners.bounded(runner.step)
   state = runner.put_state(parallel.initial_state(mesh, init))
   source, size = data.load(config.data, 'train'), config.train.batch_size
   batches = data.train_batches(
@@ -77,7 +76,7 @@ def trained(config: ConfigDict, model: build.Model) -> Any:
   )
   for _ in range(config.train.num_steps):
     batch = next(batches) | {'index': np.arange(size, dtype=np.int32)}
-    state, _ = take(state, runner.put_batch(batch))
+    state, _ = runner.step(state, runner.put_batch(batch))
   return jax.device_get(state.averages['ema'])
 
 

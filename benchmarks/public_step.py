@@ -156,7 +156,7 @@ def our_step(width, num_blocks, batch_size, dtype):
   runner = runners.runner('jit', step, mesh, parallel.abstract_state(mesh, init_state))
   batch = runner.put_batch(train_step.random_batch(config))
   state = [parallel.initial_state(mesh, init_state)]
-  compiled, seconds = train_step.compile_timed(runner.step.lower(state[0], batch))
+  compiled, seconds = train_step.compile_timed(runner.program.lower(state[0], batch))
 
   def run():
     state[0], metrics = compiled(state[0], batch)

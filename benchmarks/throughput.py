@@ -46,7 +46,12 @@ def rate(call: Callable[[], object], count: int, repeats: int) -> str:
     start = time.perf_counter()
     call()
     rates.append(count / (time.perf_counter() - start))
-  return f'{statistics.median(rates):.3g} ({min(rates):.3g} to {max(rates):.3g})'
+  median, low, high = (f'{r:.0f}' if r >= 1000 else f'{r:.3g}' for r in _span(rates))
+  return f'{median} ({low} to {high})'
+
+
+def _span(values: list[float]) -> tuple[float, float, float]:
+  return statistics.median(values), min(values), max(values)
 
 
 def samplers(config: ConfigDict, names: list[str], num_steps: int, repeats: int):

@@ -226,7 +226,7 @@ def measure(
   batch = runner.put_batch(rows)
   state = runner.put_state(parallel.initial_state(mesh, init))
   start = time.perf_counter()
-  lowered = runner.step.lower(state, batch)
+  lowered = runner.program.lower(state, batch)
   lower_s = time.perf_counter() - start
   compiled, compile_s = compile_timed(lowered)
   _log(f'lowered in {lower_s:.1f} s, compiled in {compile_s:.1f} s')

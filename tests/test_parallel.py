@@ -1,5 +1,6 @@
 """One step, run every way there is: the parameters must come out the same."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -339,3 +340,23 @@ def test_no_more_steps_are_under_way_than_cpus_can_bear():
     assert step(number, None)[0] == number + 1
     assert done == list(range(max(0, number + 1 - runners.AHEAD)))
   assert runners.AHEAD < 32  # computations that XLA:CPU lets a device have waiting
+
+
+@pytest.mark.parametrize('mode', ['jit', 'pmap'])
+def test_a_runner_bounds_its_step_and_has_the_program_by_itself(mode):
+  mesh = parallel.make_mesh()
+  abstract = jax.ShapeDtypeStruct((), jnp.float32, sharding=parallel.replicated(mesh))
+
+  def add(state, batch, axis_name=None):
+    del axis_name
+    return state + 1, {'mean': batch.mean()}
+
+  runner = runners.runner(mode, add, mesh, abstract)
+  state = runner.put_state(jax.device_put(jnp.float32(0), abstract.sharding))
+  batch = runner.put_batch(np.ones(8, np.float32))
+  assert 'add' in runner.program.lower(state, batch).as_text()
+  taken = inspect.getclosurevars(runner.step).nonlocals
+  assert taken['step'] is runner.program and not taken['under_way']
+  state, metrics = runner.step(state, batch)
+  assert runner.get_state(state) == 1 and runner.get_metrics(metrics)['mean'] == 1
+  assert len(taken['under_way']) == 1

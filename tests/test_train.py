@@ -502,3 +502,18 @@ def test_reconstruction_needs_snapshots_of_the_run_whatever_the_config_given(tmp
   assert loop.train(config, tmp_path) == 0
   with pytest.raises(ValueError, match=r'config.ema.power_stds=\(\) must be two lengths'):
     posthoc_ema.run(read_run(config_of(), tmp_path))
+
+
+def test_a_signal_while_the_first_step_is_compiled_is_not_said_to_be_saved(
+  tmp_path, monkeypatch, caplog
+):
+  def interrupted(*_):
+    raise stopping.Stopped(stopping.EXIT_PREEMPTED)
+
+  made = runners.runner
+  runner = lambda *args: made(*args)._replace(step=interrupted)
+  monkeypatch.setattr(runners, 'runner', runner)
+  with caplog.at_level('INFO'), pytest.raises(stopping.Stopped):
+    loop.train(config_of(), tmp_path)
+  assert 'stopped and saved' not in caplog.text
+  assert not any((tmp_path / 'checkpoints').iterdir())

@@ -100,11 +100,10 @@ class Experiment:
     steps = config.train.num_steps - start if steps is None else steps
     require(steps >= 0, 'steps', steps, 'zero or more', 'raise config.train.num_steps')
     runner, source = self._runner, self._source(source or 'train')
-    take = runners.bounded(runner.step)
     batches = loop.train_batches(source, config.train.batch_size, config.seed, start)
     placed = parallel.prefetch(batches, runner.put_batch)
     for _ in range(steps):
-      state, metrics = take(state, next(placed))
+      state, metrics = runner.step(state, next(placed))
       yield state, metrics.scalars
 
   def bits_per_dim(

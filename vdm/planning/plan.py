@@ -90,7 +90,7 @@ def train_step(
   """Returns the step of training on config.data, of abstract arrays."""
   function = functools.partial(step_lib.train_step, how)
   args = (state, _batch(data, mesh, how.batch_size))
-  jitted = jit_runner(function, mesh, state).step
+  jitted = jit_runner(function, mesh, state).program
   residuals = residual_bytes(how, data, mesh, state)
   return Step('train', jitted, args, how.batch_size, 1, num_steps, residuals)
 

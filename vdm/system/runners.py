@@ -16,13 +16,22 @@ AHEAD = 16
 
 
 class Runner(NamedTuple):
-  """Holds how a train step runs: what it takes, the step, and the state back as the mesh's."""
+  """Holds how a train step runs: what it takes, the step, and the state back as the mesh's.
+
+  Attributes:
+    put_batch: a host's rows of a batch -> what the step takes.
+    put_state: the mesh's state -> what the step takes.
+    step: (state, batch) -> (state, metrics); it may donate the state, and waits for the step AHEAD
+      before it.
+    program: the same by itself, which JAX can lower and compile.
+    get_state: the step's state -> the mesh's.
+    get_metrics: the step's metrics -> the host's.
+  """
 
   put_batch: Callable[[Any], Any]
   put_state: Callable[[Any], Any]
-  step: Callable[
-    [Any, Any], tuple[Any, Any]
-  ]  # (state, batch) -> (state, metrics); may donate the state
+  step: Callable[[Any, Any], tuple[Any, Any]]
+  program: Any
   get_state: Callable[[Any], Any]
   get_metrics: Callable[[Any], Any]
 
@@ -52,7 +61,8 @@ def jit_runner(step: Callable, mesh: Mesh, abstract: Any, donate: bool = True) -
     out_shardings=(shardings, replicated(mesh)),
   )
   same = lambda tree: tree
-  return Runner(lambda batch: to_devices(mesh, batch), same, compiled, same, jax.device_get)
+  put_batch = lambda batch: to_devices(mesh, batch)
+  return Runner(put_batch, same, bounded(compiled), compiled, same, jax.device_get)
 
 
 def pmap_runner(step: Callable, mesh: Mesh) -> Runner:
@@ -98,7 +108,7 @@ def pmap_runner(step: Callable, mesh: Mesh) -> Runner:
   def get_metrics(metrics):
     return jax.tree.map(lambda leaf: np.asarray(leaf.addressable_shards[0].data)[0], metrics)
 
-  return Runner(put_batch, put_state, mapped, get_state, get_metrics)
+  return Runner(put_batch, put_state, bounded(mapped), mapped, get_state, get_metrics)
 
 
 def runner(mode: str, step: Callable, mesh: Mesh, abstract: Any) -> Runner:

@@ -157,11 +157,10 @@ def _take_steps(
 ) -> bool:
   """Takes the steps after `start`, and does what is due; returns whether it was stopped before."""
   runner, meter, manager = job.runner, job.meter, job.manager
-  take = runners.bounded(runner.step)
   placed = meter.waits_for(parallel.prefetch(batches, runner.put_batch))
   try:
     for step in range(start + 1, num_steps + 1):
-      state, metrics = take(state, next(placed))
+      state, metrics = runner.step(state, next(placed))
       job.stop.defer()
       meter.push(step, metrics, runner.get_metrics)
       now = due(step, num_steps, job.every, job.stop.agreed())
@@ -172,7 +171,10 @@ def _take_steps(
         _say_stopped(job, step)
         return True
     manager.wait_until_finished()
-  except Stopped:  # in an evaluation, with the state saved
+  except Stopped:  # in an evaluation, with the state saved; or before the first step was taken
+    manager.wait_until_finished()
+    if checkpoint.latest_step(manager) != step:
+      raise
     _say_stopped(job, step)
     return True
   except FloatingPointError as error:

@@ -1,0 +1,1 @@
+"""Measures an accelerator in minutes: `python -m benchmarks.accelerator --help`."""
