@@ -31,23 +31,20 @@ def get_config(arg=''):
     f'public_{rate}': dict(optimizer=plain | dict(learning_rate=float(rate))) for rate in RATES
   }
   decayed = {
-    f'{decay}_{rate}': dict(optimizer=dict(learning_rate=float(rate), decay=decay, clip_norm=1.0))
+    f'{decay}_{rate}': dict(optimizer=_of('adamw', rate, decay))
     for decay in ('cosine', 'linear')
     for rate in RATES[2:]
   }
-  muon = {
-    f'muon_{rate}': dict(
-      optimizer=dict(kind='muon', learning_rate=float(rate), decay='linear', clip_norm=1.0)
-    )
-    for rate in (*RATES[2:], '8e-3')
-  }
+  muon = {f'muon_{rate}': dict(optimizer=_of('muon', rate)) for rate in (*RATES[2:], '8e-3')}
   ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}
-  best = muon['muon_4e-3']
+  adaptive = dict(schedule=dict(name='adaptive', **ends))
   parts = dict(
-    muon_adaptive=best | dict(schedule=dict(name='adaptive', **ends)),
-    muon_net=best | dict(schedule=dict(name='learned_net', **ends)),
-    muon_b2=dict(optimizer=best['optimizer'] | dict(b2=0.999)),
-    muon_ends=dict(optimizer=best['optimizer'] | dict(schedule_rate=10.0)),
+    adaptive=dict(optimizer=_of('adamw', '4e-3')) | adaptive,
+    muon_adaptive=muon['muon_4e-3'] | adaptive,
+    muon_adaptive_fast=muon['muon_8e-3'] | adaptive,
+    muon_net=muon['muon_4e-3'] | dict(schedule=dict(name='learned_net', **ends)),
+    muon_b2=dict(optimizer=_of('muon', '4e-3') | dict(b2=0.999)),
+    muon_ends=dict(optimizer=_of('muon', '4e-3') | dict(schedule_rate=10.0)),
   )
   axes = dict(
     recipe=tuned | decayed | muon | parts,
@@ -55,6 +52,10 @@ def get_config(arg=''):
   )
   reference = dict(recipe='public_2e-4')
   return ConfigDict(dict(base=base, axes=axes, evaluations=(16,), reference=reference)).lock()
+
+
+def _of(kind, rate, decay='linear'):
+  return dict(kind=kind, learning_rate=float(rate), decay=decay, clip_norm=1.0)
 
 
 def _cifar10():
