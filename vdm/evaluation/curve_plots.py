@@ -33,9 +33,8 @@ Curves = dict[str, np.ndarray]  # name of a line -> x, mean, least and greatest,
 def plot_curves(table: pathlib.Path, folder: pathlib.Path):
   """Draws folder/<plot>.png of every plot in a table, the curves.csv of `vdm.ablate`."""
   plots: dict[str, dict[str, list]] = {}
-  with table.open(newline='') as file:
-    for plot, line, *point in list(csv.reader(file))[1:]:
-      plots.setdefault(plot, {}).setdefault(line, []).append([float(number) for number in point])
+  for plot, line, *point in list(csv.reader(table.read_text().splitlines()))[1:]:
+    plots.setdefault(plot, {}).setdefault(line, []).append([float(number) for number in point])
   for plot, lines in plots.items():
     curves = {line: np.array(points).T for line, points in lines.items()}
     draw = plot_panels if plot in BY_LOG_SNR else plot_lines
