@@ -1,6 +1,8 @@
 """The 8 x 8 digits by a plain transformer on patches of 2 x 2: two minutes on a laptop.
 
-python -m vdm.main --config=configs/digits_dit.py
+  python -m vdm.main --config=configs/digits_dit.py
+
+2.062 ± .009 bits/dim on the 360 test images, averaged parameters, seed 0.
 """
 
 from ml_collections import ConfigDict

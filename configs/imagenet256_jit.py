@@ -14,8 +14,8 @@ What differs: 32 tokens for the class are not here, positions are learned, and t
 alpha x + sigma eps, of about unit variance, and a time that is linear in log-SNR. The paper bounds
 the division by the noise level at .05, log-SNR 5.9, beyond which 1e-6 of its times lie; here
 log-SNR ends at 8, and bits/dim of a model that never saw less noise say little. Of the paper's
-averages this is the one of rate .9999, a half-life of 7.1 M images. Its interval of guidance, t from
-.1 on, is log-SNR from -4.4 on. Images are scaled and cropped as ADM's.
+averages this is the one of rate .9999, a half-life of 7.1 M images. Its interval of guidance, from
+t = .1 on, is log-SNR from -4.4 on. Images are scaled and cropped as ADM's.
 
 The paper reports FID 4.37, and 3.66 after 600 epochs, guided. Ours: not trained.
 """
