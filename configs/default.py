@@ -55,8 +55,12 @@ def get_config(arg=''):
       condition_shape=(),  # of a field on which it is: spatial axes and channels; (): none
       masked=False,  # each example has a mask of the dimensions that count
       # Condition and mask made of the image: 'low_resolution', block means of condition_shape, or
-      # 'inpainting', its middle given the rest; '': those that are stored, if any.
+      # 'inpainting', its middle given the rest; '': those that are stored, if any. Or coefficients
+      # of the Haar transform at `level`, 1 the finest, as real values, after uniform noise where
+      # pixels are integers 0 .. dequantize - 1: 'haar_details' given 'haar_coarse', or that itself.
       derive='',
+      level=1,
+      dequantize=0,
       # Mean and standard deviation per channel of real values, of conditions and of vectors, with
       # which the network sees them; (): measured over the training split, and kept with the run.
       shift=(),
@@ -107,9 +111,11 @@ def get_config(arg=''):
 
   config.optimizer = ConfigDict(
     dict(
+      kind='adamw',  # or 'muon': for the kernels, with Adam for all else
+      moments='float32',  # of the first moment: or 'bfloat16', a quarter less of the state
       learning_rate=2e-4,
       warmup_steps=100,
-      decay='constant',  # after the warm-up: 'constant', or 'cosine' to zero at num_steps
+      decay='constant',  # after the warm-up: or 'cosine' or 'linear', to zero at num_steps
       b1=0.9,
       b2=0.99,
       eps=1e-8,

@@ -184,8 +184,8 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   monkeypatch.setattr(ablate.writers, 'read_scalars', lambda path: (scalars, []))
   ablate.flags.FLAGS.mark_as_parsed()
   config = config_of(reference=dict(weighting='elbo'), **AXES)
-  assert ablate.run(config, epath.Path(tmp_path)) == 75  # what the command line gives
-  assert ablate.run(config, tmp_path) == 0
+  assert ablate.run(config, epath.Path(tmp_path)) == 75
+  assert ablate.run(config, epath.Path(tmp_path)) == 0
   assert trained == ['elbo+0', 'elbo+1', 'elbo+1', 'wide+0', 'wide+1']
   rows = list(csv.DictReader((tmp_path / 'results.csv').read_text().splitlines()))
   assert [(r['weighting'], r['seed'], float(r['bits_per_dim'])) for r in rows] == [
@@ -213,7 +213,7 @@ def test_probabilities_and_densities_do_not_share_a_grid(tmp_path):
   )
   ablate.flags.FLAGS.mark_as_parsed()
   with pytest.raises(ValueError, match=r'bits_per_dim and nats_per_dim.* must be of one unit'):
-    ablate.run(config_of(**axes), tmp_path)
+    ablate.run(config_of(**axes), epath.Path(tmp_path))
   assert not list(tmp_path.iterdir())
 
 
@@ -224,7 +224,7 @@ def test_a_grid_of_continuous_data_is_in_nats_per_dim(tmp_path, monkeypatch):
   grid = config_of(seed={'0': dict(seed=0)})
   with grid.unlocked():
     grid.base = gaussian_fields.get_config('debug')
-  assert ablate.run(grid, tmp_path) == 0
+  assert ablate.run(grid, epath.Path(tmp_path)) == 0
   table = csv.DictReader((tmp_path / 'results.csv').open())
   (row,) = table
   step = grid.base.train.num_steps

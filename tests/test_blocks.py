@@ -151,11 +151,11 @@ def test_conversion_round_trips_bit_for_bit_and_leaves_the_rest_alone():
   assert_same_bits(blocks.stack(tree, ()), tree)
 
 
-def config_of(scan):
+def config_of(scan, kind='adamw'):
   config = digits.get_config('debug')
   with config.unlocked():
     config.model.update(num_blocks=1, scan_blocks=scan)
-    config.optimizer.warmup_steps = 0
+    config.optimizer.update(warmup_steps=0, kind=kind)
   return config
 
 
@@ -174,7 +174,8 @@ def test_a_loop_is_for_accelerators(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation):
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation, kind):
   """Sharded, bit for bit, either way; and training goes on from it."""
   mesh = parallel.make_mesh(fsdp=2)
 
@@ -182,7 +183,7 @@ def test_a_checkpoint_restores_in_the_other_layout(tmp_path, quick_compilation):
     return parallel.abstract_state(mesh, build.init_state(config, build.model(config)))
 
   shardings = lambda tree: jax.tree.map(lambda a: a.sharding, tree)
-  config, other_config = config_of('off'), config_of('on')
+  config, other_config = config_of('off', kind), config_of('on', kind)
   abstract, other_abstract = abstract_of(config), abstract_of(other_config)
   state = jax.device_put(filled(abstract), shardings(abstract))
 

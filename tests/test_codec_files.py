@@ -15,7 +15,7 @@ pytest.importorskip('constriction')
 import vdm
 from vdm import build, codec
 from vdm.build.conditioning import Takes
-from vdm.codec import coder, container, curve, message, progress, rivals, shared
+from vdm.codec import coder, container, curve, message, rivals, shared
 from vdm.codec.__main__ import main
 from vdm.data.gaussian_field import GaussianField
 from vdm.diffusion import continuous, decoders, gaussian, schedules
@@ -483,15 +483,3 @@ def test_a_report(run, tmp_path):
   lines = (tmp_path / 'rate_distortion.csv').read_text().splitlines()
   assert len([line for line in lines if line.startswith('"vdm, T = 5"')]) == 5
   assert (tmp_path / 'rate_distortion.png').exists()
-
-
-def test_progress_is_one_line_with_the_time_that_is_left(monkeypatch, capsys):
-  clock = iter([0.0, 5.0, 15.0, 26.0, 27.0, 37.0])  # five seconds of it are compilation
-  monkeypatch.setattr(progress.time, 'monotonic', lambda: next(clock))
-  tell = progress.Progress('compress')
-  for done in (1, 11, 22, 23, 201):
-    tell(done, 201)
-  lines = capsys.readouterr().err.splitlines()
-  assert lines[0] == 'compress: 5 %, 15 s, 3 min 10 s left'  # ten of 200 in ten seconds
-  assert len(lines) == 3 and lines[2] == 'compress: 100 %, 37 s'
-  assert progress.spoken(7620) == '2 h 7 min'

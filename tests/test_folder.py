@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from vdm.data import decoded, folder, kept, splits
-from vdm.system import files
+from vdm.system import files, progress
 
 GREY, COLOUR = (4, 6, 1), (4, 6, 3)
 
@@ -387,13 +387,16 @@ def test_without_room_pictures_are_decoded_when_read(plain, why, monkeypatch, ca
 
 
 def test_a_line_tells_how_far_it_is(monkeypatch, caplog):
-  times = iter(np.arange(0.0, 99.0, 2.0))
-  monkeypatch.setattr(kept.time, 'monotonic', lambda: next(times))
+  times = iter(np.arange(0.0, 99.0, 8.0))
+  monkeypatch.setattr(progress.time, 'monotonic', lambda: next(times))
   with caplog.at_level(logging.INFO):
     assert list(kept.in_blocks(list, 200, 'decoding x')) == [
       list(range(start, min(start + 64, 200))) for start in (0, 64, 128, 192)
     ]
-  assert lines(caplog) == ['decoding x: 128 of 200 pictures, 32 images/s, 2 s left']
+  assert lines(caplog) == [
+    'decoding x: 128 of 200 pictures, 8 pictures/s, 0:09 left',
+    'decoding x: 200 of 200 pictures, 5.67 pictures/s',
+  ]
 
 
 # --- refusals

@@ -1,5 +1,4 @@
 import logging
-import re
 import subprocess
 import sys
 import types
@@ -13,7 +12,7 @@ from vdm.diffusion.noisy_elbo import Augmented
 from vdm.evaluation import plots
 from vdm.system import logs
 from vdm.training import meter as meter_lib
-from vdm.training.meter import Meter, _duration
+from vdm.training.meter import Meter
 from vdm.training.step import StepMetrics
 
 
@@ -148,11 +147,6 @@ def test_plots_are_pictures(tmp_path):
   assert picture.dtype == np.uint8 and picture.std() > 5
   with Image.open(tmp_path / 'plots' / 'bins.png') as image:
     assert image.size == picture.shape[1::-1]
-
-
-@pytest.mark.parametrize('seconds, text', [(5, '0:05'), (65.4, '1:05'), (3723, '1:02:03')])
-def test_durations(seconds, text):
-  assert re.fullmatch(text, _duration(seconds))
 
 
 CARD = {

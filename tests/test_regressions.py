@@ -11,7 +11,7 @@ from flax import linen as nn
 from vdm.configs import default
 
 from vdm import build
-from vdm.build.optimizer import decay_mask
+from vdm.build.optimizer import kernels
 from vdm.diffusion import decoders, gaussian, times
 from vdm.diffusion.elbo import variational_bound
 from vdm.diffusion.schedules import SCHEDULES
@@ -86,7 +86,7 @@ def test_weight_decay_spares_schedule_and_norms(name):
   config = default.get_config('debug')
   config.schedule.name = name
   params = jax.eval_shape(build.model(config).init, jax.random.key(0))
-  mask = jax.tree_util.tree_leaves_with_path(decay_mask(params))
+  mask = jax.tree_util.tree_leaves_with_path(kernels(params))
   decayed = {jax.tree_util.keystr(path, simple=True, separator='/') for path, on in mask if on}
   assert 'network/conv_in/kernel' in decayed
   assert all(path.startswith('network/') and path.endswith('/kernel') for path in decayed)

@@ -18,6 +18,8 @@ PARAMS = {
 }
 SETTINGS = dict(
   num_steps=100,
+  kind='adamw',
+  moments='float32',
   learning_rate=0.1,
   warmup_steps=0,
   decay='constant',
@@ -41,7 +43,7 @@ def test_weight_decay_reaches_kernels_alone():
   assert not any(jax.tree.leaves(moved))
 
 
-@pytest.mark.parametrize('decay, end', [('constant', 0.1), ('cosine', 0.0)])
+@pytest.mark.parametrize('decay, end', [('constant', 0.1), ('cosine', 0.0), ('linear', 0.0)])
 def test_learning_rate_warms_up_without_an_update_of_zero_and_decays(decay, end):
   """Every update of a constant gradient under Adam is the learning rate itself."""
   settings = SETTINGS | dict(warmup_steps=10, decay=decay, weight_decay=0.0)
@@ -70,6 +72,52 @@ def test_the_schedule_moves_at_its_own_rate():
   updates, _ = optimizer.update(PARAMS, optimizer.init(PARAMS), PARAMS)
   np.testing.assert_allclose(updates['schedule']['slope'], -1.0, rtol=1e-4)
   np.testing.assert_allclose(updates['network']['conv_in']['bias'], -0.1, rtol=1e-4)
+
+
+def test_muon_moves_kernels_as_orthogonal_matrices_and_the_rest_by_adam():
+  """Every singular value of an update is that of the others, and its mean square Adam's."""
+  rng = np.random.RandomState(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+  shapes = {'conv': (3, 3, 8, 16), 'dense': (24, 6)}
+  params = {'network': {name: {'kernel': draw(*shape)} for name, shape in shapes.items()}}
+  params['network']['block_*'] = {'conv': {'kernel': draw(5, 3, 3, 4, 8), 'bias': draw(5, 8)}}
+  params['schedule'] = {'slope': draw(), 'interior': {'kernel': draw(3, 4)}}
+  optimizer = make_optimizer(**SETTINGS | dict(kind='muon', weight_decay=0.0))
+  updates, _ = optimizer.update(params, optimizer.init(params), params)
+  stacked = np.asarray(updates['network']['block_*']['conv']['kernel']).reshape(5, -1, 8)
+  matrices = [
+    np.reshape(u['kernel'], (-1, u['kernel'].shape[-1]))
+    for u in (updates['network']['conv'], updates['network']['dense'])
+  ]
+  for matrix in [*matrices, *stacked]:
+    singular = np.linalg.svd(matrix, compute_uv=False)
+    assert singular.max() < 1.8 * singular.min()  # of five Newton-Schulz steps
+    assert 0.1 * 0.2 * 0.7 < np.sqrt(np.mean(matrix**2)) < 0.1 * 0.2 * 1.2
+  for leaf in jax.tree.leaves([updates['schedule'], updates['network']['block_*']['conv']['bias']]):
+    np.testing.assert_allclose(np.abs(leaf), 0.1, rtol=1e-4)  # Adam's first step
+
+
+def test_muon_decays_kernels_alone():
+  optimizer = make_optimizer(**SETTINGS | dict(kind='muon'))
+  zero = jax.tree.map(jnp.zeros_like, PARAMS)
+  after = apply_gradients(create(PARAMS, optimizer), zero, optimizer, {'ema': 0.9}).params
+  np.testing.assert_allclose(after['network']['conv_in'].pop('kernel'), 1 - 0.1 * 0.5, rtol=1e-6)
+  left = jax.tree.map(jnp.asarray, PARAMS)
+  del left['network']['conv_in']['kernel']
+  jax.tree.map(np.testing.assert_array_equal, after, left)
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_first_moments_may_be_of_half_the_size(kind):
+  sizes = {}
+  for moments in ('float32', 'bfloat16'):
+    optimizer = make_optimizer(**SETTINGS | dict(kind=kind, moments=moments))
+    state = optimizer.init(PARAMS)
+    sizes[moments] = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    updates, _ = optimizer.update(PARAMS, state, PARAMS)
+    assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype('float32')}
+  count = sum(leaf.size for leaf in jax.tree.leaves(PARAMS))
+  assert sizes['float32'] - sizes['bfloat16'] == 2 * count
 
 
 def test_clipping_bounds_the_gradient_norm():

@@ -16,7 +16,6 @@ ORDER = (
   'container',
   'shared',
   'coder',
-  'progress',
   'inputs',
   'rivals',
   'curve',

@@ -24,11 +24,12 @@ import numpy as np
 from vdm.build.state import named_params
 from vdm.codec import coder, container, inputs, report
 from vdm.codec.message import require_coder
-from vdm.codec.progress import Progress, spoken
 from vdm.codec.shared import DEFAULTS, Settings
 from vdm.data.settle import FOUND, STATISTICS
 from vdm.errors import require
 from vdm.system import files
+from vdm.system.logs import set_up_logging
+from vdm.system.progress import Progress, duration
 from vdm.workdir import config_file
 from vdm.workdir.load import Run, read_run
 
@@ -47,7 +48,7 @@ DATA_LEAVES = (
 def compress(typed: argparse.Namespace, run: Run) -> int:
   """Runs `compress`; returns the exit status."""
   _check_folder(typed.out)
-  source, progress = _inputs(typed, run), Progress('compress')
+  source, progress = _inputs(typed, run), Progress('compress', 'levels')
   blob = coder.compress(
     run.model,
     named_params(run.state, typed.params),
@@ -62,7 +63,7 @@ def compress(typed: argparse.Namespace, run: Run) -> int:
   initial, net = 4 * sum(header['initial_words']), header['net_bits'] / source.images.size
   print(
     f'{typed.out}: {len(source.images):,} images in {len(blob):,} bytes, {initial:,} of them '
-    f'initial bits; net {net:.4f} bits/dim; {spoken(progress.seconds)}'
+    f'initial bits; net {net:.4f} bits/dim; {duration(progress.seconds)} minutes'
   )
   return 0
 
@@ -75,7 +76,7 @@ def decompress(typed: argparse.Namespace, run: Run) -> int:
   _check_folder(out)
   with files.reading(typed.file, 'name a file that compress wrote'):
     blob = files.path_of(typed.file).read_bytes()
-  progress = Progress('decompress')
+  progress = Progress('decompress', 'levels')
   try:
     images = coder.decompress(
       run.model,
@@ -95,7 +96,7 @@ def decompress(typed: argparse.Namespace, run: Run) -> int:
     inputs.write(recovered, error.images, error.index)
     raise ValueError(f'{error}, in {recovered} with their numbers') from error
   inputs.write(out, images)
-  print(f'{out}: {len(images):,} images; {spoken(progress.seconds)}')
+  print(f'{out}: {len(images):,} images; {duration(progress.seconds)} minutes')
   return 0
 
 
@@ -113,8 +114,8 @@ def write_report(typed: argparse.Namespace, run: Run) -> int:
   kept = alongs if typed.rate_distortion else ()
   print(report.write(folder, run, lengths, kept, source, typed.params))
   for length in lengths:
-    seconds = ' and '.join(map(spoken, length.seconds))
-    print(f'T = {length.settings.num_timesteps}: {seconds}')
+    taken = ' and '.join(map(duration, length.seconds))
+    print(f'T = {length.settings.num_timesteps}: {taken} minutes')
   return 0
 
 
@@ -212,6 +213,7 @@ def main(argv: list[str] | None = None) -> int:
   rest, overrides = _overrides(sys.argv[1:] if argv is None else argv)
   typed = _parser().parse_args(rest)
   os.environ['XLA_FLAGS'] = f'{GPU_FLAGS} {os.environ.get("XLA_FLAGS", "")}'.strip()
+  set_up_logging()
   try:
     require_coder()
     if typed.command != 'decompress':

@@ -3,7 +3,6 @@
 python -m vdm.codec.curve TABLE.csv PLOT.png     # draws a report's rate_distortion.csv again
 """
 
-import csv
 import math
 import pathlib
 import sys
@@ -91,10 +90,10 @@ def main(argv: list[str]) -> int:
     print(__doc__, file=sys.stderr)
     return 1
   points: Points = {}
-  with open(argv[0], newline='') as file:
-    for row in csv.DictReader(file):
-      codec, *numbers = (row[name] for name in HEADER)
-      points.setdefault(codec, []).append(tuple(map(float, numbers)))
+  header, *rows = files.read_table(pathlib.Path(argv[0]))
+  for row in rows:
+    codec, *numbers = (row[header.index(name)] for name in HEADER)
+    points.setdefault(codec, []).append(tuple(map(float, numbers)))
   plot(points, pathlib.Path(argv[1]))
   return 0
 

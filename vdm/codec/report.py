@@ -14,11 +14,11 @@ from vdm.codec import container, curve, rivals
 from vdm.codec.coder import compress, decompress
 from vdm.codec.inputs import Inputs
 from vdm.codec.network import count_values
-from vdm.codec.progress import Progress
 from vdm.codec.shared import Settings
 from vdm.evaluation.bound import BitsPerDim, make_evaluator
 from vdm.evaluation.study import batches
 from vdm.system import files
+from vdm.system.progress import Progress
 from vdm.workdir.load import Run
 
 HEADER = ('codec', 'bits_per_dim', 'stderr', 'what')
@@ -72,12 +72,12 @@ def measure(
   steps, told = settings.num_timesteps, inputs.told
   model, params = run.model, named_params(run.state, name)
   along, images = curve.Along(inputs.images, model.decoder), inputs.images
-  progress = Progress(f'T = {steps}, compress')
+  progress = Progress(f'T = {steps}, compress', 'levels')
   blob = compress(model, params, images, settings, **told, tell=progress, watch=along)
   seconds = [progress.seconds]
   files.write(folder / f'T{steps}.vdm', blob)
   if verify:
-    progress = Progress(f'T = {steps}, decompress')
+    progress = Progress(f'T = {steps}, decompress', 'levels')
     decoded = decompress(model, params, blob, **told, tell=progress)
     seconds.append(progress.seconds)
     if not np.array_equal(decoded, images):

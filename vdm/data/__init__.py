@@ -27,6 +27,7 @@ ORDER = (
   'huggingface',
   'batches',
   'augment',
+  'wavelet',
   'derive',
   'load',
   'settle',

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from vdm.data import wavelet
 from vdm.data.source import Batch
 from vdm.errors import require
 
@@ -19,7 +20,9 @@ def derived(data, fetch):
     ValueError: there is no such kind, or config.data.condition_shape and masked do not fit it.
   """
   kind, field = data.derive, 'config.data.derive'
-  require(kind in KINDS, field, kind, f"'' or one of {', '.join(KINDS)}", 'choose one')
+  require(
+    kind in KINDS, field, kind, f"'' or one of {', '.join((*KINDS, *wavelet.KINDS))}", 'choose one'
+  )
   image, condition = tuple(data.image_shape), tuple(data.condition_shape)
   if kind == 'low_resolution':
     fits = len(image) == len(condition) and image[-1] == condition[-1] and not data.masked

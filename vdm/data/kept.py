@@ -7,15 +7,14 @@ import json
 import math
 import os
 import pathlib
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from absl import logging
 
 from vdm.system import files
+from vdm.system.progress import Progress
 
 BLOCK = 64  # rows that a thread takes at a time
 LeftOut = dict[int, tuple[str, str]]  # by the row's number: of what kind it is, and the cause
@@ -104,15 +103,10 @@ def in_blocks(work: Callable[[range], Any], count: int, doing: str) -> Iterator[
   """
   blocks = [range(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK)]
   pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-  start, due = time.monotonic(), 3.0
+  tell = Progress(doing, 'pictures')
   try:
     for block, result in zip(blocks, pool.map(work, blocks), strict=True):
       yield result
-      taken = time.monotonic() - start
-      if taken > due and block.stop < count:
-        rate, due = block.stop / taken, taken + 20
-        left = (count - block.stop) / rate
-        line = '%s: %d of %d pictures, %.0f images/s, %.0f s left'
-        logging.info(line, doing, block.stop, count, rate, left)
+      tell(block.stop, count)
   finally:
     pool.shutdown(cancel_futures=True)

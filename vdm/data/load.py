@@ -1,10 +1,11 @@
 """Loads a split by the kind of its data set."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
 
-from vdm.data import arrays, digits, folder, gaussian_field, huggingface, tfds
+from vdm.data import arrays, digits, folder, gaussian_field, huggingface, tfds, wavelet
 from vdm.data.derive import derived
 from vdm.data.identity import checked, identify
 from vdm.data.source import Source
@@ -28,25 +29,35 @@ def load(data, split: str) -> Source:
   """
   require(split in ('train', 'eval'), 'split', split, "'train' or 'eval'", 'choose one')
 
-  fetch, labels, full_name, num_images, num_threads = KINDS.get(data.name, tfds).load(data, split)
+  by_visit = data.derive in wavelet.KINDS
+  stored = wavelet.stored(data) if by_visit else data
+  with wavelet.of_pixels(data) if by_visit else contextlib.nullcontext():
+    loaded = KINDS.get(data.name, tfds).load(stored, split)
+  fetch, labels, full_name, num_images, num_threads = loaded
   field, text = f'config.data.{split}_split', data[f'{split}_split']
   confirm(num_images > 0, field, text, 'has no examples', 'name some')
   if data.num_bits:
-    fetch = _quantized(data, fetch)
-  if data.derive:
+    fetch = _quantized(stored, fetch)
+  if by_visit:
+    fetch = checked(stored, full_name, fetch)
+    fetch = wavelet.transformed(data, fetch, num_images, ('train', 'eval').index(split))
+  elif data.derive:
     fetch = derived(data, fetch)
   identity = {'name': data.name, 'full_name': full_name, 'split': data[f'{split}_split']}
   identity |= {'num_bits': data.num_bits, 'resize': data.resize}
   identity |= {'derive': data.derive} if data.derive else {}
+  identity |= {'level': data.level, 'dequantize': data.dequantize} if by_visit else {}
   fetch = checked(data, full_name, fetch)
   identity |= identify(data, split, full_name, fetch, num_images)
-  if data.name == 'gaussian_field':
+  if data.name == 'gaussian_field' and not by_visit:
     identity['exact_nats_per_dim'] = gaussian_field.exact(data, split)
-  return Source(fetch, identity, num_threads, labels)
+  return Source(fetch, identity, num_threads, labels, by_visit)
 
 
 def found(data) -> dict[str, Any]:
   """Returns the leaves of config.data as the data have them, for config.data.as_found."""
+  rule, remedy = f'False with derive={data.derive!r}', 'say the shapes of the coefficients'
+  require(data.derive not in wavelet.KINDS, 'config.data.as_found', True, rule, remedy)
   return KINDS.get(data.name, tfds).found(data)
 
 

@@ -1,18 +1,17 @@
 """What a config leaves to the data: shapes and counts as found, and statistics as measured."""
 
-import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 
 from vdm.data.load import found as found_in
 from vdm.data.load import load
 from vdm.data.source import Source
 from vdm.errors import require
+from vdm.system.progress import Progress
 
 # leaves of config.data that config.data.as_found leaves to the data
 FOUND = (
@@ -33,7 +32,6 @@ STATISTICS = {
 }
 EXAMPLES_AT_ONCE = 64
 STEPS_PER_STD = 32  # of float32, at least
-LOG_EVERY_SECONDS = 5.0
 
 
 def settle(
@@ -131,14 +129,11 @@ def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.
 
 def _in_order(source: Source) -> Iterator[Any]:
   """Yields all batches of a split, read by as many threads as it asks for; says how far it is."""
-  count, begin = len(source), time.monotonic()
-  starts, logged = range(0, count, EXAMPLES_AT_ONCE), begin
+  count = len(source)
+  starts, tell = range(0, count, EXAMPLES_AT_ONCE), Progress('measuring the data', 'examples')
   fetch = lambda start: source.fetch(np.arange(start, min(start + EXAMPLES_AT_ONCE, count)))
   ahead = max(1, source.num_threads)
   with ThreadPoolExecutor(ahead) as pool:
     for group in range(0, len(starts), ahead):
       yield from pool.map(fetch, starts[group : group + ahead])
-      now, done = time.monotonic(), min(count, EXAMPLES_AT_ONCE * (group + ahead))
-      if now - logged > LOG_EVERY_SECONDS:
-        logged, left = now, (now - begin) * (count - done) / done
-        logging.info('measuring the data: %d of %d examples, %.0f s left', done, count, left)
+      tell(min(count, EXAMPLES_AT_ONCE * (group + ahead)), count)

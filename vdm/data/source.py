@@ -39,12 +39,14 @@ class Source:
     identity: what was loaded, in plain values, for number cards.
     num_threads: threads that read ahead; 0 where the images are in memory already.
     labels: indices [b] -> int32 [b], the labels alone, for which no image is decoded.
+    by_visit: index i + v len(self) is example i too, with the noise of its v-th visit.
   """
 
   fetch: Callable[[np.ndarray], Batch]
   identity: dict
   num_threads: int = 0
   labels: Callable[[np.ndarray], np.ndarray] | None = None
+  by_visit: bool = False
 
   def __len__(self) -> int:
     return self.identity['num_images']

@@ -5,7 +5,6 @@
 draws an ablation's plots (`vdm.ablate`) once more.
 """
 
-import csv
 import math
 import pathlib
 import sys
@@ -14,6 +13,7 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 
 from vdm import style
+from vdm.system import files
 
 # the plots by log-SNR have a small panel per line, the others one panel with names at the ends
 BY_LOG_SNR = {
@@ -33,7 +33,7 @@ Curves = dict[str, np.ndarray]  # name of a line -> x, mean, least and greatest,
 def plot_curves(table: pathlib.Path, folder: pathlib.Path):
   """Draws folder/<plot>.png of every plot in a table, the curves.csv of `vdm.ablate`."""
   plots: dict[str, dict[str, list]] = {}
-  for plot, line, *point in list(csv.reader(table.read_text().splitlines()))[1:]:
+  for plot, line, *point in files.read_table(table)[1:]:
     plots.setdefault(plot, {}).setdefault(line, []).append([float(number) for number in point])
   for plot, lines in plots.items():
     curves = {line: np.array(points).T for line, points in lines.items()}

@@ -3,8 +3,7 @@
 import math
 import pathlib
 import re
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -23,10 +22,10 @@ from vdm.evaluation.plots import plot_maps
 from vdm.evaluation.study import Study, batches, ends_of, write_card
 from vdm.sampling.folder import open_samples
 from vdm.system import files, parallel
+from vdm.system.progress import Progress
 from vdm.workdir import config_file, integrity
 from vdm.workdir.load import Run
 
-LOG_EVERY_SECONDS = 10.0
 IN_FILES = ('folder', 'arrays', 'huggingface')  # kinds of data without splits of their own
 
 
@@ -163,13 +162,17 @@ def make_scorer(
     starts = range(0, total, settings.batch_size)
     hosts = zip(starts, _without_conditions(of, settings, how), strict=True)
     todo = ((start, batch) for start, batch in hosts if start in missing)
-    for start, batch in _progress(todo, len(missing), len(starts), settings.batch_size, total):
+    if len(missing) < len(starts):
+      logging.info('%d of %d batches are scored already', len(starts) - len(missing), len(starts))
+    tell = Progress('', 'images')
+    for start, batch in todo:
       found = estimate(params, parallel.to_devices(of.mesh, batch))
       bad = found.value[~np.isfinite(found.value)]
       if bad.size:
         raise FloatingPointError(f'the {kind} of an example from {start} on is {bad[0]} nats.')
       if jax.process_index() == 0:
         _write_part(folder, start, found, source, model)
+      tell(min(total, start + settings.batch_size), total)
     return folder, (_read_parts(folder, draws, kind) if jax.process_index() == 0 else None)
 
   return score
@@ -191,20 +194,6 @@ def _without_conditions(of: Study, settings: ConfigDict, how: ConfigDict) -> Ite
       nothing = of.model.takes.nothing(len(batch['image']), of.model.image_shape)
       batch |= {name: np.asarray(v) for name, v in nothing.items() if name != 'valid'}
     yield batch
-
-
-def _progress(todo: Iterable, missing: int, batch_count: int, size: int, total: int) -> Iterator:
-  """Passes batches on, and logs how far they are."""
-  if missing < batch_count:
-    logging.info('%d of %d batches are scored already', batch_count - missing, batch_count)
-  clock, logged = time.monotonic(), 0.0
-  for done, item in enumerate(todo):
-    now = time.monotonic()
-    if done and now - logged > LOG_EVERY_SECONDS:
-      logged, left = now, (now - clock) / done * (missing - done)
-      scored = min(total, (batch_count - missing + done) * size)
-      logging.info('%d of %d images, %.0f s left', scored, total, left)
-    yield item
 
 
 def _write_part(

@@ -1,12 +1,10 @@
 """Bits per dimension of a split by the probability-flow ODE: slow, so it says how far it is."""
 
-import time
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -17,8 +15,8 @@ from vdm.errors import require
 from vdm.evaluation.likelihood import LogProb
 from vdm.evaluation.study import Study, batches, write_card
 from vdm.system import parallel
+from vdm.system.progress import Progress
 
-LOG_EVERY_SECONDS = 10.0
 STDERR = (
   'standard deviation over images of one estimate each (its own dequantisation draws and probes), '
   'over sqrt(num_images): an error as an estimate for the population the images come from'
@@ -104,23 +102,13 @@ def make_evaluator(
   compiled = jit_step(model, mesh, settings)
 
   def evaluate(params, batches, num_images):
-    parts, done, clock, logged = [], 0, time.monotonic(), 0.0
+    parts, done, tell = [], 0, Progress('ode', 'images')
     for batch in parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch)):
       part = _solved(compiled(params, batch, seed), settings)
       parts.append(part)
-      done += len(part['value'])
-      now = time.monotonic()
-      if now - logged > LOG_EVERY_SECONDS or done == num_images:
-        logged, result = now, summarize(parts)
-        logging.info(
-          'ode: %d of %d images, %.4f %s, %.0f evaluations an image, %.0f s left',
-          done,
-          num_images,
-          result.value,
-          model.decoder.unit,
-          result.evaluations,
-          (now - clock) / done * (num_images - done),
-        )
+      done, so_far = done + len(part['value']), summarize(parts)
+      value = f'{so_far.value:.4f} {model.decoder.unit}'
+      tell(done, num_images, f'{value}, {so_far.evaluations:.0f} evaluations an image')
     return summarize(parts)
 
   return evaluate

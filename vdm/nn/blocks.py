@@ -115,12 +115,19 @@ def unstack(tree: Any, take: Callable = lambda leaf, i: leaf[i]):
   """Undoes `stack`: returns every name_* of a pytree as name_0, name_1, ...
 
   Args:
-    tree: a pytree; in any dict of it keys may have a star.
+    tree: a pytree; in any dict of it keys may have a star. A part without arrays, as in an
+      optimizer's state of other parameters, is as long as those of its name elsewhere.
     take: what picks the i-th of a leaf.
   """
+  lengths: dict[str, int] = {}
 
   def has_groups(node):
     return isinstance(node, dict) and bool(stacked_names(node))
+
+  def measure(node):
+    for name in stacked_names(node) if has_groups(node) else ():
+      for leaf in jax.tree.leaves(node[name])[:1]:
+        lengths[name] = leaf.shape[0]
 
   def unstack_groups(node):
     if not has_groups(node):
@@ -128,8 +135,9 @@ def unstack(tree: Any, take: Callable = lambda leaf, i: leaf[i]):
     node = dict(node)
     for name in stacked_names(node):
       group = node.pop(name)
-      for i in range(jax.tree.leaves(group)[0].shape[0]):
+      for i in range(lengths[name]):
         node[numbered(name, i)] = jax.tree.map(lambda leaf, i=i: take(leaf, i), group)
     return node
 
+  jax.tree.map(measure, tree, is_leaf=has_groups)
   return jax.tree.map(unstack_groups, tree, is_leaf=has_groups)

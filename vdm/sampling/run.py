@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import math
 import pathlib
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -21,10 +20,9 @@ from vdm.sampling.folder import check_format, open_samples, read_shards, write_s
 from vdm.sampling.labels import Conditions, conditions_of, drawn_classes
 from vdm.sampling.picture import class_grid, flat_pictures, image_grid, save_png
 from vdm.system import files
+from vdm.system.progress import Progress
 from vdm.workdir import config_file, integrity
 from vdm.workdir.load import Run
-
-LOG_EVERY_SECONDS = 10.0
 
 
 def run(of: Run, out: pathlib.Path | None = None) -> int:
@@ -135,14 +133,8 @@ def progress(
   left = sum(min(settings.batch_size, total - start) for start in starts)
   if left < total:
     logging.info('%d of %d images are there already', total - left, total)
-  clock = logged = timed = 0.0
+  tell = Progress('', 'images')
   for batch in batches:
-    now, left = time.monotonic(), left - len(batch)
-    timed += len(batch) if clock else 0
-    clock = clock or now  # the first batch is not timed: it was compiled
-    if now - logged > LOG_EVERY_SECONDS or not left:
-      rate = timed / max(now - clock, 1e-9)
-      speed = f', {rate:.3g} images/s, {left / rate:.0f} s left' if timed else ''
-      logging.info('%d of %d images%s', total - left, total, speed)
-      logged = now
+    left -= len(batch)
+    tell(total - left, total)
     yield batch

@@ -5,6 +5,7 @@ ORDER = (
   'stopping',
   'files',
   'logs',
+  'progress',
   'writers',
   'profile',
   'hosts',

@@ -202,6 +202,11 @@ def write_table(path: os.PathLike, header: tuple[str, ...], rows: Iterable[tuple
   write(path, text.getvalue())
 
 
+def read_table(path: os.PathLike) -> list[list[str]]:
+  """Returns the rows of a CSV file, the header first."""
+  return list(csv.reader(io.StringIO(epath.Path(path).read_text(), newline='')))
+
+
 def load_config(path: os.PathLike | str, preset: str = '') -> Any:
   """Returns get_config(preset) of a config file.
 

@@ -18,6 +18,7 @@ from rich.progress import (
 
 from vdm.diffusion.elbo import coefficients_of_variation
 from vdm.system.logs import console
+from vdm.system.progress import duration
 from vdm.system.writers import MetricWriter
 from vdm.training.step import StepMetrics
 
@@ -108,7 +109,7 @@ class Meter:
     self._window.append(metrics)
     left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
     value = f'{metrics.scalars[self._metric]:.3f} {self._unit}'
-    status = f'{value}, {self._rate(step, now):.0f} images/s, {_duration(left)} left'
+    status = f'{value}, {self._rate(step, now):.0f} images/s, {duration(left)} left'
     self._line.update(self._task, description=f'step {step}', completed=step, status=status)
     if step % self._every == 0:
       self._write(step, now, left)
@@ -166,7 +167,7 @@ class Meter:
     if step > self._start:
       rate, wait = scalars['train/images_per_second'], scalars['train/data_wait']
       waits = f', {wait:.0%} of the time waiting for data' if wait > MUCH_WAIT else ''
-      speed = f', {rate:.3g} images/s{waits}, {_duration(left)} left'
+      speed = f', {rate:.3g} images/s{waits}, {duration(left)} left'
     value = scalars[f'train/{self._metric}']
     logging.info('step %d: %.3f %s in training%s', step, value, self._unit, speed)
     self._window, self._clock, self._clock_step, self._waited = [], now, step, 0.0
@@ -186,9 +187,3 @@ class Meter:
 
 def _shown() -> bool:
   return console.is_terminal and jax.process_index() == 0
-
-
-def _duration(seconds: float) -> str:
-  minutes, seconds = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f'{hours}:{minutes:02d}:{seconds:02d}' if hours else f'{minutes}:{seconds:02d}'
