@@ -22,6 +22,7 @@ SMALL_NETWORKS = dict(
     head_width=16,
     conditioning_width=16,
   ),
+  dit=dict(width=32, num_blocks=2, head_width=16, conditioning_width=16),
 )
 
 

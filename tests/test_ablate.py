@@ -3,14 +3,17 @@ import json
 import os
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
 from ml_collections import ConfigDict
 from vdm.configs import digits, gaussian_fields
-from vdm.configs.ablations import schedules, weightings
+from vdm.configs.ablations import loss_grid, schedules, weightings
 
 from vdm import ablate, build
+from vdm.diffusion import heads
 
 
 def config_of(reference=(), **axes):
@@ -42,12 +45,47 @@ def test_runs_are_the_product_of_the_axes():
   assert runs[0][1].schedule.name == 'learned_endpoints'  # the base's
 
 
-@pytest.mark.parametrize(('grid', 'count'), [(weightings, 36), (schedules, 9)])
-def test_the_shipped_grids_build(grid, count):
-  runs = ablate.expand(grid.get_config())
+@pytest.mark.parametrize(
+  ('grid', 'arg', 'count'),
+  [
+    (weightings, '', 36),
+    (schedules, '', 9),
+    (loss_grid, '', 81),
+    (loss_grid, 'debug', 8),
+    (loss_grid, 'fashion_mnist', 36),
+    (loss_grid, 'fashion_mnist_debug', 8),
+  ],
+)
+def test_the_shipped_grids_build(grid, arg, count):
+  runs = ablate.expand(grid.get_config(arg))
   assert len(runs) == count
   for _, config in runs[::3]:
     build.model(config)
+
+
+def test_the_grid_of_losses_is_three_heads_by_three_weightings():
+  """Whose networks start alike: what is predicted is 0, whatever it is."""
+  runs = ablate.expand(loss_grid.get_config())[27::3][:9]
+  assert [ablate.folder(labels) for labels, _ in runs][:2] == [
+    'p2+eps+eps-loss+0',
+    'p2+eps+v-loss+0',
+  ]
+  log_snr = jnp.linspace(-6.0, 6.0, 5)
+  weights = {}
+  for labels, config in runs:
+    assert config.model.output == labels['prediction'] and config.model.patch_size == 2
+    weights.setdefault(labels['space'], []).append(build.model(config).weighting(log_snr))
+  for weight, head in zip(weights.values(), ('eps', 'v', 'x'), strict=True):
+    np.testing.assert_array_equal(weight, 3 * weight[:1])
+    over_eps = weight[0] / weights['eps-loss'][0]
+    np.testing.assert_allclose(over_eps, heads.loss_ratio(head, log_snr), rtol=1e-5)
+  config = runs[0][1]  # eps, without z added to it
+  model = build.model(config)
+  z = jnp.ones((1, *model.image_shape))
+  found = jax.eval_shape(model.init, jax.random.key(0))['network']
+  zeros = jax.tree.map(lambda a: np.zeros(a.shape, np.float32), found)
+  denoiser = model.denoiser({'network': zeros, 'schedule': {}})
+  np.testing.assert_array_equal(denoiser(z, jnp.zeros(1)).eps, 0 * z)
 
 
 @pytest.mark.parametrize('index', ['36', '-1', 'x'])
@@ -158,7 +196,9 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   # of wide+1: from 5 at step 2 to 3 at step 4, by way of elbo+1's last, 4
   assert [float(r['steps_to_reference']) for r in rows] == [4.0, 4.0, 3.0]
   table = (tmp_path / 'results.md').read_text()
-  assert '| elbo | 2 | 2.5 ± 0.5 | 3.5 ± 0.5 | 2 ± 0 | 4 ± 0 | 1 ± 0 | 1 ± 0.5 |' in table
+  assert (
+    '| elbo | 2 | 2.5 ± 0.5 | 3.5 ± 0.5 | 2 ± 0 | 2.25 ± 0 | 4 ± 0 | 1 ± 0 | 1 ± 0.5 |' in table
+  )
   plots = 'bits_per_dim fd_pixels fd_classifier loss diffusion_cv weight density'
   for name in plots.split():
     assert (tmp_path / f'{name}.png').stat().st_size > 1000

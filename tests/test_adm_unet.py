@@ -250,7 +250,7 @@ def config_of(name, **fields):
   return config
 
 
-@pytest.mark.parametrize('name', ['adm_unet', 'uvit'])
+@pytest.mark.parametrize('name', ['adm_unet', 'uvit', 'dit'])
 def test_builds_from_a_config_and_shrinks(name, key):
   config = config_of(name, class_conditional=True)
   with config.unlocked():

@@ -15,6 +15,7 @@ from vdm import build
 from vdm.nn import blocks, convolution, layers
 from vdm.nn.adm_unet import ADMUNet
 from vdm.nn.conditioning import Conditioning
+from vdm.nn.dit import DiT
 from vdm.nn.mlp import MLP
 from vdm.nn.uvit import UViT
 from vdm.nn.vdm_unet import VDMUNet
@@ -33,8 +34,11 @@ SMALL = {
     patch_size=2,
     conditioning_width=8,
   ),
+  'dit': DiT(
+    width=16, num_blocks=1, head_width=8, patch_size=2, bottleneck=0, conditioning_width=8
+  ),
 }
-STRIDE = {'vdm_unet': 1, 'adm_unet': 2, 'uvit': 4}  # what a shift is a multiple of
+STRIDE = {'vdm_unet': 1, 'adm_unet': 2, 'uvit': 4, 'dit': 2}  # what a shift is a multiple of
 AXES = (1, 2, 3)
 
 
@@ -143,7 +147,7 @@ def test_resampling_round_trips(num_axes):
   np.testing.assert_array_equal(patches[:, *[0] * num_axes], corner.reshape(2, -1))
 
 
-@pytest.mark.parametrize('name', SMALL)
+@pytest.mark.parametrize('name', ['vdm_unet', 'adm_unet', 'uvit'])
 def test_shapes_and_numbers_of_parameters(name):
   """The kernels of n axes have 3^n positions; all else but U-ViT's positions is as in images."""
   network = SMALL[name].clone(**{'patch_size': 1} if name == 'uvit' else {})
@@ -170,6 +174,10 @@ def test_patches_of_three_axes_become_channels():
   parameters = shapes_of(SMALL['uvit'], z, t)['params']
   assert parameters['conv_in']['kernel'].shape == (3, 3, 3, 8 * 2, 8)
   assert parameters['conv_out']['kernel'].shape == (3, 3, 3, 8, 8 * 2)
+  parameters = shapes_of(SMALL['dit'], z, t)['params']
+  assert parameters['dense_in']['kernel'].shape == (8 * 2, 16)
+  assert parameters['dense_out']['kernel'].shape == (16, 8 * 2)
+  assert parameters['position'].shape == (1, 2, 4, 2, 16)
 
 
 @pytest.mark.parametrize('name', SMALL)
@@ -204,7 +212,7 @@ def test_periodic_padding_commutes_with_shifts_and_zeros_do_not(name, padding):
 
 
 @pytest.mark.parametrize('num_axes', [1, pytest.param(3, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', ['vdm_unet', 'uvit'])
+@pytest.mark.parametrize('name', ['vdm_unet', 'uvit', 'dit'])
 def test_both_layouts_agree_with_a_field(name, num_axes):
   z, t = normal(0, 1, *sizes_of(name, num_axes), 2), np.float32([0.4])
   field = normal(1, *z.shape[:-1], 3)
@@ -215,7 +223,7 @@ def test_both_layouts_agree_with_a_field(name, num_axes):
   assert distance(expected, outputs(looped, stacked, z, t, field=field)) < 1e-5
 
 
-@pytest.mark.parametrize('name', ['adm_unet', 'uvit'])
+@pytest.mark.parametrize('name', ['adm_unet', 'uvit', 'dit'])
 @pytest.mark.parametrize('padding', ['zero', 'zero,periodic'])
 def test_fit_size_is_zeros_at_the_end_that_the_output_lacks(name, padding):
   """Along axes that are padded with zeros; z and field of the full size say the same."""
@@ -244,10 +252,11 @@ def test_a_coarser_field_is_a_repeated_one(name):
   expected, found = (outputs(network, parameters, z, t, field=a) for a in (repeated, coarse))
   assert distance(expected, found) < 1e-6 and distance(expected[0], expected[1]) > 0.01
   without, patch = shapes_of(network, z, t)['params'], getattr(network, 'patch_size', 1)
-  *size, channels, features = without['conv_in']['kernel'].shape
+  first = 'dense_in' if name == 'dit' else 'conv_in'
+  *size, channels, features = without[first]['kernel'].shape
   more = (*size, channels + 3 * patch**2, features)
   changed = {'kernel': jax.ShapeDtypeStruct(more, jnp.float32)}
-  assert shapes['params'] == without | {'conv_in': without['conv_in'] | changed}
+  assert shapes['params'] == without | {first: without[first] | changed}
 
 
 def test_perceptron_reads_a_field_of_any_size():
@@ -307,6 +316,7 @@ def test_label_and_vector_add_to_each_other():
       r'config\.model\.patch_size\.\n',
     ),
     ('uvit', {'padding': 'periodic'}, (4, 5, 1), r'try \(4, 8, 1\), or .*\.patch_size\.\n'),
+    ('dit', {}, (4, 5, 1), r'by 2 for this dit; try \(4, 6, 1\), or .*patch_size, or .*fit_size=T'),
     (
       'vdm_unet',
       {'padding': 'zero,periodic'},

@@ -45,6 +45,7 @@ def config_of(network='vdm_unet', **data):
         head_width=8,
         conditioning_width=8,
       ),
+      dit=dict(width=16, num_blocks=1, head_width=8, patch_size=2, conditioning_width=8),
       mlp=dict(width=8, num_blocks=1),
     )[network]
     config.model = {name: config.model[name] for name in kept} | dict(name=network, **block)
@@ -80,7 +81,7 @@ def model_of(config, key=0):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('network', ['vdm_unet', 'adm_unet', 'uvit', 'mlp'])
+@pytest.mark.parametrize('network', ['vdm_unet', 'adm_unet', 'uvit', 'dit', 'mlp'])
 def test_each_condition_has_its_effect_and_its_absence(network):
   model, params = model_of(config_of(network))
   batch = batch_of()

@@ -15,7 +15,7 @@ from vdm.system import parallel, runners
 from vdm.training.step import make_train_step
 
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
-QUICK = ('digits', 'digits_pp', 'fashion_mnist_uvit')
+QUICK = ('digits', 'digits_dit', 'digits_pp', 'fashion_mnist_uvit')
 
 
 def each(names):
@@ -113,6 +113,8 @@ def test_vdm_configs_have_the_published_numbers_of_parameters(monkeypatch):
     config = load(name)
     flag = 0 if config.model.augmentation_flag else 4 * config.model.width
     assert sum(parameters.count(config).values()) == public - flag
+  for name, millions in parameters.ROUNDED.items():
+    assert round(parameters.count(load(name))['network'] / 1e6) == millions
 
 
 def test_the_two_imagenets_are_not_mixed_up():

@@ -6,6 +6,8 @@ from scipy.stats import norm
 from vdm.configs import digits
 
 from vdm import build
+from vdm.diffusion.elbo import diffusion_loss
+from vdm.diffusion.heads import loss_ratio, to_prediction
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.diffusion.weightings import WEIGHTINGS, is_monotone, shifted
 
@@ -178,6 +180,50 @@ def test_arguments_are_the_methods_own(name, arguments, loss, float64):
   np.testing.assert_allclose(constants, constants[0], rtol=3e-4)  # min_snr has a kink
 
 
+@pytest.mark.parametrize('predicted', ['x', 'eps', 'v', 'o'])
+@pytest.mark.parametrize('space', ['x', 'eps', 'v', 'o'])
+def test_any_prediction_by_any_loss_is_a_weighting_of_one_loss(predicted, space, float64):
+  """An output that is wrong by noise: the error in the loss's own space, and the one loss's term.
+
+  The first is written with what the space is of x and eps alone. Times are JiT's, of a normal
+  log-SNR, whose density is then all of the weight but `loss_ratio`.
+  """
+  mean, std, ends = -1.6, 1.6, dict(log_snr_min=-9.0, log_snr_max=6.0)
+  schedule = SCHEDULES['edm_train'](**ends, mean=mean, std=std)
+  t = jnp.linspace(0.02, 0.98, 9)
+  x, eps, wrong = np.random.default_rng(0).normal(size=(3, 9, 5))
+  log_snr = np.asarray(schedule(t))
+  a, s = (1 / np.sqrt(1 + np.exp(-sign * log_snr))[:, None] for sign in (1, -1))
+  of = {
+    'x': lambda x, eps: x,
+    'eps': lambda x, eps: eps,
+    'v': lambda x, eps: a * eps - s * x,
+    'o': lambda x, eps: eps - x,
+  }
+  seen = []
+
+  def denoiser(z, log_snr):
+    output = jnp.asarray(of[predicted](x, eps) + wrong)
+    seen.append(to_prediction(predicted, output, z, log_snr))
+    return seen[-1]
+
+  weighting = WEIGHTINGS['sd3'](mean=mean, std=std, head=space)
+  term = diffusion_loss(denoiser, schedule, weighting, jnp.asarray(x), t, jnp.asarray(eps))
+  own = ((of[space](*seen[0]) - of[space](x, eps)) ** 2).sum(axis=1) / 2
+  if predicted == space:
+    np.testing.assert_allclose(own, (wrong**2).sum(axis=1) / 2, rtol=1e-9)
+  inside = norm.cdf(6.0, mean, std) - norm.cdf(-9.0, mean, std)
+  np.testing.assert_allclose(term.loss, inside * own, rtol=1e-5)  # p is the slope's inverse
+  of_eps = ((seen[0].eps - eps) ** 2).sum(axis=1) / 2
+  np.testing.assert_allclose(own, loss_ratio(space, jnp.asarray(log_snr)) * of_eps, rtol=1e-9)
+
+
+def test_sd3_has_edms_loss_for_edms_head(float64):
+  log_snr = jnp.asarray(np.float64(LOG_SNR))
+  w = WEIGHTINGS['sd3'](mean=2.4, std=2.4, head='F')(log_snr)
+  np.testing.assert_allclose(w * 0.25, WEIGHTINGS['edm']()(log_snr), rtol=1e-9)
+
+
 def test_sigmoid_closed_form():
   exact = 1 / (1 + np.exp(np.float64(LOG_SNR) - 1.5))
   np.testing.assert_allclose(WEIGHTINGS['sigmoid'](bias=1.5)(LOG_SNR), exact, rtol=1e-5)
@@ -256,9 +302,15 @@ def test_any_weighting_is_shifted_from_the_config():
     dict(name='edm', std=0.0),
     dict(name='min_snr', gamma=-1.0),
     dict(name='ddpm', beta_min=0.0),
+    dict(name='sd3', std=0.0),
   ],
 )
 def test_bad_arguments_are_refused_by_name(weighting):
   field, value = list(weighting.items())[1]
   with pytest.raises(ValueError, match=rf'config.weighting.{field}={value} must be positive'):
     built(**weighting)
+
+
+def test_a_head_that_is_none_is_refused():
+  with pytest.raises(ValueError, match=r"config.weighting.head='y' must be one of eps, x, v, o,"):
+    built(name='sd3', head='y')

@@ -177,7 +177,7 @@ def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]
   """Returns the columns of a run in the table, by name.
 
   `diffusion_cv` is the standard deviation over the mean of the training loss of one example, the
-  mean over the last quarter of what was logged.
+  mean over the last quarter of what was logged. Distances are the last that training scored.
   """
   cv = list(run['train_cv'].values())
   last = lambda curve: list(curve.values())[-1]
@@ -186,6 +186,8 @@ def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]
     'loss': last(run['loss']),
     'diffusion_cv': float(np.mean(cv[-max(1, len(cv) // 4) :])),
   }
+  scored = set.intersection(*(set(other['distances']) for other in found))
+  numbers |= {metric: last(run['distances'][metric]) for metric in sorted(scored)}
   if reference:
     wanted = run['labels'] | reference
     losses = [last(other['loss']) for other in found if other['labels'] == wanted]

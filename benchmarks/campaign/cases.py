@@ -173,7 +173,7 @@ VALUES = (
 
 def configs(rng: random.Random, base: pathlib.Path) -> str:
   """Gives leaves of a config other values: refused in one line, or traced to the end of a step."""
-  names = ('digits', 'cifar10', 'fashion_mnist_uvit', 'imagenet64', 'digits_pp')
+  names = ('digits', 'cifar10', 'fashion_mnist_uvit', 'imagenet64', 'digits_pp', 'digits_dit')
   config = config_file.read_config(f'{rng.choice(names)}:debug', {})
   leaves = config_file.flat(config.to_dict())
   changes = {}

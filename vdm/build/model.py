@@ -65,12 +65,13 @@ def model(config: ConfigDict) -> Model:
   unrolled = factories.factory(
     NETWORKS,
     'model',
-    block | ({'scan_blocks': False} if 'scan_blocks' in block else {}),
-    num_classes=data.num_classes if class_conditional else 0,
-    dtype=dtype(config.model.dtype),
     # z is nearly eps where noise dominates; x, v and F are nothing like it, the score is -z there,
     # and o = eps - x has the wrong sign of x
-    residual=output == 'eps',
+    {'residual': output == 'eps'}
+    | block
+    | ({'scan_blocks': False} if 'scan_blocks' in block else {}),
+    num_classes=data.num_classes if class_conditional else 0,
+    dtype=dtype(config.model.dtype),
     **(dict(embedding_size=data.embedding_size) if data.embedding_size else {}),
   )
   network = unrolled.clone(scan_blocks=True) if scan else unrolled

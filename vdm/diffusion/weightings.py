@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from vdm.diffusion.heads import HEADS, loss_ratio
 from vdm.errors import require
 
 Weighting = Callable[[Float[Array, '*b']], Float[Array, '*b']]
@@ -145,13 +146,19 @@ def sigmoid(bias: float = 2.0) -> Weighting:
   return lambda log_snr: jax.nn.sigmoid(bias - log_snr)
 
 
-def sd3() -> Weighting:
-  """Returns the weighting w = N(log_snr; 0, 2^2) (1 + e^(-log_snr / 2))^2.
+def sd3(mean: float = 0.0, std: float = 2.0, head: str = 'o') -> Weighting:
+  """Returns the weighting w = N(log_snr; mean, std^2) `loss_ratio(head, log_snr)`.
 
-  It is that of flow matching with logit(t) ~ N(0, 1), Stable Diffusion 3's rf/lognorm(0, 1) (arXiv
-  2403.03206).
+  It is that of the loss |out_hat - out|^2 of a head's output, at log_snr drawn from the normal.
+  Since log_snr = 2 logit(t) for z = t x + (1 - t) eps, the default, N(log_snr; 0, 2^2)
+  (1 + e^(-log_snr / 2))^2, is that of flow matching with logit(t) ~ N(0, 1), Stable Diffusion 3's
+  rf/lognorm(0, 1) (arXiv 2403.03206). JiT (2511.13720) has the mean -1.6 and std 1.6.
   """
-  return lambda log_snr: jnp.exp(_log_normal(log_snr, 0.0, 2.0) + 2 * jax.nn.softplus(-log_snr / 2))
+  _check_positive(std=std)
+  require(head in HEADS, 'head', head, f'one of {", ".join(HEADS)}', 'choose one of these')
+  return lambda log_snr: jnp.exp(
+    _log_normal(log_snr, mean, std) + jnp.log(loss_ratio(head, log_snr))
+  )
 
 
 def shifted(weighting: Weighting, image_size: int, noise_size: int = 64) -> Weighting:

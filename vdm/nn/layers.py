@@ -206,6 +206,11 @@ def axis_paddings(padding, num_axes):
   return kinds
 
 
+def told_sizes(sizes, kinds):
+  """Returns the sizes of a table of what positions are told: a periodic axis has one for all."""
+  return tuple(1 if kind == 'periodic' else n for n, kind in zip(sizes, kinds, strict=True))
+
+
 def check_fields(width, num_blocks, dropout, num_classes, width_field='width'):
   """Raises ValueError if a field that all networks have is out of its range."""
   valid = width >= 4 and width % 2 == 0

@@ -167,7 +167,7 @@ class UViT(nn.Module):
       h = dense(wider, name=f'halve_{level}')(layers.halve(h))
 
     kinds = layers.axis_paddings(self.padding, z.ndim - 2)
-    told = [1 if kind == 'periodic' else n for n, kind in zip(h.shape[1:-1], kinds, strict=True)]
+    told = layers.told_sizes(h.shape[1:-1], kinds)
     position = self.param('position', nn.initializers.normal(0.02), (1, *told, h.shape[-1]))
     h += position.astype(self.dtype)
     h, _ = chain(transformer, 'transformer_*', self.transformer_depth, h, None, cond)
