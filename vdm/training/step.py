@@ -16,7 +16,7 @@ from vdm.data import Batch, conditions_of
 from vdm.data.augment import augment
 from vdm.diffusion.adaptive import predicted_reduction
 from vdm.diffusion.elbo import interior_gradient, moments, variational_bound
-from vdm.diffusion.gaussian import count_dims, end_points, fold_in, standard_normal
+from vdm.diffusion.gaussian import count_dims, end_levels, fold_in, standard_normal
 from vdm.diffusion.guidance import drop
 from vdm.diffusion.times import stratified
 from vdm.evaluation.bound import log_snr_bins
@@ -97,7 +97,6 @@ def loss(
   if recipe.learns_interior(params):
     interior = jax.lax.stop_gradient(params['schedule']['interior'])
     params = params | {'schedule': params['schedule'] | {'interior': interior}}
-  schedule = model.training_schedule(params, adaptive)
   key_t, key_eps, key_recon, key_flip, key_rotate, key_label = jax.random.split(key, 6)
   index = batch['index']
   pictures = {name: batch[name] for name in ('image', 'condition', 'valid') if name in batch}
@@ -108,6 +107,7 @@ def loss(
   conditions = conditions_of({**batch, **pictures})
   if recipe.label_dropout:
     conditions = drop(fold_in(key_label, index), conditions, recipe.label_dropout)
+  schedule = model.training_schedule(params, adaptive, conditions)
   t = stratified(key_t, index, recipe.batch_size)
   bound = variational_bound(
     model.denoiser(params, conditions, flag, train=True, key_dropout=key_dropout),
@@ -132,7 +132,7 @@ def loss(
   }
   scalars[decoder.metric] = sum(scalars.values())
   scalars['loss'] = value
-  scalars['log_snr_max'], scalars['log_snr_min'] = ends = end_points(schedule)
+  scalars['log_snr_max'], scalars['log_snr_min'] = ends = end_levels(schedule)
   hits = ()
   if model.adaptive:
     error = 2 * bound.diffusion.loss / -bound.diffusion.slope  # w |eps_hat - eps|^2
