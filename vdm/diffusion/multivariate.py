@@ -3,7 +3,8 @@
 With log_snr(t) in R^D the diffusion term is 1/2 E sum_d (-dlog_snr_d/dt) (eps_hat_d - eps_d)^2, an
 integral along a path (MuLAN, arXiv 2312.13236). With the exact denoiser no path between
 two end points is better than another: each gives -log p(x). With any other denoiser the value
-depends on the path, and the bound trains it. How fast the path is run through changes nothing.
+depends on the path, and the bound trains it. How fast the path is run through changes nothing but
+the variance of the estimate, which trains it, as it trains the interior of `learned_net`.
 
 The parametrisation is MuLAN's polynomial: three numbers for each group of dimensions,
 elementwise, where a monotone network of each group would hold many times the activations of z.
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from vdm.diffusion.gaussian import Schedule, mean_over_dims, per_channel
-from vdm.diffusion.schedules import Learned, check_range, ends
+from vdm.diffusion.schedules import Learned, almost_linear, check_range, ends, rising
 from vdm.errors import require
 
 FLOOR = 0.01  # least slope of a dimension over that of the straight line
@@ -25,27 +26,33 @@ PER = ('channel', 'dimension')
 
 
 def learned_multivariate(
-  log_snr_min: float, log_snr_max: float, shape: tuple[int, ...], per: str = 'dimension'
+  log_snr_min: float,
+  log_snr_max: float,
+  shape: tuple[int, ...],
+  per: str = 'dimension',
+  num_hidden: int = 1024,
 ) -> Learned:
   """Returns a learned path between learned end points, the same for all examples.
 
   With f' = (a t^2 + b t + c)^2 and f(0) = 0, a polynomial of degree five, each group has
 
-    log_snr(t) = log_snr_max - |slope| (0.99 f(t) / f(1) + 0.01 t),
+    log_snr(t) = log_snr_max - |slope| (0.99 f(w) / f(1) + 0.01 w),
 
-  which falls strictly whatever the optimizer does. It starts as the straight line, a = b = 0 and
-  c = 1. The end points are those of all dimensions.
+  which falls strictly whatever the optimizer does. w(t) is the monotone network of `learned_net`,
+  from 0 to 1, the same for all dimensions. The path starts straight, a = b = 0 and c = 1. The end
+  points are those of all dimensions.
 
   Args:
     log_snr_min: at t = 1, before training.
     log_snr_max: at t = 0, before training.
     shape: of an example, spatial axes and channels.
     per: what has a, b and c of its own, each 'channel' or each 'dimension' of an example.
+    num_hidden: units of the monotone network.
   """
   check_range(log_snr_min, log_snr_max)
   groups = _groups(shape, per)
   return Learned(
-    lambda: ends(log_snr_min, log_snr_max) | {'path': _straight(groups)},
+    lambda: _start(log_snr_min, log_snr_max, num_hidden, _straight(groups)),
     lambda params: _falling(params, [params['path'][k][None] for k in 'abc'], len(shape)),
     multivariate=True,
   )
@@ -60,6 +67,7 @@ def learned_conditional(
   field_channels: int,
   per: str = 'dimension',
   width: int = 32,
+  num_hidden: int = 1024,
 ) -> Learned:
   """Returns `learned_multivariate` with a, b and c that depend on what an example is given.
 
@@ -77,6 +85,7 @@ def learned_conditional(
     field_channels: of the field as the network sees it; 0: none is given.
     per: what has a, b and c of its own, each 'channel' or each 'dimension' of an example.
     width: of the hidden layer.
+    num_hidden: units of the monotone network, as in `learned_multivariate`.
   """
   check_range(log_snr_min, log_snr_max)
   groups = _groups(shape, per)
@@ -90,7 +99,7 @@ def learned_conditional(
     reads = jax.random.normal(key, (size, width)) / size**0.5
     more = {'reads': reads, 'bias': jnp.zeros(width)}
     more['adds'] = jnp.zeros((width, 3, *(shape[-1:] if pointwise else groups)))
-    return ends(log_snr_min, log_snr_max) | {'path': _straight(groups) | more}
+    return _start(log_snr_min, log_snr_max, num_hidden, _straight(groups) | more)
 
   def hidden(path, told):
     """Returns h [B *spatial width], its spatial axes of length one where there is no field."""
@@ -160,6 +169,13 @@ def _straight(groups: tuple[int, ...]) -> dict[str, Array]:
   return {'a': jnp.zeros(groups), 'b': jnp.zeros(groups), 'c': jnp.ones(groups)}
 
 
+def _start(log_snr_min: float, log_snr_max: float, num_hidden: int, path: dict[str, Array]):
+  """Returns the parameters before training: the bound has ends and path, the variance the rest."""
+  require(num_hidden >= 1, 'num_hidden', num_hidden, '1 or more', 'try 1024')
+  interior = almost_linear(num_hidden)
+  return ends(log_snr_min, log_snr_max) | {'path': path, 'interior': interior}
+
+
 def _falling(params: dict[str, Any], abc: list[Array], rank: int) -> Schedule:
   """Returns t [B] -> log_snr [B ...], for a, b and c [B ...] or [1 ...]."""
   a, b, c = abc
@@ -168,8 +184,11 @@ def _falling(params: dict[str, Any], abc: list[Array], rank: int) -> Schedule:
     high = (2 * a * c + b**2) / 3 + t * (a * b / 2 + t * a**2 / 5)
     return t * (1e-6 + c**2 + t * (b * c + t * high))  # 1e-6: a line even where all three are zero
 
+  h = rising(params['interior'])
+
   def schedule(t):
-    t = t.reshape(-1, *[1] * rank)
+    start, end = h(jnp.zeros(())), h(jnp.ones(()))
+    t = ((h(t) - start) / (end - start)).reshape(-1, *[1] * rank)
     fallen = (1 - FLOOR) * f(t) / f(jnp.ones_like(t)) + FLOOR * t
     return params['log_snr_max'] - jnp.abs(params['slope']) * fallen
 

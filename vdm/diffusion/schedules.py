@@ -205,24 +205,8 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
   check_range(log_snr_min, log_snr_max)
   require(num_hidden >= 1, 'num_hidden', num_hidden, '1 or more', 'try 1024')
 
-  def init():
-    steepness = 10.0  # of each unit: its rise takes about a third of [0, 1]
-    centre = (jnp.arange(num_hidden) + 0.5) / num_hidden
-    interior = {
-      'a': jnp.full(num_hidden, inverse_softplus(1 / num_hidden)),
-      'b': jnp.full(num_hidden, inverse_softplus(steepness)),
-      'c': steepness * (1 - 2 * centre),
-    }
-    interior = {k: jnp.asarray(v, jnp.float32) for k, v in interior.items()}
-    return ends(log_snr_min, log_snr_max) | {'interior': interior}
-
   def as_schedule(params):
-    a, b = (jax.nn.softplus(params['interior'][k]) for k in 'ab')
-    c = params['interior']['c']
-
-    @jnp.vectorize
-    def h(t):
-      return t + (a * jax.nn.sigmoid(b * (2 * t - 1) + c)).sum()
+    h = rising(params['interior'])
 
     def schedule(t):
       start, end = h(jnp.zeros(())), h(jnp.ones(()))
@@ -230,7 +214,32 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
 
     return schedule
 
+  init = lambda: ends(log_snr_min, log_snr_max) | {'interior': almost_linear(num_hidden)}
   return Learned(init, as_schedule)
+
+
+def almost_linear(num_hidden: int) -> dict[str, Any]:
+  """Returns the parameters of `rising` that `learned_net` starts from."""
+  steepness = 10.0  # of each unit: its rise takes about a third of [0, 1]
+  centre = (jnp.arange(num_hidden) + 0.5) / num_hidden
+  interior = {
+    'a': jnp.full(num_hidden, inverse_softplus(1 / num_hidden)),
+    'b': jnp.full(num_hidden, inverse_softplus(steepness)),
+    'c': steepness * (1 - 2 * centre),
+  }
+  return {k: jnp.asarray(v, jnp.float32) for k, v in interior.items()}
+
+
+def rising(interior: dict[str, Any]) -> Callable[[Any], Any]:
+  """Returns the monotone network h of `learned_net`, elementwise."""
+  a, b = (jax.nn.softplus(interior[k]) for k in 'ab')
+  c = interior['c']
+
+  @jnp.vectorize
+  def h(t):
+    return t + (a * jax.nn.sigmoid(b * (2 * t - 1) + c)).sum()
+
+  return h
 
 
 def _log_sin(t):

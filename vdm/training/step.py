@@ -80,14 +80,14 @@ def loss(
   batch: Batch,
   key: Array,
   key_dropout: Array,
-) -> tuple[Array, tuple[StepMetrics, tuple[Array, Array]]]:
-  """Returns the mean loss in nats/dim, and the metrics with t [B] and the diffusion loss [B].
+) -> tuple[Array, tuple[StepMetrics, tuple[Array, Array, dict[str, Array]]]]:
+  """Returns the mean loss in nats/dim, metrics, and t [B], diffusion loss [B] and conditions.
 
   Args:
     recipe: of the step.
     params: {'network', 'schedule'}.
-    probe: zeros [B] and [B], whose gradients `interior_gradient` needs: the interior of a learned
-      schedule gets no gradient from the loss itself in continuous time.
+    probe: zeros of log_snr's shape, twice, whose gradients `interior_gradient` needs: the interior
+      of a learned schedule gets none from the loss itself in continuous time.
     adaptive: the state of the adaptive schedule, if any.
     batch: a batch, or a part of one.
     key: of the step; every random number but dropout's is a function of it and the example's index.
@@ -145,20 +145,21 @@ def loss(
     ),
     hits,
   )
-  return value, (metrics, (t, diffusion.loss))
+  return value, (metrics, (t, diffusion.loss, conditions))
 
 
 def gradients(
   recipe: Recipe, state: TrainState, batch: Batch, key: Array, key_dropout: Array
 ) -> tuple[Any, StepMetrics]:
   """Returns the gradients of the mean loss of a batch, or of a part of one, and the metrics."""
-  zeros = jnp.zeros(len(batch['index']))
+  times = jnp.zeros(len(batch['index']))
+  zeros = jnp.zeros(jax.eval_shape(recipe.model.schedule(state.params), times).shape)
   grad = jax.grad(functools.partial(loss, recipe), argnums=(0, 1), has_aux=True)
-  (grads, probe_grads), (metrics, (t, diffusion_loss)) = grad(
+  (grads, probe_grads), (metrics, (t, diffusion_loss, conditions)) = grad(
     state.params, (zeros, zeros), state.adaptive, batch, key, key_dropout
   )
   if recipe.learns_interior(state.params):
-    as_schedule = lambda schedule: recipe.model.schedule({'schedule': schedule})
+    as_schedule = lambda schedule: recipe.model.schedule({'schedule': schedule}, conditions)
     grads['schedule']['interior'] = interior_gradient(
       as_schedule, state.params['schedule'], t, diffusion_loss, probe_grads
     )
