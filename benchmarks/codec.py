@@ -35,7 +35,7 @@ def exact_model(schedule: Schedule = LINEAR, decoder: Decoder | None = None) -> 
   """Returns the model of the field, which has no parameters."""
   return build.Model(
     init=lambda key: {},
-    schedule=lambda params: schedule,
+    schedule=lambda *_: schedule,
     denoiser=lambda params, conditions=None: FIELD.denoiser(0.0, 1.0),
     weighting=lambda log_snr: jnp.ones_like(log_snr),
     image_shape=(*FIELD.shape, 1),

@@ -175,7 +175,7 @@ def moments(
   """
   denoiser, key = gaussian(mean, variance), jax.random.key(0)
   zeros = jnp.zeros((1, len(mean)))
-  leaves, tree = jax.tree.flatten((zeros, sampler.init(zeros, log_snrs)))
+  leaves, tree = jax.tree.flatten((zeros, sampler.init(zeros, log_snrs[:1], len(log_snrs))))
   linear = [i for i, leaf in enumerate(leaves) if leaf.shape == zeros.shape]
   size = len(linear)
   rows = NUM_PROBES + size

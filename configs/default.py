@@ -105,6 +105,9 @@ def get_config(arg=''):
   # p(u | z_0): 'discrete' for integers, in bits/dim; 'normal' for real values, in nats/dim, and
   # 'censored' for those in [low, high] that are often a bound; both with learned_std or without.
   config.decoder = ConfigDict(dict(name='discrete', learned_std=False, low=0.0, high=1.0))
+  # Beside the names of SCHEDULES: 'adaptive' (VDM++), and 'learned_multivariate' and, of the class,
+  # vector or field, 'learned_conditional'; their leaf `per`, in a config file, is 'channel' or
+  # 'dimension', the default.
   config.schedule = ConfigDict(dict(name='learned_endpoints', log_snr_min=-5.0, log_snr_max=8.0))
   # image_size=128, beside the name, moves any weighting from 64 x 64: `weightings.shifted`
   config.weighting = ConfigDict(dict(name='elbo'))

@@ -29,7 +29,7 @@ SETTINGS = codec.Settings(6, group_size=4, streams=2)
 def model_of(field=FIELD, **changes):
   made = build.Model(
     init=None,
-    schedule=lambda params: schedules.linear(-5.0, 8.0),
+    schedule=lambda *_: schedules.linear(-5.0, 8.0),
     denoiser=lambda params, conditions=None: field.denoiser(0.0, 1.0),
     weighting=None,
     image_shape=(4, 4, 1),
@@ -167,7 +167,7 @@ def test_what_differs_is_named():
   refused(r'a\.vdm: its model\.params is', params={'w': jnp.ones(3)})
   refused(
     r'its schedule\.log_snr_max is 8\.0, and here it is 7',
-    model_of(schedule=lambda params: schedules.linear(-5.0, 7.0)),
+    model_of(schedule=lambda *_: schedules.linear(-5.0, 7.0)),
   )
   other = GaussianField((4, 4), exponent=-2.1, std=0.5)
   refused(r'its outputs\.sha256 is .*other bits here', model_of(other))

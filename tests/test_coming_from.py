@@ -34,7 +34,7 @@ def step(sampler, t, s, z, x, keys=None):
     return Prediction(x, (z - a * x) / s)
 
   t, s = (jnp.full(len(z), value) for value in (t, s))
-  memory = sampler.init(z, jnp.stack([t[0], s[0]]))
+  memory = sampler.init(z, t, 2)
   return sampler.step(keys, z, memory, denoiser, t, s)[0]
 
 

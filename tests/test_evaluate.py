@@ -72,7 +72,7 @@ def exact_model(mean, covariance, schedule='linear'):
   fixed = SCHEDULES[schedule](log_snr_min=LOG_SNR_MIN, log_snr_max=LOG_SNR_MAX)
   return build.Model(
     init=None,
-    schedule=lambda params: fixed,
+    schedule=lambda *_: fixed,
     denoiser=lambda params, label=None: denoise,
     weighting=WEIGHTINGS['elbo'](),
     image_shape=SHAPE,

@@ -158,7 +158,7 @@ def test_training_withholds_labels(rate, key):
     raise Seen(given['label'])
 
   linear = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=5.0)
-  model = build.Model(None, lambda params: linear, denoiser, None, (1, 2, 1), discrete(17))
+  model = build.Model(None, lambda *_: linear, denoiser, None, (1, 2, 1), discrete(17))
   index = jnp.arange(128)
   batch = {'image': jnp.zeros((128, 1, 2, 1), jnp.uint8), 'label': index % 10, 'index': index}
   with pytest.raises(Seen) as seen:

@@ -114,7 +114,7 @@ def test_what_is_not_valid_has_no_part_in_a_map():
 def conditional(u, draws, seed=0):
   """theta -> estimates [draws N], as `Experiment.log_prob_given` makes them."""
   denoiser = lambda vector: given(vector[0])
-  found = likelihood.by_condition(denoiser, SCHEDULE, DECODER, u, seed, draws)
+  found = likelihood.by_condition(denoiser, lambda **_: SCHEDULE, DECODER, u, seed, draws)
   return lambda theta: found(vector=theta)
 
 
@@ -145,7 +145,7 @@ def test_a_condition_is_for_all_or_for_each():
   u = some(3)
   told = []
   denoiser = lambda vector: told.append(vector) or given(vector[0])
-  found = likelihood.by_condition(denoiser, SCHEDULE, DECODER, u, 0, 2)
+  found = likelihood.by_condition(denoiser, lambda **_: SCHEDULE, DECODER, u, 0, 2)
   np.testing.assert_array_equal(found(vector=jnp.ones(2)), found(vector=jnp.ones((3, 2))))
   assert [value.shape for value in told] == [(3, 2), (3, 2)]
   with pytest.raises(ValueError, match="conditions='mask' must be label, vector or condition"):

@@ -217,7 +217,7 @@ def oracle(exact):
   schedule = linear(-12.0, 12.0)
   model = build.Model(
     init=None,
-    schedule=lambda params: schedule,
+    schedule=lambda *_: schedule,
     denoiser=lambda params, label=None: denoise_images,
     weighting=None,
     image_shape=(2, 2, 1),

@@ -19,9 +19,10 @@ def test_columns_go_from_data_to_noise():
     return to_prediction('x', jnp.full_like(z, level), z, log_snr)
 
   model = SimpleNamespace(
-    schedule=lambda params: schedule,
+    schedule=lambda *_: schedule,
     denoiser=lambda params, given: denoise,
     image_shape=(4, 6, 1),
+    multivariate=False,
     decoder=discrete(128),
   )
   images = np.full((3, 4, 6, 1), 96, np.uint8)

@@ -426,7 +426,7 @@ def test_every_sampler_is_chosen_by_its_name_alone(name):
 
 def test_arguments_reach_the_sampler_and_its_grid(key):
   config = config_of(sampler__name='heun', sampler__s_churn=12.0)
-  gamma, _ = build.sampler(config.sample.sampler).init(jnp.zeros((1, 2)), jnp.zeros(60))
+  gamma, _ = build.sampler(config.sample.sampler).init(jnp.zeros((1, 2)), jnp.zeros(1), 60)
   assert float(gamma) == pytest.approx(0.2)
   own = SCHEDULES['linear'](log_snr_min=-5.0, log_snr_max=8.0)
   ends = lambda **settings: np.asarray(

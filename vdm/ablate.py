@@ -31,6 +31,7 @@ from ml_collections import ConfigDict
 
 from vdm import build, cards, cli, data, fid
 from vdm.build.state import named_params
+from vdm.diffusion.gaussian import mean_over_dims
 from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
 from vdm.evaluation.curve_plots import BY_LOG_SNR, plot_curves
@@ -114,7 +115,7 @@ def score(run: Run, steps: tuple[int, ...]):
     )
     distances[evaluations] = fid.frechet_distance(_fit(images, model), fitted)
   schedule = model.training_schedule(state.params, state.adaptive)
-  log_snr = schedule(jnp.linspace(0.0, 1.0, 101))
+  log_snr = mean_over_dims(schedule(jnp.linspace(0.0, 1.0, 101)))
   result = {
     'fd_pixels': distances,
     'log_snr': np.asarray(log_snr).tolist(),

@@ -207,7 +207,7 @@ class Experiment:
     valid = self.model.takes.given(self.model.image_shape, len(images), mask=mask).get('valid')
     return likelihood.by_condition(
       functools.partial(self.denoiser, state, params, mask=mask),
-      self.schedule(state, params),
+      functools.partial(self.schedule, state, params, mask=mask),
       self.model.decoder_of(named_params(state, params)),
       jnp.asarray(by_hand.images_of(self.model, self.config.data.num_values, images, valid)),
       seed,
@@ -272,18 +272,28 @@ class Experiment:
   ) -> Denoiser:
     """Returns (z [B ...], log_snr [B]) -> Prediction(x, eps) of a state, in the network's units.
 
-    The conditions are those of `log_prob`, one for each of the B examples. They may be traced.
+    The log_snr is what the model's `schedule` returns, [B ...] if that is multivariate. The
+    conditions are those of `log_prob`, one for each of the B examples. They may be traced.
     """
-    told = dict(label=label, vector=vector, condition=condition, valid=mask)
-    conditions = {name: jnp.asarray(value) for name, value in told.items() if value is not None}
-    rows = next((value.shape[0] for value in conditions.values() if value.ndim), 1)
-    named = {'mask' if name == 'valid' else name: value for name, value in conditions.items()}
-    self.model.takes.require_shapes(self.model.image_shape, rows, named)
-    return self.model.denoiser(named_params(state, params), conditions)
+    told = self._told(label=label, vector=vector, condition=condition, mask=mask)
+    return self.model.denoiser(named_params(state, params), told)
 
-  def schedule(self, state: TrainState, params: str = 'ema') -> Schedule:
-    """Returns t [B] -> log_snr [B] of a state."""
-    return self.model.schedule(named_params(state, params))
+  def schedule(
+    self,
+    state: TrainState,
+    params: str = 'ema',
+    label: np.ndarray | None = None,
+    vector: np.ndarray | None = None,
+    condition: np.ndarray | None = None,
+    mask: np.ndarray | None = None,
+  ) -> Schedule:
+    """Returns t [B] -> log_snr [B] of a state, or [B ...] if it is multivariate.
+
+    The conditions, as in `denoiser`, matter to `learned_conditional` alone; without any it is the
+    schedule of examples of which nothing is known.
+    """
+    told = self._told(label=label, vector=vector, condition=condition, mask=mask)
+    return self.model.schedule(named_params(state, params), told)
 
   def training_schedule(self, state: TrainState) -> Schedule:
     """Returns what training draws its times from: an adaptive schedule, or else `schedule`."""
@@ -324,6 +334,13 @@ class Experiment:
     abstract = parallel.abstract_state(self.mesh, build.init_state(self.config, self.model))
     step = make_train_step(self.config, self.model)
     return runners.jit_runner(step, self.mesh, abstract, donate=False)
+
+  def _told(self, **given: Any) -> dict[str, jax.Array]:
+    """Returns conditions by the names that the model has for them, and refuses other shapes."""
+    named = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
+    rows = next((value.shape[0] for value in named.values() if value.ndim), 1)
+    self.model.takes.require_shapes(self.model.image_shape, rows, named)
+    return {'valid' if name == 'mask' else name: value for name, value in named.items()}
 
   def _once(self, jit_step: Callable, *settings: Hashable) -> Callable:
     """Returns jit_step(model, mesh, *settings), the same at every call: it is compiled once."""

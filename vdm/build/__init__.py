@@ -9,11 +9,11 @@ from vdm.build.state import InitState, init_state
 
 ORDER = (
   'platform',
+  'conditioning',
   'factories',
   'optimizer',
   'leaves',
   'checks',
-  'conditioning',
   'model',
   'by_hand',
   'state',

@@ -9,7 +9,7 @@ from vdm.build.factories import decoder, other_schedule, sampler, threshold
 from vdm.build.leaves import RULES, check_numbers, one_of, value_of
 from vdm.build.optimizer import ema_decays
 from vdm.diffusion.decoders import Decoder
-from vdm.diffusion.gaussian import Schedule
+from vdm.diffusion.gaussian import Schedule, is_multivariate
 from vdm.errors import require
 
 # leaves of config.model that every network has
@@ -226,6 +226,14 @@ def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):
     sample.num_steps,
     '2 or more with config.sample.denoise_last=True',
     'the last step only denoises',
+  )
+  churns = sample.sampler.name == 'heun' and sample.sampler.s_churn > 0
+  require(
+    not (churns and is_multivariate(own)),
+    'config.sample.sampler.s_churn',
+    churns and sample.sampler.s_churn,
+    '0 under a multivariate schedule, whose path it leaves',
+    'ancestral and dpmpp_2m_sde add noise along the path',
   )
   guidance = sample.guidance
   require(

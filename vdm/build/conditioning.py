@@ -26,6 +26,18 @@ class Takes(NamedTuple):
   vector_statistics: tuple[tuple, tuple] = ((), ())  # shift and scale of each component
   condition_statistics: tuple[tuple, tuple] = ((), ())  # and of each channel
 
+  @property
+  def conditional(self) -> bool:
+    """Returns whether examples have classes, vectors or fields; a mask is no condition."""
+    return bool(self.num_classes or self.vector_size or self.condition_shape)
+
+  def sizes(self) -> dict[str, int]:
+    """Returns how large the arguments of a network are that `inputs` makes."""
+    field = self.condition_shape[-1] + 1 + self.masked if self.condition_shape else self.masked
+    return dict(
+      num_classes=self.num_classes, vector_size=self.vector_size, field_channels=int(field)
+    )
+
   def nothing(self, size: int, image_shape: tuple[int, ...]) -> dict[str, Array]:
     """Returns what stands for no conditions of `size` examples; all dimensions count."""
     found = {}

@@ -2,19 +2,29 @@
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from vdm.build.conditioning import Takes
 from vdm.diffusion.adaptive import Adaptive, adaptive
 from vdm.diffusion.continuous import censored, normal
 from vdm.diffusion.decoders import Decoder, discrete
-from vdm.diffusion.gaussian import Denoiser, Schedule, end_points
+from vdm.diffusion.gaussian import Denoiser, Schedule, end_levels
 from vdm.diffusion.guidance import THRESHOLDS
+from vdm.diffusion.multivariate import learned_conditional, learned_multivariate
 from vdm.diffusion.samplers import SAMPLERS, Sampler
 from vdm.diffusion.schedules import SCHEDULES, Learned, linear
 from vdm.diffusion.weightings import WEIGHTINGS, Weighting, shifted
 from vdm.errors import require, within
 
+# of training alone, or of more than end points: no grid of a sampler or of an evaluation
+MORE_SCHEDULES = {
+  'adaptive': adaptive,
+  'learned_multivariate': learned_multivariate,
+  'learned_conditional': learned_conditional,
+}
+NO_CONDITIONS = Takes()
 DECODERS = {'discrete': discrete, 'normal': normal, 'censored': censored}
 
 
@@ -44,14 +54,35 @@ def factory(table: dict, field: str, block: dict, **extra):
     return table[name](**kwargs)
 
 
-def schedule(block: ConfigDict) -> tuple[Learned, Adaptive | None]:
+def schedule(
+  block: ConfigDict, image_shape: tuple[int, ...] = (), takes: Takes = NO_CONDITIONS
+) -> tuple[Learned, Adaptive | None]:
   """Returns config.schedule as a Learned pair, and as an adaptive schedule if it is one.
 
   A fixed schedule has no parameters. An adaptive one is for training; all else sees the linear
   schedule between its end points.
+
+  Args:
+    block: config.schedule.
+    image_shape: of an example, which only a multivariate schedule asks for.
+    takes: the conditions of the network, on which only a conditional schedule depends.
   """
-  table = SCHEDULES | {'adaptive': adaptive}
-  built = factory(table, 'schedule', block.to_dict())
+  of_data: dict[str, dict[str, Any]] = {
+    'learned_multivariate': dict(shape=image_shape),
+    'learned_conditional': dict(shape=image_shape, **takes.sizes()),
+  }
+  extra = of_data.get(block.name, {})
+  stated = next((name for name in extra if name in block), None)
+  remedy = 'it is that of config.data: leave it out'
+  require(stated is None, f'config.schedule.{stated}', stated and block[stated], 'left out', remedy)
+  require(
+    block.name != 'learned_conditional' or takes.conditional,
+    'config.schedule.name',
+    block.name,
+    'of a model that is given a class, a vector or a field',
+    'set config.model.class_conditional=True, or try learned_multivariate',
+  )
+  built = factory(SCHEDULES | MORE_SCHEDULES, 'schedule', block.to_dict(), **extra)
   if isinstance(built, Learned):
     return built, None
   if isinstance(built, Adaptive):
@@ -118,6 +149,9 @@ def threshold(block: ConfigDict) -> Callable[[Denoiser], Denoiser]:
 def other_schedule(block: ConfigDict, field: str, own: Schedule) -> Schedule:
   """Returns the schedule of a block: the model's own, or a fixed one between its end points.
 
+  A fixed one has scalar levels. Where the model's own is multivariate they are means over
+  dimensions, for `multivariate.on_path`.
+
   Args:
     block: config.sample.grid or config.eval.schedule.
     field: 'sample.grid' or 'eval.schedule', for errors.
@@ -126,7 +160,7 @@ def other_schedule(block: ConfigDict, field: str, own: Schedule) -> Schedule:
   kwargs = block.to_dict()
   if block.name == 'schedule':
     return factory({'schedule': lambda: own}, field, kwargs)
-  most, least = map(float, end_points(own))
+  most, least = map(float, end_levels(own))
   if 'sigma_min' not in kwargs:
     kwargs = {'log_snr_max': most} | kwargs
   if 'sigma_max' not in kwargs:
@@ -139,7 +173,7 @@ def other_schedule(block: ConfigDict, field: str, own: Schedule) -> Schedule:
     'a schedule without parameters',
     "'schedule' is the model's own",
   )
-  high, low = map(float, end_points(built))
+  high, low = map(float, end_levels(built))
   require(
     least - 0.01 <= low < high <= most + 0.01,
     f'config.{field}',

@@ -1,6 +1,7 @@
 """The model of a config: pure functions of parameters."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,18 +14,19 @@ from vdm.build.checks import check_config, check_sampling, is_flagged
 from vdm.build.platform import dtype, scan_blocks
 from vdm.diffusion.adaptive import Adaptive
 from vdm.diffusion.decoders import Decoder
-from vdm.diffusion.gaussian import Denoiser, Prediction, Schedule, end_points, mean_over_dims
+from vdm.diffusion.gaussian import Denoiser, Prediction, Schedule, end_levels, mean_over_dims
 from vdm.diffusion.heads import HEADS, network_input, to_prediction
 from vdm.diffusion.weightings import Weighting
 from vdm.errors import require
-from vdm.nn import NETWORKS, blocks
+from vdm.nn import NETWORKS, blocks, layers
 
 
 class Model(NamedTuple):
   """Holds everything the loss, the likelihood and the samplers need of a config."""
 
   init: Callable[[jax.Array], Any]  # key -> params {'network', 'schedule'}, and 'decoder' if any
-  schedule: Callable[[Any], Schedule]  # params -> Schedule
+  # (params, conditions={}) -> Schedule; conditions matter where the schedule is a function of them
+  schedule: Callable[..., Schedule]
   # (params, conditions={}, flag=None, *, train=False, key_dropout=None) -> Denoiser; conditions
   # that the model does not take are passed over (`data.source.CONDITIONS`)
   denoiser: Callable[..., Denoiser]
@@ -35,16 +37,18 @@ class Model(NamedTuple):
   network: str = ''  # its name
   dtype: str = 'float32'  # of its activations
   takes: conditioning.Takes = conditioning.Takes()  # of conditions
+  multivariate: bool = False  # whether log_snr is [B ...]
+  conditional_schedule: bool = False  # whether the schedule is a function of conditions
 
   def decoder_of(self, params: Any) -> Decoder:
     """Returns the decoder, with the parameters that it has if any."""
     return self.decoder.with_params(params)
 
-  def training_schedule(self, params: Any, adaptive_state: Any) -> Schedule:
+  def training_schedule(self, params: Any, adaptive_state: Any, conditions: Any = None) -> Schedule:
     """Returns what training draws its times from: the adaptive schedule, if any, or its own."""
     if self.adaptive:
       return self.adaptive.as_schedule(adaptive_state)
-    return self.schedule(params)
+    return self.schedule(params, conditions)
 
 
 def model(config: ConfigDict) -> Model:
@@ -75,7 +79,8 @@ def model(config: ConfigDict) -> Model:
     **(dict(embedding_size=data.embedding_size) if data.embedding_size else {}),
   )
   network = unrolled.clone(scan_blocks=True) if scan else unrolled
-  learned, adapts = factories.schedule(config.schedule)
+  image_shape = tuple(data.image_shape)
+  learned, adapts = factories.schedule(config.schedule, image_shape, takes)
   weighting = factories.weighting(config.weighting)
   require(
     not (jax.tree.leaves(learned.init()) and config.weighting.name != 'elbo'),
@@ -84,15 +89,24 @@ def model(config: ConfigDict) -> Model:
     "'elbo' where the schedule is learned",
     'the end points are trained by the bound: choose a fixed config.schedule.name, such as linear',
   )
-  own = learned.as_schedule(learned.init())
+
+  def told_of(size, conditions):
+    return takes.inputs(takes.nothing(size, image_shape) | (conditions or {}))
+
+  def as_schedule(params, conditions=None):
+    if not learned.conditional:
+      return learned.as_schedule(params['schedule'])
+    size = max(map(len, conditions.values())) if conditions else 1
+    return learned.as_schedule(params['schedule'], told_of(size, conditions))
+
+  own = as_schedule({'schedule': learned.init()})
   check_sampling(config.sample, own, config.train.label_dropout)
   factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
-  image_shape = tuple(data.image_shape)
   decoder = factories.decoder(config.decoder, data, config.schedule.log_snr_max)
 
   def init(key):
-    z, t = jnp.zeros((1, *image_shape)), jnp.zeros((1,))
-    inputs = takes.inputs(takes.nothing(1, image_shape))
+    z = jnp.zeros((1, *image_shape))
+    t, inputs = seen(z, own(jnp.zeros((1,))), (1.0, 0.0), None)
 
     def params_of(network, key):
       return network.init(key, z, t, **inputs, train=False)['params']
@@ -105,25 +119,33 @@ def model(config: ConfigDict) -> Model:
     more = {'decoder': of_decoder} if of_decoder else {}
     return {'network': params, 'schedule': learned.init(), **more}
 
-  def as_schedule(params):
-    return learned.as_schedule(params['schedule'])
+  def seen(z, log_snr, ends, conditions):
+    """Returns t [B] of the mean log_snr, and what else the network is given beside z.
+
+    Under one path t is all there is to say. But convolutions do not know where they are: if each
+    position has a level of its own, they read it in further channels of the field.
+    """
+    level = (ends[0] - log_snr) / (ends[0] - ends[1])
+    inputs = told_of(len(z), conditions)
+    if math.prod(level.shape[1:-1]) > 1:
+      each = jnp.broadcast_to(level, z.shape)
+      inputs |= dict(field=layers.append_field(each, inputs.get('field')))
+    return mean_over_dims(level), inputs
 
   def denoiser(params, conditions=None, flag=None, *, train=False, key_dropout=None):
     if condition_on == 'live':
-      ends = end_points(as_schedule(params))  # so that t is always in [0, 1]
+      ends = end_levels(as_schedule(params))  # so that t is always in [0, 1]
     else:
       ends = config.schedule.log_snr_max, config.schedule.log_snr_min
     rngs = {} if key_dropout is None else {'dropout': key_dropout}
     kwargs = dict(train=train, rngs=rngs) | (dict(flag=flag) if flagged else {})
-    given = conditions or {}
-    valid = given.get('valid') if data.masked else None
+    valid = (conditions or {}).get('valid') if data.masked else None
     inside = lambda a: a if valid is None else jnp.where(valid, a, 0)
 
     def denoise(z, log_snr):
       z = inside(z)
-      t = mean_over_dims((ends[0] - log_snr) / (ends[0] - ends[1]))
+      t, inputs = seen(z, log_snr, ends, conditions)
       z_in = network_input(output, z, log_snr)
-      inputs = takes.inputs(takes.nothing(len(z), image_shape) | given)
       out = network.apply({'params': params['network']}, z_in, t, **inputs, **kwargs)
       return Prediction(*map(inside, to_prediction(output, out, z, log_snr)))
 
@@ -140,4 +162,6 @@ def model(config: ConfigDict) -> Model:
     network=config.model.name,
     dtype=dtype(config.model.dtype).name,
     takes=takes,
+    multivariate=learned.multivariate,
+    conditional_schedule=learned.conditional,
   )

@@ -102,6 +102,9 @@ def decompress(typed: argparse.Namespace, run: Run) -> int:
 
 def write_report(typed: argparse.Namespace, run: Run) -> int:
   """Runs `report`; returns the exit status."""
+  shared = not (typed.rate_distortion and run.model.conditional_schedule)
+  rule = "left out under 'learned_conditional', whose levels differ by image"
+  require(shared, '--rate_distortion', typed.rate_distortion, rule, 'report the table alone')
   folder, source = pathlib.Path(files.path_of(typed.out)), _inputs(typed, run)
   config_file.check_writable(folder, '--out', 'choose another')
   measured = [

@@ -25,6 +25,8 @@ class Network(NamedTuple):
     shape: of an image.
     dtype: in which images are stored.
     nothing: conditions of a group that stand for none.
+    given: conditions of a group -> the network at its own levels [T + 1 G ...]; None: all groups
+      have the same.
   """
 
   log_snr: np.ndarray
@@ -34,6 +36,7 @@ class Network(NamedTuple):
   shape: tuple[int, ...]
   dtype: np.dtype
   nothing: dict[str, np.ndarray]
+  given: Callable[[Mapping[str, np.ndarray]], 'Network'] | None = None
 
 
 def count_values(decoder: Decoder) -> int:
@@ -52,13 +55,13 @@ def of_model(model: build.Model, params: Any, num_timesteps: int, group_size: in
   confirm(not decoder.is_density, 'config.decoder', decoder.units, fact, remedy)
   params = jax.device_put(params, jax.devices()[0])
   times = jnp.arange(num_timesteps + 1) / num_timesteps
-  levels = jax.jit(lambda params: model.schedule(params)(times))(params)
   num_values = count_values(decoder)
 
   @jax.jit
   def predict(params, z, log_snr, conditions):
-    each = jnp.broadcast_to(log_snr, (len(z), *log_snr.shape))
-    return model.denoiser(params, conditions)(z, each).x
+    if log_snr.ndim < z.ndim:  # that of all images
+      log_snr = jnp.broadcast_to(log_snr, (len(z), *log_snr.shape))
+    return model.denoiser(params, conditions)(z, log_snr).x
 
   @jax.jit
   def probabilities(params, z_0, log_snr):
@@ -69,19 +72,34 @@ def of_model(model: build.Model, params: Any, num_timesteps: int, group_size: in
     of_value = lambda value: given.log_prob(jnp.full(z.shape, value), z, level)
     return jnp.exp(jax.lax.map(of_value, jnp.arange(num_values))).T
 
-  def finite_predict(z, level, conditions):
-    x_hat = np.asarray(predict(params, z, levels[level], dict(conditions)))
-    if not np.isfinite(x_hat).all():
-      raise FloatingPointError(f'x_hat at level {level} of {num_timesteps} is not finite')
-    return x_hat
+  @jax.jit
+  def levels_given(params, conditions):
+    schedule = model.schedule(params, conditions)
+    return jax.lax.map(lambda t: schedule(jnp.full(group_size, t)), times)
 
   nothing = model.takes.nothing(group_size, shape)
-  return Network(
-    log_snr=np.asarray(levels, np.float64),
-    predict=finite_predict,
-    probabilities=lambda z_0: np.asarray(probabilities(params, z_0, levels[0])),
-    values=np.asarray(decoder.to_model(jnp.arange(num_values)), np.float64),
-    shape=shape,
-    dtype=np.dtype(decoder.dtype),
-    nothing={name: np.asarray(value) for name, value in nothing.items()},
-  )
+
+  def at(levels, of=None):
+    end = levels[0, 0] if model.conditional_schedule else levels[0]  # that of all conditions
+
+    def finite_predict(z, level, conditions):
+      x_hat = np.asarray(predict(params, z, levels[level], dict(conditions)))
+      if not np.isfinite(x_hat).all():
+        raise FloatingPointError(f'x_hat at level {level} of {num_timesteps} is not finite')
+      return x_hat
+
+    return Network(
+      log_snr=np.asarray(levels, np.float64),
+      predict=finite_predict,
+      probabilities=lambda z_0: np.asarray(probabilities(params, z_0, end)),
+      values=np.asarray(decoder.to_model(jnp.arange(num_values)), np.float64),
+      shape=shape,
+      dtype=np.dtype(decoder.dtype),
+      nothing={name: np.asarray(value) for name, value in nothing.items()},
+      given=of,
+    )
+
+  if model.conditional_schedule:
+    given = lambda conditions: at(levels_given(params, dict(conditions)))
+    return at(levels_given(params, nothing), given)
+  return at(jax.jit(lambda params: model.schedule(params)(times))(params))

@@ -54,7 +54,7 @@ class Shared(NamedTuple):
 
   Attributes:
     network: the model at the levels.
-    grid: of the levels.
+    grid: of the levels; of a conditional schedule those of no conditions.
     settings: of the code.
     conditions: of all images, [N ...].
     num_images: N.
@@ -92,7 +92,11 @@ class Shared(NamedTuple):
     kept = np.zeros((size, *self.network.shape), bool)
     there = rows.stop - rows.start
     kept[:there] = conditions['valid'][:there] if 'valid' in conditions else True
-    return chain.Group(self.network, self.grid, conditions, kept, self.settings.seed, number)
+    levels, made = self.grid, self.network
+    if made.given:
+      made = made.given(conditions)
+      levels = grid.make(made.log_snr, self.settings.cells)
+    return chain.Group(made, levels, conditions, kept, self.settings.seed, number)
 
   def initial(self, stream: int) -> Callable[[int], np.ndarray]:
     """Returns count -> the words below a stream's message, from the top down."""

@@ -5,6 +5,7 @@ ORDER = (
   'heads',
   'times',
   'schedules',
+  'multivariate',
   'adaptive',
   'weightings',
   'averages',

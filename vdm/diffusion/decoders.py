@@ -189,7 +189,7 @@ def _logsumexp(terms):
 
 def prior_loss(
   x: Float[Array, 'b ...'],
-  log_snr_min: Float[Array, ''],
+  log_snr_min: Float[Array, '...'],
   valid: Shaped[Array, 'b ...'] | None = None,
 ) -> Float[Array, ' b']:
   """Returns KL(q(z_1 | x) || N(0, I)) in nats, over `valid` dims (VDM eq. 11, first term)."""
@@ -205,7 +205,7 @@ def bits_per_dim(nats: Float[Array, '...'], num_dims: int) -> Float[Array, '...'
 def uniform(
   keys: Array,
   u: Integer[Array, 'b ...'],
-  log_snr_max: Float[Array, ''],
+  log_snr_max: Float[Array, '...'],
   valid: Shaped[Array, 'b ...'] | None = None,
   *,
   num_values: int,
@@ -219,7 +219,7 @@ def uniform(
 def truncated_normal(
   keys: Array,
   u: Integer[Array, 'b ...'],
-  log_snr_max: Float[Array, ''],
+  log_snr_max: Float[Array, '...'],
   valid: Shaped[Array, 'b ...'] | None = None,
   *,
   num_values: int,
@@ -232,7 +232,10 @@ def truncated_normal(
   """
   std = jnp.exp(-log_snr_max / 2)  # sigma_0 / alpha_0
   bound = 1 / (num_values * std)  # half a cell
-  eps = jax.vmap(lambda key: jax.random.truncated_normal(key, -bound, bound, u.shape[1:]))(keys)
+  if bound.ndim:  # of a multivariate schedule
+    bound = jnp.broadcast_to(bound, u.shape)
+  draw = lambda key, bound: jax.random.truncated_normal(key, -bound, bound, u.shape[1:])
+  eps = jax.vmap(draw, (0, 0 if bound.ndim else None))(keys, bound)
   log_mass = jnp.log(jax.scipy.special.erf(bound / math.sqrt(2)))
   log_q = -0.5 * eps**2 - 0.5 * math.log(2 * math.pi) - jnp.log(std) - log_mass
   return to_grid(u, num_values) + std * eps, sum_over_dims(log_q, valid)

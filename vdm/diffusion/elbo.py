@@ -59,8 +59,8 @@ def diffusion_loss(
     t: times in [0, 1], [B].
     eps: standard normal noise of x's shape.
     num_timesteps: T; 0 for continuous time.
-    probe: zeros [B] and [B], added to log_snr and dlog_snr/dt in continuous time: the gradient of
-      the mean loss with respect to them is 1/B that of each example's loss (`interior_gradient`).
+    probe: zeros of log_snr's shape, added to log_snr and dlog_snr/dt in continuous time: the
+      gradient of the mean loss by them is 1/B that of each example's loss (`interior_gradient`).
     valid: the dimensions that count, broadcasting against x; None: all.
   """
   if num_timesteps:
@@ -112,7 +112,7 @@ def interior_gradient(
     return log_snr_and_slope(as_schedule(params | {'interior': interior}), t)
 
   _, pull_back = jax.vjp(values, params['interior'])
-  return pull_back(tuple(2 * loss * gradient for gradient in probe_gradients))[0]
+  return pull_back(tuple(2 * expand_to(loss, g) * g for g in probe_gradients))[0]
 
 
 def moments(term: DiffusionTerm, log_snr_range: Array) -> Float[Array, 'b 3']:

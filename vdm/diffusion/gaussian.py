@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-# t [B] in [0, 1] -> log_snr [B]; a multivariate one -> [B ...], which broadcasts against z
+# t [B] in [0, 1] -> log_snr [B]; a multivariate one -> [B ...], which broadcasts against z, and if
+# it depends on conditions of B examples takes a t of [1] as that of all
 Schedule = Callable[[Float[Array, ' b']], Float[Array, 'b ...']]
-Denoiser = Callable[[Array, Array], 'Prediction']  # (z [B ...], log_snr [B]) -> Prediction
+Denoiser = Callable[[Array, Array], 'Prediction']  # (z [B ...], log_snr as above) -> Prediction
 
 
 class Prediction(NamedTuple):
@@ -80,13 +81,26 @@ def log_snr_and_slope(schedule: Schedule, t: Float[Array, ' b']):
   return jax.jvp(schedule, (t,), (jnp.ones_like(t),))
 
 
+def is_multivariate(schedule: Schedule) -> bool:
+  """Returns whether log_snr is [B ...], by its shape alone."""
+  return len(jax.eval_shape(schedule, jnp.zeros(1)).shape) > 1
+
+
 def end_points(schedule: Schedule) -> tuple[Array, Array]:
   """Returns (log_snr_max, log_snr_min), the schedule at t = 0 and at t = 1.
 
-  They are scalars or, of a multivariate schedule, [1 ...].
+  They are scalars or, of a multivariate schedule, [1 ...], and [B ...] of a conditional one.
   """
+  if is_multivariate(schedule):
+    return schedule(jnp.zeros(1)), schedule(jnp.ones(1))
   ends = schedule(jnp.array([0.0, 1.0]))
-  return (ends[0], ends[1]) if ends.ndim == 1 else (ends[:1], ends[1:])
+  return ends[0], ends[1]
+
+
+def end_levels(schedule: Schedule) -> tuple[Array, Array]:
+  """Returns the end points as scalars, of a multivariate schedule the means over dimensions."""
+  high, low = end_points(schedule)
+  return (high, low) if high.ndim == 0 else (high.mean(), low.mean())
 
 
 def density(schedule: Schedule, t: Float[Array, ' b']) -> Float[Array, ' b']:

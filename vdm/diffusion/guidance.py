@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from vdm.diffusion.gaussian import Denoiser, Prediction, alpha, expand_to, sigma
+from vdm.diffusion.gaussian import Denoiser, Prediction, alpha, expand_to, mean_over_dims, sigma
 from vdm.errors import require
 
 # (z, log_snr) -> (the model's own prediction, the guide's)
@@ -27,7 +27,8 @@ def guide(
 
   It is classifier-free guidance (Ho & Salimans 2022, eq. 6, with weight = 1 + their w), limited to
   an interval (arXiv 2404.07724), or autoguidance (arXiv 2406.02507), by a worse model. Where no
-  example of the batch is within the limits, `own` alone is computed.
+  example of the batch is within the limits, `own` alone is computed. The log_snr of a multivariate
+  schedule counts as its mean over dimensions.
 
   Args:
     own: the model's denoiser.
@@ -38,7 +39,8 @@ def guide(
   """
 
   def denoise(z, log_snr):
-    inside = (log_snr_min <= log_snr) & (log_snr <= log_snr_max)
+    level = mean_over_dims(log_snr)
+    inside = (log_snr_min <= level) & (level <= log_snr_max)
     extra = expand_to(jnp.where(inside, weight - 1.0, 0.0), z)
 
     def guided():

@@ -5,7 +5,8 @@ log_snr and with z = alpha x + sigma eps,
 
   dz / dlog_snr = 1/2 alpha sigma (sigma x_hat - alpha eps_hat),
 
-since dalpha / dlog_snr = alpha sigma^2 / 2 and dsigma / dlog_snr = -sigma alpha^2 / 2. Its density
+since dalpha / dlog_snr = alpha sigma^2 / 2 and dsigma / dlog_snr = -sigma alpha^2 / 2. Where each
+dimension has its own log_snr, t is the variable, and dlog_snr/dt of each a factor. The density
 needs reverse mode only: one vector-Jacobian product gives the field and its divergence.
 """
 
@@ -22,10 +23,12 @@ from jaxtyping import Array, Float, Shaped
 from vdm.diffusion.decoders import Dequantization
 from vdm.diffusion.gaussian import (
   Denoiser,
+  Schedule,
   alpha,
   count_dims,
   expand_to,
   fold_in,
+  log_snr_and_slope,
   sigma,
   standard_normal,
   sum_over_dims,
@@ -50,13 +53,14 @@ class Solution(NamedTuple):
 def log_prob(
   denoiser: Denoiser,
   z_0: Float[Array, 'b ...'],
-  log_snr_max: Float[Array, ''],
-  log_snr_min: Float[Array, ''],
+  log_snr_max: Float[Array, '...'],
+  log_snr_min: Float[Array, '...'],
   probes: Float[Array, 'b n ...'],
   rtol: float | Float[Array, ''],
   atol: float | Float[Array, ''],
   max_steps: int,
   valid: Shaped[Array, 'b ...'] | None = None,
+  schedule: Schedule | None = None,
 ) -> Solution:
   """Returns log p(z_0) in nats at log_snr_max, by the change of variables (Song et al. eq. 39):
 
@@ -72,39 +76,49 @@ def log_prob(
   Args:
     denoiser: (z, log_snr) -> Prediction, for the whole batch.
     z_0: [B ...].
-    log_snr_max: of z_0, a scalar, traced or not.
-    log_snr_min: where z is taken for standard normal.
+    log_snr_max: of z_0, a scalar, traced or not, if there is no schedule.
+    log_snr_min: where z is taken for standard normal, likewise.
     probes: [B N ...], frozen during the solve; see `PROBES` and `exact_probes`.
     rtol: relative tolerance of a step.
     atol: absolute tolerance of a step; z is of order one, the log-determinant is in nats/dim.
     max_steps: most steps of one example.
     valid: the dimensions that count; in the others z_0, x_hat and eps_hat are zero.
+    schedule: a multivariate one, along which the solve goes from t = 0 to 1; None: the solve is in
+      log_snr, of which all schedules are functions.
   """
   num_dims = math.prod(z_0.shape[1:])
+  start, end = (jnp.zeros(()), jnp.ones(())) if schedule else (log_snr_max, log_snr_min)
+
+  def flow(z, variable):
+    if not schedule:
+      return velocity(denoiser, variable)(z)
+    log_snr, slope = log_snr_and_slope(schedule, variable)
+    return slope * velocity(denoiser, log_snr)(z)
+
   # The rule below is traced inside loops, where it may not close over what the denoiser does.
   arrays, static = equinox.partition(
-    equinox.filter_closure_convert(denoiser, z_0, jnp.zeros(len(z_0))), equinox.is_array
+    equinox.filter_closure_convert(flow, z_0, jnp.zeros(len(z_0))), equinox.is_array
   )
 
   # The solver is mapped over examples; the denoiser still sees the batch, at a log_snr for each.
   @jax.custom_batching.custom_vmap
-  def field(log_snr, z, probes, arrays):
+  def field(variable, z, probes, arrays):
     return z, jnp.zeros(())  # for shapes only
 
   @field.def_vmap
-  def field_of_batch(size, in_batched, log_snr, z, probes, arrays):
-    log_snr = jnp.broadcast_to(log_snr, size)  # a scalar before the first step
-    f = velocity(equinox.combine(arrays, static), log_snr)
-    dz, trace = velocity_and_trace(f, z, probes)
+  def field_of_batch(size, in_batched, variable, z, probes, arrays):
+    variable = jnp.broadcast_to(variable, size)  # a scalar before the first step
+    converted = equinox.combine(arrays, static)
+    dz, trace = velocity_and_trace(lambda z: converted(z, variable), z, probes)
     return (dz, trace / num_dims), (True, True)
 
   def solve(z_0, probes):
     return diffrax.diffeqsolve(
-      diffrax.ODETerm(lambda log_snr, state, _: field(log_snr, state[0], probes, arrays)),
+      diffrax.ODETerm(lambda variable, state, _: field(variable, state[0], probes, arrays)),
       SOLVER,
-      t0=log_snr_max,
-      t1=log_snr_min,
-      dt0=(log_snr_min - log_snr_max) / FIRST_STEPS,
+      t0=start,
+      t1=end,
+      dt0=(end - start) / FIRST_STEPS,
       y0=(z_0, jnp.zeros(())),
       stepsize_controller=diffrax.PIDController(rtol, atol, norm=_error_norm),
       adjoint=diffrax.ForwardMode(),  # nobody differentiates this
@@ -122,7 +136,7 @@ def log_prob(
   )
 
 
-def velocity(denoiser: Denoiser, log_snr: Float[Array, ' b']) -> Callable[[Array], Array]:
+def velocity(denoiser: Denoiser, log_snr: Float[Array, 'b ...']) -> Callable[[Array], Array]:
   """Returns f: z [B ...] -> dz / dlog_snr = 1/2 alpha sigma (sigma x_hat - alpha eps_hat)."""
 
   def f(z):
@@ -174,8 +188,8 @@ def data_log_prob(
   denoiser: Denoiser,
   u: Shaped[Array, 'b ...'],
   keys: Array,
-  log_snr_max: Float[Array, ''],
-  log_snr_min: Float[Array, ''],
+  log_snr_max: Float[Array, '...'],
+  log_snr_min: Float[Array, '...'],
   dequantize: Dequantization,
   importance_samples: int,
   probes: Float[Array, 'b n ...'],
@@ -183,22 +197,23 @@ def data_log_prob(
   atol: float | Float[Array, ''],
   max_steps: int,
   valid: Shaped[Array, 'b ...'] | None = None,
+  schedule: Schedule | None = None,
 ) -> Solution:
   """Returns a lower bound on log P(u), the mass of u's cell under the density of y = z_0 / alpha_0:
 
     log (1/K) sum_k p(y_k) / q(y_k | u),   y_k ~ q(y | u),
 
-  with log p(y) = log p(z_0) + D log alpha_0. K = 1 is the variational bound; more draws tighten
-  it (Burda et al. 2016, arXiv 1509.00519). The probes are those of the image, not of the draw: the
-  error of the trace is then nearly common to all draws and passes through the logarithm, where
-  independent errors would raise the value above the bound.
+  with log p(y) = log p(z_0) + sum_d log alpha_0d. K = 1 is the variational bound; more draws
+  tighten it (Burda et al. 2016, arXiv 1509.00519). The probes are those of the image, not of the
+  draw: the error of the trace is then nearly common to all draws and passes through the logarithm,
+  where independent errors would raise the value above the bound.
 
   Args:
     denoiser: (z, log_snr) -> Prediction.
     u: data, [B ...].
     keys: one per example, [B].
-    log_snr_max: of the latent z_0.
-    log_snr_min: of the prior.
+    log_snr_max: of the latent z_0, a scalar, or that of a multivariate schedule (`end_points`).
+    log_snr_min: of the prior, likewise.
     dequantize: one of `Decoder.dequantizations`.
     importance_samples: K of the equation; one solve each.
     probes: as in `log_prob`.
@@ -206,17 +221,21 @@ def data_log_prob(
     atol: as there.
     max_steps: as there.
     valid: the dimensions that count.
+    schedule: as in `log_prob`.
   """
-  num_dims = count_dims(u.shape[1:], valid)
+  if schedule:
+    each = jnp.broadcast_to(0.5 * jax.nn.log_sigmoid(log_snr_max), u.shape)
+    log_alphas = sum_over_dims(each, valid)
+  else:
+    log_alphas = count_dims(u.shape[1:], valid) * 0.5 * jax.nn.log_sigmoid(log_snr_max)
 
   def draw(number):
     own = fold_in(keys, jnp.full(len(u), number))
     y, log_q = dequantize(own, u, log_snr_max, valid)
     z_0 = alpha(log_snr_max) * (y if valid is None else jnp.where(valid, y, 0))
     ends = (log_snr_max, log_snr_min)
-    solution = log_prob(denoiser, z_0, *ends, probes, rtol, atol, max_steps, valid)
-    log_p = solution.log_prob + num_dims * 0.5 * jax.nn.log_sigmoid(log_snr_max)
-    return solution._replace(log_prob=log_p - log_q)
+    solution = log_prob(denoiser, z_0, *ends, probes, rtol, atol, max_steps, valid, schedule)
+    return solution._replace(log_prob=solution.log_prob + log_alphas - log_q)
 
   draws = jax.lax.map(draw, jnp.arange(importance_samples))
   return Solution(

@@ -37,7 +37,8 @@ class Sampler(NamedTuple):
 
   step: Step
   evaluations: int = 1  # of the denoiser in a step
-  init: Callable[[Array, Array], Any] = lambda z, log_snrs: ()  # memory before the first step
+  # (z, log_snr [B ...] at the start, number of levels) -> memory before the first step
+  init: Callable[[Array, Array, int], Any] = lambda z, log_snr, levels: ()
 
 
 def ancestral(variance: float = 0.0) -> Sampler:
@@ -92,14 +93,17 @@ def heun(
   require(s_churn >= 0, 's_churn', s_churn, 'zero or more', 'give 0 for no noise')
   require(0 <= s_min < s_max, 's_min', s_min, f'in [0, s_max={s_max})', 'swap them')
 
-  def init(z, log_snrs):
-    return jnp.minimum(s_churn / len(log_snrs), math.sqrt(2) - 1), log_snrs[0]
+  def init(z, log_snr, levels):
+    stays, rule = s_churn == 0 or log_snr.ndim == 1, '0 under a multivariate schedule'
+    require(stays, 's_churn', s_churn, rule, 'the noise would leave its path: give 0')
+    return jnp.minimum(s_churn / levels, math.sqrt(2) - 1), log_snr
 
   def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
     gamma, log_snr_start = memory
     level = jnp.exp(-log_snr_t / 2)
     gamma = jnp.where((s_min <= level) & (level <= s_max), gamma, 0.0)
-    gamma = jnp.minimum(gamma, jnp.expm1((log_snr_t - log_snr_start) / 2))
+    room = jnp.expm1((log_snr_t - log_snr_start) / 2)  # at the start 0, or what rounding left
+    gamma = jnp.minimum(gamma, jnp.maximum(room, 0.0))
     log_snr = log_snr_t - 2 * jnp.log1p(gamma)
     noise = s_noise * standard_normal(keys, z_t.shape[1:])
     scale = sigma(log_snr) * jnp.sqrt(gamma * (2 + gamma)) / (1 + gamma)
@@ -151,9 +155,9 @@ def dpmpp_2m_sde() -> Sampler:
   return Sampler(step, init=_nothing_yet)
 
 
-def _nothing_yet(z, log_snrs):
+def _nothing_yet(z, log_snr, levels):
   """Returns (x_hat_last, log_snr_last) before the first step, at an infinite distance."""
-  return jnp.zeros_like(z), jnp.full((len(z), *log_snrs.shape[1:]), -jnp.inf)
+  return jnp.zeros_like(z), jnp.full_like(log_snr, -jnp.inf)
 
 
 def _lead(x, memory, log_snr_t, log_snr_s):
@@ -179,9 +183,8 @@ def deis() -> Sampler:
   closer towards the data, so that it never extrapolates by more than the step before.
   """
 
-  def init(z, log_snrs):
-    start = jnp.broadcast_to(log_snrs[0], (len(z), *log_snrs.shape[1:]))
-    far = lambda distance: start - distance
+  def init(z, log_snr, levels):
+    far = lambda distance: log_snr - distance
     return jnp.zeros_like(z), jnp.zeros_like(z), far(60.0), far(120.0)  # of no weight: e^-30
 
   def step(keys, z_t, memory, denoiser, log_snr_t, log_snr_s):
@@ -213,9 +216,14 @@ SAMPLERS = {
 }
 
 
+def times(num_steps: int) -> Float[Array, ' n']:
+  """Returns t = 1, 1 - 1/n, ..., 0, the n + 1 ends of equal steps from noise to data."""
+  return (num_steps - jnp.arange(num_steps + 1)) / num_steps
+
+
 def time_grid(schedule: Schedule, num_steps: int) -> Float[Array, 'n ...']:
-  """Returns log_snr at t = 1, 1 - 1/n, ..., 0, the n + 1 ends of equal steps from noise to data."""
-  return schedule((num_steps - jnp.arange(num_steps + 1)) / num_steps)
+  """Returns log_snr at t = 1, 1 - 1/n, ..., 0."""
+  return schedule(times(num_steps))
 
 
 def num_evaluations(sampler: Sampler, num_steps: int, denoise_last: bool) -> int:
@@ -227,40 +235,47 @@ def sample(
   keys: Array,
   sampler: Sampler,
   denoiser: Denoiser,
-  log_snrs: Float[Array, 'n ...'],
+  grid: Float[Array, ' n'],
   shape: tuple[int, ...],
   denoise_last: bool = False,
   trajectory: bool = False,
+  schedule: Schedule | None = None,
 ) -> Float[Array, 'b ...'] | tuple[Float[Array, 'b ...'], Float[Array, 'm b ...']]:
-  """Draws x from N(0, I) at the first of `log_snrs`.
+  """Draws x from N(0, I) at the first level of the grid.
 
   Args:
     keys: one per example, [B]: an example depends on its own key alone.
     sampler: e.g. `ancestral()`.
     denoiser: (z, log_snr) -> Prediction.
-    log_snrs: increasing grid, noise to data, [n], or [n ...] of a multivariate schedule.
+    grid: log_snr of each level, increasing, noise to data, [n].
     shape: of one example.
     denoise_last: returns x_hat of the last level, which is EDM's last step, to a level of zero;
       else z_0 / alpha_0, whose noise is that of the last level: of variance exp(-log_snr_max).
     trajectory: returns the x_hat of every step too, which takes memory for all of them.
+    schedule: level [B] -> log_snr [B ...] of a multivariate schedule, if any: the grid holds what
+      that takes, the times of a schedule (`times`), or the mean levels of `multivariate.on_path`.
 
   Returns:
     x [B, *shape]; with `trajectory` (x, x_hat [num_steps, B, *shape]), the first step's first.
   """
   batch = keys.shape[0]
   key_start, key_steps = jax.vmap(jax.random.split, out_axes=1)(keys)
-  at = lambda log_snr: jnp.broadcast_to(log_snr, (batch, *log_snr.shape))
+  at = lambda level: jnp.broadcast_to(level, (batch,))
+  log_snr_at = (lambda t: schedule(at(t))) if schedule else at
 
   def body(carry, inputs):
-    number, log_snr_t, log_snr_s = inputs
+    number, level_t, level_s = inputs
     step_keys = fold_in(key_steps, jnp.full((batch,), number))
-    z, x, memory = sampler.step(step_keys, *carry, denoiser, at(log_snr_t), at(log_snr_s))
+    ends = log_snr_at(level_t), log_snr_at(level_s)
+    z, x, memory = sampler.step(step_keys, *carry, denoiser, *ends)
     return (z, memory), x if trajectory else None
 
   z = standard_normal(key_start, shape)
-  grid = (jnp.arange(len(log_snrs) - 1), log_snrs[:-1], log_snrs[1:])
-  (z, _), x_hats = jax.lax.scan(body, (z, sampler.init(z, log_snrs)), grid)
-  x = denoiser(z, at(log_snrs[-1])).x if denoise_last else z / alpha(log_snrs[-1])
+  memory = sampler.init(z, log_snr_at(grid[0]), len(grid))
+  inputs = (jnp.arange(len(grid) - 1), grid[:-1], grid[1:])
+  (z, _), x_hats = jax.lax.scan(body, (z, memory), inputs)
+  last = log_snr_at(grid[-1])
+  x = denoiser(z, last).x if denoise_last else z / expand_to(alpha(last), z)
   if not trajectory:
     return x
   return x, jnp.concatenate([x_hats, x[None]]) if denoise_last else x_hats

@@ -28,10 +28,13 @@ class Learned(NamedTuple):
   """
 
   init: Callable[[], Any]
-  as_schedule: Callable[[Any], Schedule]
+  as_schedule: Callable[..., Schedule]  # (parameters), or if it is conditional (parameters, told)
+  multivariate: bool = False  # whether each dimension has its own log_snr
+  conditional: bool = False  # whether each example has; `told` is what the network is told
 
 
-def _check_range(log_snr_min: float, log_snr_max: float):
+def check_range(log_snr_min: float, log_snr_max: float):
+  """Refuses end points of which the first is not below the second."""
   good = log_snr_min < log_snr_max
   require(good, 'log_snr_min', log_snr_min, f'below log_snr_max={log_snr_max}', 'swap them')
 
@@ -54,7 +57,7 @@ def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Sche
     log_snr_min: where the truncated schedule ends, at t = 1.
     log_snr_max: where it begins.
   """
-  _check_range(log_snr_min, log_snr_max)
+  check_range(log_snr_min, log_snr_max)
   (t0, c0), (t1, c1) = inverse(log_snr_max), inverse(log_snr_min)
   # one of these two differences has cancelled where the other one is small
   length = t1 - t0 if t1 < 0.5 else c0 - c1
@@ -63,7 +66,7 @@ def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Sche
 
 def linear(log_snr_min: float, log_snr_max: float) -> Schedule:
   """Returns the schedule linear in t, whose p(log_snr) is uniform (VDM, the initial schedule)."""
-  _check_range(log_snr_min, log_snr_max)
+  check_range(log_snr_min, log_snr_max)
   return lambda t: log_snr_max - (log_snr_max - log_snr_min) * t
 
 
@@ -155,7 +158,7 @@ def edm_sample(
   _check_positive(sigma_min=sigma_min, sigma_max=sigma_max, rho=rho)
   log_snr_max = -2 * math.log(sigma_min) if math.isnan(log_snr_max) else log_snr_max
   log_snr_min = -2 * math.log(sigma_max) if math.isnan(log_snr_min) else log_snr_min
-  _check_range(log_snr_min, log_snr_max)
+  check_range(log_snr_min, log_snr_max)
   start, end = (math.exp(-log_snr / (2 * rho)) for log_snr in (log_snr_max, log_snr_min))
   return lambda t: -2 * rho * jnp.log((1 - t) * start + t * end)
 
@@ -180,10 +183,10 @@ def learned_endpoints(log_snr_min: float, log_snr_max: float) -> Learned:
   See VDM section 4.3 and appendix I. The slope enters as its absolute value: log_snr decreases
   whatever the optimizer does.
   """
-  _check_range(log_snr_min, log_snr_max)
+  check_range(log_snr_min, log_snr_max)
 
   return Learned(
-    lambda: _ends(log_snr_min, log_snr_max),
+    lambda: ends(log_snr_min, log_snr_max),
     lambda params: lambda t: params['log_snr_max'] - jnp.abs(params['slope']) * t,
   )
 
@@ -199,27 +202,11 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
   offset of l1 and the offset of l3. The linear part keeps log_snr strictly decreasing whatever the
   optimizer does. It starts almost linear, its hidden units spread evenly over [0, 1].
   """
-  _check_range(log_snr_min, log_snr_max)
+  check_range(log_snr_min, log_snr_max)
   require(num_hidden >= 1, 'num_hidden', num_hidden, '1 or more', 'try 1024')
 
-  def init():
-    steepness = 10.0  # of each unit: its rise takes about a third of [0, 1]
-    centre = (jnp.arange(num_hidden) + 0.5) / num_hidden
-    interior = {
-      'a': jnp.full(num_hidden, inverse_softplus(1 / num_hidden)),
-      'b': jnp.full(num_hidden, inverse_softplus(steepness)),
-      'c': steepness * (1 - 2 * centre),
-    }
-    interior = {k: jnp.asarray(v, jnp.float32) for k, v in interior.items()}
-    return _ends(log_snr_min, log_snr_max) | {'interior': interior}
-
   def as_schedule(params):
-    a, b = (jax.nn.softplus(params['interior'][k]) for k in 'ab')
-    c = params['interior']['c']
-
-    @jnp.vectorize
-    def h(t):
-      return t + (a * jax.nn.sigmoid(b * (2 * t - 1) + c)).sum()
+    h = rising(params['interior'])
 
     def schedule(t):
       start, end = h(jnp.zeros(())), h(jnp.ones(()))
@@ -227,7 +214,32 @@ def learned_net(log_snr_min: float, log_snr_max: float, num_hidden: int = 1024) 
 
     return schedule
 
+  init = lambda: ends(log_snr_min, log_snr_max) | {'interior': almost_linear(num_hidden)}
   return Learned(init, as_schedule)
+
+
+def almost_linear(num_hidden: int) -> dict[str, Any]:
+  """Returns the parameters of `rising` that `learned_net` starts from."""
+  steepness = 10.0  # of each unit: its rise takes about a third of [0, 1]
+  centre = (jnp.arange(num_hidden) + 0.5) / num_hidden
+  interior = {
+    'a': jnp.full(num_hidden, inverse_softplus(1 / num_hidden)),
+    'b': jnp.full(num_hidden, inverse_softplus(steepness)),
+    'c': steepness * (1 - 2 * centre),
+  }
+  return {k: jnp.asarray(v, jnp.float32) for k, v in interior.items()}
+
+
+def rising(interior: dict[str, Any]) -> Callable[[Any], Any]:
+  """Returns the monotone network h of `learned_net`, elementwise."""
+  a, b = (jax.nn.softplus(interior[k]) for k in 'ab')
+  c = interior['c']
+
+  @jnp.vectorize
+  def h(t):
+    return t + (a * jax.nn.sigmoid(b * (2 * t - 1) + c)).sum()
+
+  return h
 
 
 def _log_sin(t):
@@ -240,7 +252,8 @@ def inverse_softplus(y: float) -> float:
   return y + math.log(-math.expm1(-y))
 
 
-def _ends(log_snr_min: float, log_snr_max: float) -> dict[str, Any]:
+def ends(log_snr_min: float, log_snr_max: float) -> dict[str, Any]:
+  """Returns the parameters of learned end points: the greatest log_snr, and its fall."""
   return {
     'log_snr_max': jnp.asarray(log_snr_max, jnp.float32),
     'slope': jnp.asarray(log_snr_max - log_snr_min, jnp.float32),

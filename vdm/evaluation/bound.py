@@ -14,7 +14,8 @@ from ml_collections import ConfigDict
 
 from vdm import build, cards, data
 from vdm.diffusion.elbo import DiffusionTerm, coefficients_of_variation, moments, variational_bound
-from vdm.diffusion.gaussian import count_dims, end_points, fold_in, standard_normal
+from vdm.diffusion.gaussian import Schedule, count_dims, end_levels, fold_in, standard_normal
+from vdm.diffusion.multivariate import on_path
 from vdm.diffusion.times import BLOCK, stratified_in_blocks
 from vdm.evaluation.study import Study, batches, write_card
 from vdm.system import parallel
@@ -50,9 +51,9 @@ def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
   def step(params, batch, num_images, seed):
     u, index, mask, valid = batch['image'], batch['index'], batch['mask'], batch.get('valid')
     num_dims, decoder = count_dims(model.image_shape, valid), model.decoder_of(params)
-    denoiser = model.denoiser(params, data.conditions_of(batch))
-    schedule = model.schedule(params)
-    ends = end_points(schedule)
+    conditions = data.conditions_of(batch)
+    denoiser, schedule = model.denoiser(params, conditions), model.schedule(params, conditions)
+    ends = end_levels(schedule)
 
     def draw(number):
       key = jax.random.fold_in(jax.random.key(seed), number)
@@ -191,7 +192,7 @@ def make_evaluator(
     parts, compiled = [], own
     if settings.schedule.name != 'schedule':
       fixed = build.other_schedule(settings.schedule, 'eval.schedule', model.schedule(params))
-      compiled = jit_step(model._replace(schedule=lambda params: fixed), mesh, settings)
+      compiled = jit_step(_under(model, fixed), mesh, settings)
     on_devices = parallel.prefetch(batches, lambda batch: parallel.to_devices(mesh, batch))
     launched = (compiled(params, batch, num_images, settings.seed) for batch in on_devices)
     # the next batch is under way while the last one is fetched
@@ -200,6 +201,15 @@ def make_evaluator(
     return summarize(parts)._replace(unit=model.decoder.unit)
 
   return evaluate
+
+
+def _under(model: build.Model, levels: Schedule) -> build.Model:
+  """Returns the model under a fixed schedule, or along its own path with these mean levels."""
+
+  def schedule(params, conditions=None):
+    return lambda t: on_path(model.schedule(params, conditions), levels(t))
+
+  return model._replace(schedule=schedule if model.multivariate else lambda *_: levels)
 
 
 def _or_none(number: float) -> float | None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from vdm import build, data
 from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.elbo import variational_bound
-from vdm.diffusion.gaussian import Denoiser, Schedule, end_points, fold_in, standard_normal
+from vdm.diffusion.gaussian import Denoiser, Schedule, end_levels, fold_in, standard_normal
 from vdm.diffusion.times import in_own_strata
 from vdm.diffusion.weightings import elbo
 from vdm.errors import require
@@ -99,9 +99,10 @@ def bound_by_draw(
     num_timesteps: T of the bound; 0 for continuous time.
     valid: the dimensions that count, broadcasting against u; None: all.
     intervals: equal parts of the range of log-SNR, from its upper end, that the second result has;
-      they add up to the term, in nats of each dimension.
+      of a multivariate schedule the mean over dimensions counts. They add up to the term, in nats
+      of each dimension.
   """
-  high, low = end_points(schedule)
+  high, low = end_levels(schedule)
   shape = u.shape[1:]
 
   def draw(maps, number):
@@ -132,7 +133,7 @@ def bound_by_draw(
 
 def by_condition(
   denoiser: Callable[..., Denoiser],
-  schedule: Schedule,
+  schedule: Callable[..., Schedule],
   decoder: Decoder,
   u: Shaped[Array, 'b ...'],
   seed: int,
@@ -144,7 +145,7 @@ def by_condition(
 
   Args:
     denoiser: (label=, vector=, condition=) -> (z, log_snr) -> Prediction; each given or not.
-    schedule: t -> log_snr.
+    schedule: of the same -> t -> log_snr.
     decoder: of the data.
     u: examples [B ...], in the data's units.
     seed: of the draws, which are the same for all conditions.
@@ -161,7 +162,7 @@ def by_condition(
       conditions[name] = jnp.broadcast_to(value, (len(u), *value.shape)) if alone else value
     terms, _ = bound_by_draw(
       denoiser(**conditions),
-      schedule,
+      schedule(**conditions),
       decoder,
       u,
       jnp.arange(len(u)),
@@ -185,9 +186,10 @@ def jit_step(
   """
 
   def step(params, batch, seed):
+    conditions = data.conditions_of(batch)
     terms, maps = bound_by_draw(
-      model.denoiser(params, data.conditions_of(batch)),
-      model.schedule(params),
+      model.denoiser(params, conditions),
+      model.schedule(params, conditions),
       model.decoder_of(params),
       batch['image'],
       batch['index'],

@@ -53,17 +53,18 @@ def make_step(model: build.Model, settings: OdeSettings) -> Callable:
   def step(params, batch, seed):
     u, index, mask, valid = batch['image'], batch['index'], batch['mask'], batch.get('valid')
     key_draw, key_probe = jax.random.split(jax.random.key(seed))
-    ends = end_points(model.schedule(params))
+    conditions = data.conditions_of(batch)
+    schedule = model.schedule(params, conditions)
     if settings.trace == 'exact':
       probes = ode.exact_probes(len(u), model.image_shape)
     else:
       keys = fold_in(key_probe, index)
       probes = ode.PROBES[settings.probe](keys, (settings.num_probes, *model.image_shape))
     solution = ode.data_log_prob(
-      model.denoiser(params, data.conditions_of(batch)),
+      model.denoiser(params, conditions),
       u,
       fold_in(key_draw, index),
-      *ends,
+      *end_points(schedule),
       model.decoder.dequantizations[settings.dequantization],
       probes=probes,
       importance_samples=settings.importance_samples,
@@ -71,6 +72,7 @@ def make_step(model: build.Model, settings: OdeSettings) -> Callable:
       atol=settings.atol,
       max_steps=settings.max_steps,
       valid=valid,
+      schedule=schedule if model.multivariate else None,
     )
     num_dims = count_dims(model.image_shape, valid)
     return {

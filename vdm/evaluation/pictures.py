@@ -13,7 +13,8 @@ from jax.sharding import Mesh
 from vdm import build, cards, data
 from vdm.build.state import TrainState, named_params
 from vdm.diffusion.decoders import Decoder
-from vdm.diffusion.gaussian import end_points, fold_in, q_sample, standard_normal
+from vdm.diffusion.gaussian import end_levels, fold_in, q_sample, standard_normal
+from vdm.diffusion.multivariate import on_path
 from vdm.diffusion.noisy_elbo import augmented
 from vdm.diffusion.weightings import Weighting, is_monotone
 from vdm.evaluation import plots
@@ -37,11 +38,13 @@ def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Arra
   def denoise(params, batch):
     x = model.decoder.to_model(batch['image'])
     eps = standard_normal(fold_in(jax.random.key(0), jnp.arange(len(x))), model.image_shape)
-    ends = end_points(model.schedule(params))
-    denoiser = model.denoiser(params, data.conditions_of(batch))
+    conditions = data.conditions_of(batch)
+    schedule, denoiser = model.schedule(params, conditions), model.denoiser(params, conditions)
+    ends = end_levels(schedule)
 
     def at(log_snr):
       log_snr = jnp.full(len(x), log_snr)
+      log_snr = on_path(schedule, log_snr) if model.multivariate else log_snr
       z = q_sample(x, eps, log_snr)
       return z, denoiser(z, log_snr).x
 
@@ -85,8 +88,14 @@ def make_pictures(
 
   def pictures(state, curves):
     levels, z, x_hat = jax.device_get(denoise(named_params(state, params), few))
-    schedule = model.training_schedule(state.params, state.adaptive)
-    log_snr = jax.device_get(schedule(jnp.linspace(0.0, 1.0, 101)))
+    conditions = data.conditions_of({name: jnp.asarray(array) for name, array in few.items()})
+    schedule = model.training_schedule(state.params, state.adaptive, conditions)
+    times = jnp.linspace(0.0, 1.0, 101)
+    if model.multivariate:  # the mean over these examples, if each has its own
+      each = jax.device_get(jax.vmap(lambda t: schedule(t[None]).mean(axis=0))(times))
+      log_snr = each.reshape(len(each), -1).mean(axis=1)
+    else:
+      log_snr = jax.device_get(schedule(times))
     if jax.process_index():
       return {}
     images = flat_pictures(model.decoder.to_pixels(picture_of(z, x_hat, model.decoder)))
@@ -95,7 +104,10 @@ def make_pictures(
     found = cards.series(*with_cards_of, of.folder)
     path = of.folder / 'samples' / f'progressive_{int(state.step):08d}.png'
     ends, plotted = (log_snr[0], log_snr[-1]), of.folder / 'plots'
-    return {
+    path_of = {}
+    if model.multivariate:
+      path_of['path'] = plots.plot_path(each, plotted / 'path.png')
+    return path_of | {
       'progressive': plots.plot_progressive(blocks, levels, path),
       'diffusion_loss': plots.plot_bins(curves, ends, plotted / 'diffusion_loss.png', unit),
       'schedule': plots.plot_schedule(found, log_snr, plotted / 'schedule.png'),

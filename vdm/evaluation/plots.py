@@ -219,6 +219,38 @@ def _labels(found: dict[str, list[dict]]) -> tuple[str, dict[str, str]]:
 
 
 @style.paper
+def plot_path(log_snr: np.ndarray, path: pathlib.Path) -> np.ndarray:
+  """Plots how far the dimensions of a multivariate schedule are from their mean, over time.
+
+  Shown are the range and the middle half of all dimensions and, of pictures, where they are when
+  the range is widest. Returns the picture.
+
+  Args:
+    log_snr: [times *spatial C], at equally spaced times.
+    path: of the picture.
+  """
+  each = log_snr - log_snr.mean(axis=tuple(range(1, log_snr.ndim)), keepdims=True)
+  flat, t = each.reshape(len(each), -1), np.linspace(0, 1, len(each))
+  widest = int(np.ptp(flat, axis=1).argmax())
+  is_map = each.ndim == 4 and min(each.shape[1:3]) > 1
+  columns = 1 + is_map
+  figure, ((left, *rest),) = style.figure(columns, (2.8 * columns, 2.6), squeeze=False)
+  shown = {'all': flat.T, 'the middle half': np.quantile(flat, [0.25, 0.75], axis=1)}
+  for (name, lines), opacity in zip(shown.items(), (0.2, 0.4), strict=True):
+    ends = lines.min(axis=0), lines.max(axis=0)
+    left.fill_between(t, *ends, color=style.BLUE, alpha=opacity, linewidth=0, label=name)
+  left.set(xlabel='time $t$', ylabel='log-SNR − mean of dimensions')
+  left.legend(loc='lower left', bbox_to_anchor=(0, 1), ncols=2)
+  for axes in rest:
+    most = np.abs(flat[widest]).max() or 1.0
+    picture = axes.imshow(each[widest].mean(axis=-1), cmap='RdBu', vmin=-most, vmax=most)
+    axes.set(xticks=[], yticks=[])
+    axes.set_title(f'at $t$ = {t[widest]:.2f}', loc='left')
+    figure.colorbar(picture, ax=axes)
+  return style.save(figure, path)
+
+
+@style.paper
 def plot_schedule(
   found: dict[str, list[dict]], log_snr: np.ndarray, path: pathlib.Path
 ) -> np.ndarray:

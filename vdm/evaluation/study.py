@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from vdm import build, cards
 from vdm.data import Batch, Source, eval_batches
-from vdm.diffusion.gaussian import end_points
+from vdm.diffusion.gaussian import end_levels
 
 
 class Study(NamedTuple):
@@ -41,7 +41,7 @@ def batches(source: Source, settings: ConfigDict) -> Iterator[Batch]:
 
 def ends_of(model: build.Model, params: Any) -> tuple[float, float]:
   """Returns log_snr_max and log_snr_min as numbers."""
-  high, low = jax.device_get(end_points(model.schedule(params)))
+  high, low = jax.device_get(end_levels(model.schedule(params)))
   return float(high), float(low)
 
 

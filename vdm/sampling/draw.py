@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from vdm import build
-from vdm.diffusion.gaussian import Denoiser, end_points, fold_in
+from vdm.diffusion.gaussian import Denoiser, end_levels, fold_in
 from vdm.diffusion.guidance import conditions_pair, guide, pair
-from vdm.diffusion.samplers import Sampler, sample, time_grid
+from vdm.diffusion.multivariate import on_path
+from vdm.diffusion.samplers import Sampler, sample, time_grid, times
 from vdm.errors import require
 from vdm.sampling.labels import Conditions, conditions_of
 from vdm.system import parallel
@@ -70,14 +71,20 @@ def make_draw(
   )
   guided, guide_params = guidance or unguided(model)
 
-  def draw(params, guide_params, log_snrs, index, told):
+  def path(params, told):
+    """Returns levels of the grid [B] -> log_snr [B ...] of a multivariate schedule."""
+    own = model.schedule(params, told)
+    return own if settings.grid.name == 'schedule' else functools.partial(on_path, own)
+
+  def draw(params, guide_params, levels, index, told):
     x = sample(
       fold_in(jax.random.key(settings.seed), index),
       sampler,
       threshold(guided(params, guide_params, told)),
-      log_snrs,
+      levels,
       model.image_shape,
       settings.denoise_last,
+      schedule=path(params, told) if model.multivariate else None,
     )
     if 'valid' in told:  # elsewhere x is the noise it was at first
       x = jnp.where(told['valid'], x, 0)
@@ -90,13 +97,15 @@ def make_draw(
   def run(params, num_images=0, starts=None):
     num_images = num_images or settings.num_images
     grid = build.other_schedule(settings.grid, 'sample.grid', model.schedule(params))
-    log_snrs = np.asarray(time_grid(grid, settings.num_steps - settings.denoise_last))
+    steps = settings.num_steps - settings.denoise_last
+    own_times = model.multivariate and settings.grid.name == 'schedule'
+    levels = np.asarray(times(steps) if own_times else time_grid(grid, steps))
 
     def launch(start):
       index = start + np.arange(settings.batch_size)
       place = lambda a: jax.make_array_from_callback(a.shape, sharding, lambda part: a[part])
       placed = jax.tree.map(place, (index.astype(np.int32), conditions(index)))
-      return start, compiled(params, guide_params, log_snrs, *placed)
+      return start, compiled(params, guide_params, levels, *placed)
 
     if starts is None:
       starts = range(0, num_images, settings.batch_size)
@@ -143,7 +152,7 @@ def make_guidance(
 
     return classifier_free, None
   other, guide_state = read_guide(settings.checkpoint, model, mesh)
-  high, low = map(float, end_points(other.schedule(guide_state.averages['ema'])))
+  high, low = map(float, end_levels(other.schedule(guide_state.averages['ema'])))
   low, high = max(low, limits[0]), min(high, limits[1])  # only where the guide, too, was trained
   least, most = schedule.log_snr_min, schedule.log_snr_max
   require(

@@ -16,7 +16,7 @@ from vdm.data import Batch, conditions_of
 from vdm.data.augment import augment
 from vdm.diffusion.adaptive import predicted_reduction
 from vdm.diffusion.elbo import interior_gradient, moments, variational_bound
-from vdm.diffusion.gaussian import count_dims, end_points, fold_in, standard_normal
+from vdm.diffusion.gaussian import count_dims, end_levels, fold_in, standard_normal
 from vdm.diffusion.guidance import drop
 from vdm.diffusion.times import stratified
 from vdm.evaluation.bound import log_snr_bins
@@ -80,14 +80,14 @@ def loss(
   batch: Batch,
   key: Array,
   key_dropout: Array,
-) -> tuple[Array, tuple[StepMetrics, tuple[Array, Array]]]:
-  """Returns the mean loss in nats/dim, and the metrics with t [B] and the diffusion loss [B].
+) -> tuple[Array, tuple[StepMetrics, tuple[Array, Array, dict[str, Array]]]]:
+  """Returns the mean loss in nats/dim, metrics, and t [B], diffusion loss [B] and conditions.
 
   Args:
     recipe: of the step.
     params: {'network', 'schedule'}.
-    probe: zeros [B] and [B], whose gradients `interior_gradient` needs: the interior of a learned
-      schedule gets no gradient from the loss itself in continuous time.
+    probe: zeros of log_snr's shape, twice, whose gradients `interior_gradient` needs: the interior
+      of a learned schedule gets none from the loss itself in continuous time.
     adaptive: the state of the adaptive schedule, if any.
     batch: a batch, or a part of one.
     key: of the step; every random number but dropout's is a function of it and the example's index.
@@ -97,7 +97,6 @@ def loss(
   if recipe.learns_interior(params):
     interior = jax.lax.stop_gradient(params['schedule']['interior'])
     params = params | {'schedule': params['schedule'] | {'interior': interior}}
-  schedule = model.training_schedule(params, adaptive)
   key_t, key_eps, key_recon, key_flip, key_rotate, key_label = jax.random.split(key, 6)
   index = batch['index']
   pictures = {name: batch[name] for name in ('image', 'condition', 'valid') if name in batch}
@@ -108,6 +107,7 @@ def loss(
   conditions = conditions_of({**batch, **pictures})
   if recipe.label_dropout:
     conditions = drop(fold_in(key_label, index), conditions, recipe.label_dropout)
+  schedule = model.training_schedule(params, adaptive, conditions)
   t = stratified(key_t, index, recipe.batch_size)
   bound = variational_bound(
     model.denoiser(params, conditions, flag, train=True, key_dropout=key_dropout),
@@ -132,7 +132,7 @@ def loss(
   }
   scalars[decoder.metric] = sum(scalars.values())
   scalars['loss'] = value
-  scalars['log_snr_max'], scalars['log_snr_min'] = ends = end_points(schedule)
+  scalars['log_snr_max'], scalars['log_snr_min'] = ends = end_levels(schedule)
   hits = ()
   if model.adaptive:
     error = 2 * bound.diffusion.loss / -bound.diffusion.slope  # w |eps_hat - eps|^2
@@ -145,20 +145,21 @@ def loss(
     ),
     hits,
   )
-  return value, (metrics, (t, diffusion.loss))
+  return value, (metrics, (t, diffusion.loss, conditions))
 
 
 def gradients(
   recipe: Recipe, state: TrainState, batch: Batch, key: Array, key_dropout: Array
 ) -> tuple[Any, StepMetrics]:
   """Returns the gradients of the mean loss of a batch, or of a part of one, and the metrics."""
-  zeros = jnp.zeros(len(batch['index']))
+  times = jnp.zeros(len(batch['index']))
+  zeros = jnp.zeros(jax.eval_shape(recipe.model.schedule(state.params), times).shape)
   grad = jax.grad(functools.partial(loss, recipe), argnums=(0, 1), has_aux=True)
-  (grads, probe_grads), (metrics, (t, diffusion_loss)) = grad(
+  (grads, probe_grads), (metrics, (t, diffusion_loss, conditions)) = grad(
     state.params, (zeros, zeros), state.adaptive, batch, key, key_dropout
   )
   if recipe.learns_interior(state.params):
-    as_schedule = lambda schedule: recipe.model.schedule({'schedule': schedule})
+    as_schedule = lambda schedule: recipe.model.schedule({'schedule': schedule}, conditions)
     grads['schedule']['interior'] = interior_gradient(
       as_schedule, state.params['schedule'], t, diffusion_loss, probe_grads
     )
