@@ -1,8 +1,8 @@
 """Fashion-MNIST as a cascade of Haar scales: the garments' coarse quarter, and details given it.
 
-  for stage in details1 details2 coarse2; do
-    python -m vdm.main --config=configs/fashion_mnist_haar.py:$stage --config.data.dir=DIR
-  done
+  python -m vdm.main --config=configs/fashion_mnist_haar.py:details1 --config.data.dir=DIR
+  python -m vdm.main --config=configs/fashion_mnist_haar.py:details2 --config.data.dir=DIR
+  python -m vdm.main --config=configs/fashion_mnist_haar.py:coarse2 --config.data.dir=DIR
   python -m benchmarks.cascade runs/fashion_mnist_haar_{details1,details2,coarse2}
 
 Pixels get uniform noise in [0, 1) (`vdm.data.wavelet`), so that the bounds of the three, densities
