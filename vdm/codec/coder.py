@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vdm import build
@@ -159,8 +160,9 @@ def decompress(
       except (files.Damaged, FloatingPointError) as error:
         problems.append(f'group {number} of {both.num_groups} cannot be decoded here ({error})')
         break
-      found = model.decoder_of(params).from_model(found) if until else found
-      parts[number] = np.asarray(found).astype(both.network.dtype)
+      if until:
+        found = np.asarray(model.decoder_of(params).from_model(jnp.asarray(found)))
+      parts[number] = found.astype(both.network.dtype)
     ends = numbers[-1] in parts and not until
     if ends and not _is_initial(both, stream, message, file.header['initial_words'][stream]):
       problems.append(f'stream {stream} does not end in what its sender began with')
@@ -189,7 +191,8 @@ def _decoded(
   Raises:
     Damaged: they are not those of the sender.
   """
-  rows, pictures = both.rows(record.number), {}
+  rows = both.rows(record.number)
+  pictures: dict[int, np.ndarray] = {}
 
   def keep(rows, level, z, x_hat):
     if level == until:
@@ -198,10 +201,11 @@ def _decoded(
   steps = both.settings.num_timesteps
   watch = _watch(both, rows, record.number * steps, tell, keep)
   u = chain.decode(both.group(record.number), message, until if is_last else 0, watch)
-  if u is not None:
-    u = u[: rows.stop - rows.start].astype(both.network.dtype)
-    if _mark(u) != record.images:
-      raise files.Damaged('it comes out as other images than went in')
+  if u is None:  # the last group, down to `until` alone
+    return pictures[until]
+  u = u[: rows.stop - rows.start].astype(both.network.dtype)
+  if _mark(u) != record.images:
+    raise files.Damaged('it comes out as other images than went in')
   return pictures[until] if until else u
 
 

@@ -92,7 +92,7 @@ def read(blob: bytes, name: str) -> Container:
   mark = blob[end : end + 8]
   if mark != checksum(blob[:end], size=8):
     raise files.Damaged(f'{name}: the header is damaged (its checksum differs); {AGAIN}.')
-  require(version == FORMAT, f'{name}: format', version, FORMAT, 'use the vdm that wrote it')
+  require(version == FORMAT, f'{name}: format', version, str(FORMAT), 'use the vdm that wrote it')
   with files.reading(name):
     header = json.loads(blob[START.size : end])
     total = header['groups']

@@ -8,6 +8,7 @@ import pathlib
 import sys
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from vdm import style
@@ -37,8 +38,9 @@ class Along:
 
   def __call__(self, rows: slice, level: int, z: np.ndarray, x_hat: np.ndarray):
     """Takes what the network says of some images at a level (`coder.Watch`)."""
-    u, x = self._images[rows], np.asarray(self._decoder.to_model(self._images[rows]), np.float64)
-    picture = np.asarray(self._decoder.from_model(x_hat), np.float64)
+    u = self._images[rows]
+    x = np.asarray(self._decoder.to_model(jnp.asarray(u)), np.float64)
+    picture = np.asarray(self._decoder.from_model(jnp.asarray(x_hat)), np.float64)
     self._squares[level] = self._squares.get(level, 0.0) + ((picture - u) ** 2).sum()
     self._errors[level] = self._errors.get(level, 0.0) + ((x_hat - x) ** 2).sum(axis=0)
 
@@ -49,7 +51,7 @@ class Along:
       log_snr: of the levels, float64 [T + 1 ...].
     """
     snr, found = np.exp(log_snr), []
-    x = np.asarray(self._decoder.to_model(self._images), np.float64)
+    x = np.asarray(self._decoder.to_model(jnp.asarray(self._images)), np.float64)
     a2, s2 = snr[-1] / (1 + snr[-1]), 1 / (1 + snr[-1])
     nats = (0.5 * (a2 * x**2 + s2 - np.log(s2) - 1)).sum()
     for level in range(len(snr) - 1, 0, -1):
@@ -93,7 +95,8 @@ def main(argv: list[str]) -> int:
   header, *rows = files.read_table(pathlib.Path(argv[0]))
   for row in rows:
     codec, *numbers = (row[header.index(name)] for name in HEADER)
-    points.setdefault(codec, []).append(tuple(map(float, numbers)))
+    setting, bits, psnr = map(float, numbers)
+    points.setdefault(codec, []).append((setting, bits, psnr))
   plot(points, pathlib.Path(argv[1]))
   return 0
 

@@ -17,7 +17,7 @@ class Inputs(NamedTuple):
   """Holds images, and the conditions of those kinds that the model takes, by their names."""
 
   images: np.ndarray
-  told: dict[str, np.ndarray]
+  told: dict[str, Any]  # arrays, one row for each image
 
 
 def of_file(path: str, takes: build.conditioning.Takes, more: str = '') -> Inputs:
@@ -107,6 +107,6 @@ def write(path: str, images: np.ndarray, index: np.ndarray | None = None):
   if path.endswith('.npy'):
     files.write(place, files.content(lambda file: np.save(file, images)))
   else:
-    arrays = {'images': images} | ({} if index is None else {'index': index})
+    arrays: dict[str, Any] = {'images': images} | ({} if index is None else {'index': index})
     files.write(place, files.content(lambda file: np.savez_compressed(file, **arrays)))
   return place

@@ -147,7 +147,7 @@ def write(
   rows = rows_of(lengths, inputs.images)
   files.write_table(folder / 'report.csv', HEADER, rows)
   facts = [
-    length._replace(settings=length.settings._asdict(), bound=_plain(length.bound))._asdict()
+    length._asdict() | {'settings': length.settings._asdict(), 'bound': _plain(length.bound)}
     for length in lengths
   ]
   what = {'lengths': facts, 'num_images': len(inputs.images), 'environment': cards.environment()}

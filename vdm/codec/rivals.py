@@ -44,7 +44,7 @@ def lossless(images: np.ndarray) -> dict[str, tuple[float, float]]:
   return found
 
 
-def lossy(images: np.ndarray, num_values: int) -> dict[str, list[tuple[int, float, float]]]:
+def lossy(images: np.ndarray, num_values: int) -> dict[str, list[tuple[float, float, float]]]:
   """Returns (quality, bits/dim, PSNR in dB) by codec, of all images in one picture.
 
   In one picture they share headers, which are longer than a small image. There are none of what
@@ -57,7 +57,8 @@ def lossy(images: np.ndarray, num_values: int) -> dict[str, list[tuple[int, floa
   if not are_pictures(images):
     return {}
   scale = 255 / (num_values - 1)
-  picture, found = mosaic(np.round(images * scale).astype(np.uint8)), {}
+  picture = mosaic(np.round(images * scale).astype(np.uint8))
+  found: dict[str, list[tuple[float, float, float]]] = {}
   whole = mosaic(images)
   there = mosaic(np.ones_like(images)) > 0
   for name, how in LOSSY.items():

@@ -151,7 +151,7 @@ def share(
   made = network.of_model(model, params, settings.num_timesteps, settings.group_size)
   levels = grid.make(made.log_snr, settings.cells)
   names = {name: 'valid' if name == 'mask' else name for name in told}
-  facts = {
+  facts: dict[str, dict[str, Any]] = {
     'environment': environment(),
     'model': {
       'network': model.network,
