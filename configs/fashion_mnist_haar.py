@@ -22,11 +22,12 @@ STAGES = {  # derive, level, side, channels, whether there is a condition
 def get_config(arg=''):
   """A VDM U-Net of width 48 for each scale, learned end points, densities."""
   stage, _, preset = arg.rpartition('_') if arg.endswith('debug') else (arg, '', '')
+  name = f'fashion_mnist_haar_{stage}' if stage else 'fashion_mnist_haar'
   stage = stage or 'details1'
   derive, level, side, channels, given = STAGES[stage]
   config = fashion_mnist.get_config()
   with config.unlocked():
-    config.name = f'fashion_mnist_haar_{stage}'
+    config.name = name
     config.data.update(
       derive=derive,
       level=level,

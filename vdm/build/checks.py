@@ -227,11 +227,11 @@ def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):
     '2 or more with config.sample.denoise_last=True',
     'the last step only denoises',
   )
-  churns = sample.sampler.name == 'heun' and sample.sampler.s_churn > 0
+  churn = sample.sampler.s_churn if 's_churn' in sample.sampler else 0.0
   require(
-    not (churns and is_multivariate(own)),
+    not (churn > 0 and is_multivariate(own)),
     'config.sample.sampler.s_churn',
-    churns and sample.sampler.s_churn,
+    churn,
     '0 under a multivariate schedule, whose path it leaves',
     'ancestral and dpmpp_2m_sde add noise along the path',
   )
