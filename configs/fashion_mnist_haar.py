@@ -7,7 +7,7 @@
 
 Pixels get uniform noise in [0, 1) (`vdm.data.wavelet`), so that the bounds of the three, densities
 of coefficients, add up to a bound of the pixels. The three steps together cost .84 of one of
-configs/fashion_mnist.py, at the same batch. The default, '', is details1.
+configs/fashion_mnist.py, at the same batch. The default, '', is coarse2.
 """
 
 from vdm.configs import default, fashion_mnist
@@ -23,7 +23,7 @@ def get_config(arg=''):
   """A VDM U-Net of width 48 for each scale, learned end points, densities."""
   stage, _, preset = arg.rpartition('_') if arg.endswith('debug') else (arg, '', '')
   name = f'fashion_mnist_haar_{stage}' if stage else 'fashion_mnist_haar'
-  stage = stage or 'details1'
+  stage = stage or 'coarse2'
   derive, level, side, channels, given = STAGES[stage]
   config = fashion_mnist.get_config()
   with config.unlocked():
