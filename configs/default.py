@@ -115,7 +115,7 @@ def get_config(arg=''):
   config.optimizer = ConfigDict(
     dict(
       kind='adamw',  # or 'muon': for the kernels, with Adam for all else
-      moments='float32',  # of the first moment: or 'bfloat16', a quarter less of the state
+      moments='float32',  # of the first moments: or 'bfloat16', a quarter less of Adam's state
       learning_rate=2e-4,
       warmup_steps=100,
       decay='constant',  # after the warm-up: or 'cosine' or 'linear', to zero at num_steps

@@ -1,10 +1,11 @@
-"""Fashion-MNIST by a small plain transformer on patches of 4 x 4: minutes on a laptop CPU.
+"""Fashion-MNIST by a small plain transformer on patches of 4 x 4.
 
   python -m vdm.main --config=configs/fashion_mnist_dit.py --config.data.dir=DIR
   python -m vdm.codec compress --workdir=runs/fashion_mnist_dit --split=test --num=200 \
     --num_timesteps=200 --out=fashion.vdm
 
-49 tokens and not a convolution: a quick network, in training and for lossless codes.
+It has 49 tokens and no convolution, and is meant to be quick, in training and for lossless codes.
+It has not been trained to the end.
 """
 
 from ml_collections import ConfigDict

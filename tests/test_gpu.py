@@ -104,10 +104,17 @@ def test_products_are_bfloat16_but_of_what_is_one_vector_per_image(network):
     assert low or by_hand or all(shape.count('x') == 1 for shape, *_ in operands), line
 
 
-PUBLISHED = ('cifar10', 'imagenet64', 'imagenet128', 'imagenet256_jit', 'fashion_mnist_uvit')
+WITH_ATTENTION = (
+  'cifar10',
+  'imagenet64',
+  'imagenet128',
+  'imagenet256_jit',
+  'fashion_mnist_full',
+  'fashion_mnist_uvit',
+)
 
 
-@pytest.mark.parametrize('name', PUBLISHED)
+@pytest.mark.parametrize('name', WITH_ATTENTION)
 def test_attention_is_what_cudnn_takes(name, monkeypatch):
   """bfloat16, and heads of a multiple of 8 channels, 128 at most before Hopper."""
   config = importlib.import_module(f'vdm.configs.{name}').get_config()

@@ -147,6 +147,7 @@ def test_real_values_get_no_noise():
       r'level=1, of the pixels: .*shape=\(4, 4, 1\) but digits.* has \(8, 8, 1\)',
     ),
     (COARSE | dict(masked=True), r'masked=True must be False'),
+    (COARSE | dict(dequantize=0), r'dequantize=0 must be their number of values'),
     (COARSE | dict(dequantize=12), r'of the pixels: .*num_values=12 but digits.* has values up to'),
   ],
 )

@@ -54,7 +54,9 @@ FIELDS = (
   Field('num_images', 'images', 'other images'),
   Field('data.image_shape', '', 'images of another size'),
   Field('data.num_values', '', 'another vocabulary: bits/dim of other symbols'),
-  Field('data.derive', '', 'another condition'),
+  Field('data.derive', '', 'another condition, or coefficients of pixels'),
+  Field('data.level', '', 'another scale of the Haar transform'),
+  Field('data.dequantize', '', 'other integers, or none, with noise added'),
   Field('data.masked', '', 'other dimensions are counted'),
   Field('data.condition_shape', '', 'conditioned on other fields, or on none'),
   Field('data.num_bits', '', 'other bits of the pixels'),
@@ -283,6 +285,7 @@ def facts(card: dict[str, Any]) -> dict[str, Any]:
     derived['decoder'] = 'discrete'
   if isinstance(said('data'), dict):  # a card older than these fields is of data as it was
     blank = {'num_bits': 0, 'resize': False, 'masked': False, 'condition_shape': [], 'derive': ''}
+    blank |= {'level': 0, 'dequantize': 0}
     derived['data'] = blank | said('data')
   own, other = said('config.schedule.name'), said('config.eval.schedule.name')
   bound = str(said('bound') or '')

@@ -1,4 +1,4 @@
-"""The results of an accelerator as a page in Markdown."""
+"""This module makes a page in Markdown of the results of an accelerator."""
 
 import json
 import re
@@ -9,7 +9,7 @@ from benchmarks.accelerator.parts import EXIT_SAVED
 
 
 def step_row(name: str, r: dict[str, Any]) -> str:
-  """A line of the table of steps."""
+  """Returns a line of the table of steps."""
   ms, share, memory = r['step_ms'], r['flop_utilisation'], r['memory_bytes_per_device']
   cells = (
     name.removeprefix('step '),
@@ -25,7 +25,7 @@ def step_row(name: str, r: dict[str, Any]) -> str:
 
 
 def kernel_table(steps: dict[str, Any]) -> str:
-  """Milliseconds per step of each class of kernel; empty where no trace has any."""
+  """Returns a table of ms per step by class of kernel; empty where no trace has any."""
   columns = {k.removeprefix('step '): v['kernels']['ms'] for k, v in steps.items()}
   columns = {name: ms for name, ms in columns.items() if ms}
   classes = sorted({c for ms in columns.values() for c in ms}, key=lambda c: c == 'rest')
@@ -35,7 +35,7 @@ def kernel_table(steps: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-  """The results as a page."""
+  """Returns the results as a page."""
   parts = results['parts'].items()
   steps = {k: v['result'] for k, v in parts if k.startswith('step ') and v['status'] == 0}
   head = '| config, precision | batch | step, ms (quartiles) | images/s | TFLOP/s | of peak '
@@ -60,18 +60,18 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def said(part: dict[str, Any]) -> str:
-  """What the log of a run says of its results; '' if it has none."""
+  """Returns what the log of a run says of its results; '' if it has none."""
   lines = part['log'].splitlines()
   return '\n'.join(f'    {line}' for line in lines if re.search(r'bits/dim|FD-|images/s', line))
 
 
 def failed(part: dict[str, Any]) -> bool:
-  """Whether a part broke, or did not end in time."""
+  """Returns whether a part broke, or did not end in time."""
   return part['status'] not in (0, EXIT_SAVED)
 
 
 def status_of(part: dict[str, Any]) -> str:
-  """How a part ended, in a word or two."""
+  """Returns how a part ended, in a word or two."""
   if part['status'] == -signal.SIGTERM:
     return 'stopped at its limit'
   if part['status'] == EXIT_SAVED:

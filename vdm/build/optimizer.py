@@ -37,14 +37,12 @@ def kernels(params: Any) -> Any:
 
 
 def as_matrices(params: Any) -> Any:
-  """Returns which axes of each kernel are inputs and which one is the output; else None.
+  """Returns which axes of each of the `kernels` are inputs, and which one is the output.
 
   What is stacked over blocks is as many matrices.
   """
 
   def axes(path, leaf):
-    if path[0].key != 'network' or path[-1].key != 'kernel':
-      return None
     first = int(bool(blocks.stacked_names(part.key for part in path)))
     return optax.contrib.MuonDimensionNumbers(tuple(range(first, leaf.ndim - 1)), leaf.ndim - 1)
 
@@ -69,12 +67,13 @@ def optimizer(
 
   Update number k of a warm-up over N, k = 1 .. N, has k/N of the learning rate: none is in vain.
 
-  Muon is for the network's kernels, each as a matrix of inputs by outputs, and AdamW for all else.
-  A kernel's update is scaled to the size that Adam's has as a rule, 0.2 of the learning rate in the
-  mean square (arXiv 2502.16982, section 2.2), so that one rate serves both.
+  Muon is for the network's kernels, each as a matrix of inputs by outputs, and AdamW for all else;
+  b1, b2 and eps are AdamW's alone. The root mean square of a kernel's update is 0.2 of the learning
+  rate, about that of Adam's updates (arXiv 2502.16982, section 2.2), so that one rate serves both.
 
-  `moments` is the type of the first moment: bfloat16 is a quarter less of an optimizer's state. The
-  second, whose changes are a share of 1 - b2 a step, would stand still in it.
+  `moments` is the type of the first moments: with bfloat16 AdamW's state is a quarter smaller, and
+  Muon's of a kernel half as large. A second moment, which changes by a share of 1 - b2 per step,
+  would stand still in bfloat16.
 
   The schedule's parameters move `schedule_rate` times as fast: Adam moves any parameter by about
   the learning rate, and end points are a hundred times as large as weights.

@@ -63,7 +63,7 @@ def compress(typed: argparse.Namespace, run: Run) -> int:
   initial, net = 4 * sum(header['initial_words']), header['net_bits'] / source.images.size
   print(
     f'{typed.out}: {len(source.images):,} images in {len(blob):,} bytes, {initial:,} of them '
-    f'initial bits; net {net:.4f} bits/dim; {duration(progress.seconds)} minutes'
+    f'initial bits; net {net:.4f} bits/dim; it took {duration(progress.seconds)}'
   )
   return 0
 
@@ -96,7 +96,7 @@ def decompress(typed: argparse.Namespace, run: Run) -> int:
     inputs.write(recovered, error.images, error.index)
     raise ValueError(f'{error}, in {recovered} with their numbers') from error
   inputs.write(out, images)
-  print(f'{out}: {len(images):,} images; {duration(progress.seconds)} minutes')
+  print(f'{out}: {len(images):,} images; it took {duration(progress.seconds)}')
   return 0
 
 
@@ -118,7 +118,7 @@ def write_report(typed: argparse.Namespace, run: Run) -> int:
   print(report.write(folder, run, lengths, kept, source, typed.params))
   for length in lengths:
     taken = ' and '.join(map(duration, length.seconds))
-    print(f'T = {length.settings.num_timesteps}: {taken} minutes')
+    print(f'T = {length.settings.num_timesteps} took {taken}')
   return 0
 
 

@@ -49,9 +49,8 @@ def train_batches(
   def batch(step):
     rows = step * batch_size + process_index * local + np.arange(local)
     epochs, positions = np.divmod(rows, count)
-    parts = [permutation(int(e))[positions[epochs == e]] for e in np.unique(epochs)]
-    if source.by_visit:
-      parts = [part + e * count for part, e in zip(parts, np.unique(epochs), strict=True)]
+    visit = count if source.by_visit else 0
+    parts = [permutation(int(e))[positions[epochs == e]] + e * visit for e in np.unique(epochs)]
     return source.fetch(np.concatenate(parts))
 
   return _iterate(range(start_step, sys.maxsize), batch, source)

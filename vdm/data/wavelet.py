@@ -19,7 +19,7 @@ KINDS = ('haar_coarse', 'haar_details')
 
 
 def haar(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the coarse half and the details, of which `unhaar` makes the pixels again.
+  """Returns the coarse half and the details, from which `unhaar` makes the pixels again.
 
   Each block of 2 pixels along each of k spatial axes becomes 2^k numbers: sums and differences over
   the square root of 2^k.
@@ -40,7 +40,7 @@ def haar(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def unhaar(coarse: np.ndarray, details: np.ndarray) -> np.ndarray:
-  """Returns the pixels [N *spatial C] of their coarse half and their details, as of `haar`."""
+  """Returns the pixels [N *spatial C] from their coarse half and details, which `haar` returns."""
   axes = range(1, coarse.ndim - 1)
   parts = [coarse, *np.split(details, 2 ** len(axes) - 1, axis=-1)]
   for axis in reversed(axes):
@@ -120,6 +120,9 @@ def transformed(data, fetch: Callable, count: int, split: int) -> Callable:
   def fetch_transformed(indices) -> Batch:
     with of_pixels(data):
       batch = dict(fetch(indices % count))
+    whole, field = np.issubdtype(batch['image'].dtype, np.integer), 'config.data.dequantize'
+    rule, remedy = 'their number of values, for integers have no density', 'give 256 for 8 bits'
+    require(data.dequantize or not whole, field, data.dequantize, rule, remedy)
     pixels = np.asarray(batch['image'], np.float32)
     if data.dequantize:
       pixels = pixels + np.stack([_noise(split, int(i), pixels.shape[1:]) for i in indices])

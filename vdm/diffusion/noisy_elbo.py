@@ -1,4 +1,4 @@
-"""What a weighted loss bounds: the likelihood of data with Gaussian noise added (VDM++ section 3).
+"""A weighted loss bounds the likelihood of data with Gaussian noise added (VDM++ section 3).
 
 Let L(log_snr) be the unweighted loss from log_snr down to the noisy end, prior term included: the
 KL(q(z_t..1 | x) || p(z_t..1)) of all that happens after the time t of log_snr. It grows by

@@ -1,4 +1,4 @@
-"""What is measured and shown of a model."""
+"""These modules measure a model, and show it."""
 
 ORDER = (
   'study',

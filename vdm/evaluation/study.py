@@ -1,4 +1,4 @@
-"""What is evaluated, on what, and where its cards go."""
+"""A study says what is evaluated, on what, and where its cards go."""
 
 import pathlib
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""What every feature extractor is: a name, parameters, and two pure functions of images."""
+"""Every feature extractor is a name, parameters, and two pure functions of images."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

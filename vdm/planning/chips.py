@@ -1,4 +1,4 @@
-"""What accelerators can do, as their vendors state it: arithmetic, memory, links."""
+"""This table has what vendors state of accelerators: arithmetic, memory, links."""
 
 from typing import NamedTuple
 
