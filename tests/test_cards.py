@@ -76,6 +76,8 @@ def changed(card, path, value):
     (CARD, 'num_images', 500, 'num_images: 10000 (1, 3); 500 (2): other images'),
     (CARD, 'data.num_values', 32, 'data.num_values: 256 (1, 3); 32 (2): another vocabulary'),
     (CARD, 'data.num_bits', 5, 'data.num_bits: 0 (1, 3); 5 (2): other bits'),
+    (CARD, 'data.level', 2, 'data.level: 0 (1, 3); 2 (2): another scale'),
+    (CARD, 'data.dequantize', 256, 'data.dequantize: 0 (1, 3); 256 (2): other integers'),
     (CARD, 'data.resize', True, 'data.resize: false (1, 3); true (2): pixels scaled'),
     (CARD, 'data.image_shape', [32], 'data.image_shape: [32, 32, 3] (1, 3); [32] (2): images of'),
     (CARD, 'data.sha256_first_64', 'ff', 'data.sha256_first_64: 0123 (1, 3); ff (2): other pixels'),
