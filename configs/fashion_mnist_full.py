@@ -21,7 +21,9 @@ def get_config(arg=''):
     config.name = 'fashion_mnist_full'
     config.model.update(width=128, num_blocks=4, dropout=0.1, class_conditional=True)
     config.schedule = ConfigDict(dict(name='adaptive', log_snr_min=-6.0, log_snr_max=13.3))
-    config.optimizer.update(learning_rate=1e-3, warmup_steps=200, decay='cosine', clip_norm=1.0)
+    config.optimizer.update(
+      kind='muon', learning_rate=6e-3, warmup_steps=200, decay='linear', clip_norm=1.0
+    )
     config.ema.update(halflife_images=100_000, rampup_ratio=0.05)
     config.train.update(
       batch_size=256,
