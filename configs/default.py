@@ -290,13 +290,17 @@ def get_config(arg=''):
 
 
 def debug(config):
-  """Shrinks any config, in place, to four steps: what a CPU spends on them is compilation."""
+  """Shrinks any config, in place, to four steps: what a CPU spends on them is compilation.
+
+  They are Adam's, whose step is compiled in two thirds of the time of Muon's.
+  """
   config.name += '_debug'
   if config.model.name in SMALL_NETWORKS:
     levels = len(config.model.widths) if 'widths' in config.model else 0
     config.model.update(SMALL_NETWORKS[config.model.name])
     if levels:  # no more than there were, for images of any size
       config.model.widths = config.model.widths[:levels]
+  config.optimizer.kind = 'adamw'
   config.train.update(batch_size=8, num_steps=4, log_every_steps=1, eval_every_steps=2)
   config.eval.update(batch_size=8, draws=2, max_images=16)
   config.eval.ode.update(rtol=1e-2, atol=1e-2)

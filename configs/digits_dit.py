@@ -30,7 +30,9 @@ def get_config(arg=''):
         dtype='auto',
       )
     )
-    config.optimizer.learning_rate = 5e-3
+    ends = dict(log_snr_min=-5.0, log_snr_max=8.0)
+    config.schedule = ConfigDict(dict(name='learned_endpoints', **ends))
+    config.optimizer.update(kind='adamw', learning_rate=5e-3, decay='cosine')
     if arg == 'debug':
       default.debug(config)
   return config.lock()

@@ -19,6 +19,7 @@ def get_config(arg=''):
     config.model.update(output='v', class_conditional=True)
     config.schedule = ConfigDict(dict(name='adaptive', log_snr_min=-8.0, log_snr_max=8.0))
     config.weighting = ConfigDict(dict(name='sigmoid', bias=2.0))
+    config.optimizer.update(kind='adamw', learning_rate=2e-3, decay='cosine')
     config.train.label_dropout = 0.1
     config.sample.num_steps = 32
     config.sample.grid = ConfigDict(dict(name='edm_train', std=5.0))

@@ -2,10 +2,10 @@
 
   python -m vdm.main --config=configs/fashion_mnist_full.py --config.data.dir=DIR
 
-2.721 bits/dim on all 10,000 test images (benchmarks/H100.md).
+2.641 bits/dim on all 10,000 test images (benchmarks/H100.md).
 
-VDM's U-Net at width 128 with four blocks a side, the bound as the loss, and times by VDM++'s
-adaptive schedule between fixed end points. Labels are withheld from a tenth of training's images,
+VDM's U-Net at width 128 with four blocks a side, the bound as the loss, times by VDM++'s adaptive
+schedule between fixed end points, and Muon. Labels are withheld from a tenth of training's images,
 for guidance. Bits/dim are of the images given their classes, which is at most log2(10) / 784 = .004
 below that of the images alone.
 """

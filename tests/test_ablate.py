@@ -42,7 +42,7 @@ def test_runs_are_the_product_of_the_axes():
   assert labels == dict(weighting='wide', seed='1')
   assert config.weighting.to_dict() == dict(name='sigmoid', bias=3.0)
   assert config.seed == 1 and config.name == 'wide+1' and config.is_locked
-  assert runs[0][1].schedule.name == 'learned_endpoints'  # the base's
+  assert runs[0][1].schedule == digits.get_config('debug').schedule  # the base's
 
 
 @pytest.mark.parametrize(

@@ -77,9 +77,13 @@ def test_the_step_and_an_evaluation_are_compiled_once(exp, trained, monkeypatch)
     exp.bits_per_dim(trained, draws=3)
 
 
-def test_the_schedule_of_training_is_the_adaptive_one_if_there_is_one(exp, trained):
+def test_the_schedule_of_training_is_the_adaptive_one_if_there_is_one():
   t = jnp.linspace(0.0, 1.0, 5)
-  np.testing.assert_array_equal(exp.training_schedule(trained)(t), exp.schedule(trained, 'raw')(t))
+  learns = vdm.Experiment('digits:debug', {'schedule.name': 'learned_endpoints'})
+  state = learns.init()
+  np.testing.assert_array_equal(
+    learns.training_schedule(state)(t), learns.schedule(state, 'raw')(t)
+  )
   adapts = vdm.Experiment('digits:debug', {'schedule.name': 'adaptive'})
   state = adapts.init()
   uniform = adapts.schedule(state)(t)

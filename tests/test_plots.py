@@ -11,6 +11,7 @@ from vdm import cards, style
 from vdm.diffusion.noisy_elbo import Augmented
 from vdm.evaluation import plots
 from vdm.system import logs
+from vdm.system.progress import duration
 from vdm.training import meter as meter_lib
 from vdm.training.meter import Meter
 from vdm.training.step import StepMetrics
@@ -82,6 +83,24 @@ def test_compiling_is_said_before_and_timed_after(monkeypatch, caplog):
   *_, compiled, step = [record.getMessage() for record in caplog.records]
   assert compiled == 'compiled: step 7 is done after 22 s'
   assert step == 'step 8: 2.000 bits/dim in training, 16 images/s, 0:00 left'
+
+
+def test_what_the_first_evaluation_took_to_compile_is_not_expected_again(monkeypatch, caplog):
+  """A step takes a second, an evaluation 4 and the first 24; they are after steps 3, 5 and 7."""
+  now = [0.0]
+  monkeypatch.setattr(meter_lib, 'time', types.SimpleNamespace(monotonic=lambda: now[0]))
+  meter = Meter(Writer(), every=1, batch_size=8, start=0, total=9)
+  with caplog.at_level('INFO'):
+    for step in range(1, 8):
+      meter.push(step, metrics(2.0), fetch=lambda m: m)
+      now[0] += 1.0
+      if step in (3, 5, 7):
+        with meter.pause():
+          now[0] += 24.0 if step == 3 else 4.0
+  meter.close()
+  left = [r.getMessage().split(', ')[-1] for r in caplog.records if 'images/s' in r.getMessage()]
+  # at step 6: steps 2 to 6 took 5 s, and the two evaluations between them count as 4 s each
+  assert left[4] == f'{duration((5 + 4 + 4) / 5 * 3)} left'
 
 
 @pytest.mark.parametrize('seconds', [0.0, 3.0])

@@ -27,7 +27,12 @@ def config_of(**settings):
   config = digits.get_config('debug')
   with config.unlocked():
     config.update_from_flattened_dict(
-      {'model.scan_blocks': 'off', 'model.num_blocks': 2} | settings
+      {
+        'model.scan_blocks': 'off',
+        'model.num_blocks': 2,
+        'schedule.name': 'learned_endpoints',
+      }
+      | settings
     )
   return config
 

@@ -6,8 +6,8 @@
 
 The network is that of configs/digits.py, or VDM's with 2 blocks of width 64; each recipe has three
 seeds. `public_2e-4` is what the public VDM code does, the other `public_*` the same with its
-learning rate tuned: that is what a better recipe has to beat. --config=...:debug has one seed and
-four steps.
+learning rate tuned: that is what a better recipe has to beat. `muon_adaptive_fast` is now that of
+configs/digits.py. --config=...:debug has one seed and four steps.
 """
 
 from ml_collections import ConfigDict
@@ -21,6 +21,7 @@ def get_config(arg=''):
   base = digits.get_config() if arg != 'cifar10' else _cifar10()
   with base.unlocked():
     base.name = 'recipe'
+    base.schedule.name = 'learned_endpoints'
     base.fid.train_every_steps = 0
     base.sample.update(num_images=40, batch_size=40, preview_images=40, num_steps=16)
     base.eval.params = 'raw'

@@ -66,6 +66,7 @@ class Meter:
     self._begin = self._clock = None  # set after the first step, which compiles
     self._opened = time.monotonic()  # set before it
     self._waited = 0.0  # seconds since self._clock
+    self._pauses: list[float] = []  # seconds of each, since self._begin
     columns = (
       TextColumn('{task.description}'),
       BarColumn(),
@@ -107,7 +108,10 @@ class Meter:
       logging.info('compiled: step %d is done after %.0f s', step, now - self._opened)
     self._bins.append(metrics.bins)
     self._window.append(metrics)
-    left = (now - self._begin) / max(1, step - self._start) * (self._total - step)
+    begin = self._begin
+    if self._pauses:  # the first evaluation compiled: the next ones will be like the last
+      begin += max(0.0, self._pauses[0] - self._pauses[-1])
+    left = (now - begin) / max(1, step - self._start) * (self._total - step)
     value = f'{metrics.scalars[self._metric]:.3f} {self._unit}'
     status = f'{value}, {self._rate(step, now):.0f} images/s, {duration(left)} left'
     self._line.update(self._task, description=f'step {step}', completed=step, status=status)
@@ -139,7 +143,8 @@ class Meter:
     start = time.monotonic()
     self._line.update(self._task, status='evaluating or saving')
     yield
-    self._clock += time.monotonic() - start
+    self._pauses.append(time.monotonic() - start)
+    self._clock += self._pauses[-1]
 
   def close(self):
     """Takes the progress line away."""
