@@ -142,6 +142,10 @@ def get_config(arg=''):
       batch_size=128,  # over all devices, hosts and microbatches
       num_steps=1000,
       num_timesteps=0,  # T of the discrete-time loss; 0: continuous time
+      # the weight of the second-order loss, which fits the divergence that the ODE's likelihood is
+      # made of; 0: none. i-DODE has 0.1, in a stage of its own (start_from); three times the cost
+      second_order=0.0,
+      start_from='',  # workdir of a run, or a released model, whose averages this run starts from
       microbatches=1,  # gradients are accumulated over this many parts of the batch
       # where a loss or gradient is not finite: 'stop', or 'skip' the step, which then changes
       # nothing, at most most_skipped times in a row

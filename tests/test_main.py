@@ -53,9 +53,29 @@ BAD_INPUT = {
     'in a config file',
   ),
   'learned end points without the bound': (
-    [DIGITS, '--config.weighting.name=iddpm'],
+    [DIGITS, '--config.schedule.name=learned_net', '--config.weighting.name=iddpm'],
     "config.weighting.name='iddpm' must be 'elbo'",
     'linear',
+  ),
+  'a second order with learned end points': (
+    [DIGITS, '--config.schedule.name=learned_net', '--config.train.second_order=0.1'],
+    'config.train.second_order=0.1 must be 0',
+    'adaptive',
+  ),
+  'a second order in discrete time': (
+    [DIGITS, '--config.train.num_timesteps=10', '--config.train.second_order=0.1'],
+    'config.train.second_order=0.1 must be 0 in discrete time',
+    'num_timesteps=0',
+  ),
+  'a run to start from that is not there': (
+    [DIGITS, '--config.train.start_from=/nowhere'],
+    "config.train.start_from='/nowhere' must be the workdir of a run",
+    'train it first',
+  ),
+  'a run to start from of another network': (
+    [DIGITS, '--config.train.start_from=pretrained/digits'],
+    "config.train.start_from='pretrained/digits' must be a run with config.model.num_blocks=1",
+    'give both the same',
   ),
   'missing data directory': (
     ['--config=configs/fashion_mnist.py:debug', '--config.data.dir=/nowhere'],

@@ -67,6 +67,7 @@ INVERSE = {
   'edm_train': lambda a: 1 - normal_cdf(a),
   'edm_sample': lambda a: np.exp(-a / 14),
   'flow_matching': lambda a: 1 / (1 + np.exp(a / 2)),
+  'softplus': lambda a: -np.log1p(np.exp(a)),
 }
 DENSITY = {
   'linear': lambda a: np.ones_like(a),
@@ -76,6 +77,7 @@ DENSITY = {
   'edm_train': norm(2.4, 2.4).pdf,
   'edm_sample': lambda a: np.exp(-a / 14) / 14,
   'flow_matching': lambda a: 1 / np.cosh(a / 4) ** 2 / 8,
+  'softplus': lambda a: 1 / (1 + np.exp(-a)),
 }
 
 

@@ -33,7 +33,7 @@ from vdm.system.stopping import Stopped
 from vdm.training import loop
 from vdm.training.step import make_train_step
 from vdm.workdir import checkpoint, config_file, lock
-from vdm.workdir.load import read_run
+from vdm.workdir.load import check_start, first_state, read_run
 
 
 class Experiment:
@@ -80,8 +80,11 @@ class Experiment:
     return self._sources[split]
 
   def init(self) -> TrainState:
-    """Returns the state before the first step, by config.seed."""
-    return parallel.initial_state(self.mesh, build.init_state(self.config, self.model))
+    """Returns the state before the first step, by config.seed and config.train.start_from."""
+    start_from = self.config.train.start_from
+    if start_from:
+      check_start(start_from, config_file.flat(config_file.plain(self.config)))
+    return first_state(start_from, build.init_state(self.config, self.model), self.mesh)
 
   def fit(
     self, state: TrainState, steps: int | None = None, source: data.Source | None = None

@@ -200,6 +200,13 @@ def _check_training(train: ConfigDict, distances_every: int):
     f'divisible by config.train.microbatches={train.microbatches}',
     f'try {_multiples(train.batch_size, train.microbatches)}',
   )
+  require(
+    train.second_order == 0 or train.num_timesteps == 0,
+    'config.train.second_order',
+    train.second_order,
+    f'0 in discrete time, config.train.num_timesteps={train.num_timesteps}',
+    'the ODE is that of continuous time: give config.train.num_timesteps=0',
+  )
 
 
 def _check_parameters(leaf: str, value: str, kept: tuple[str, ...]):

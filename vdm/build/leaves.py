@@ -48,7 +48,7 @@ RULES = (
   (
     'likelihood.maps train.num_timesteps eval.num_timesteps eval.max_images data.num_classes '
     'optimizer.warmup_steps optimizer.clip_norm optimizer.schedule_rate optimizer.weight_decay '
-    'ema.rampup_ratio ema.snapshot_every_steps',
+    'ema.rampup_ratio ema.snapshot_every_steps train.second_order',
     NOT_NEGATIVE,
   ),
   (

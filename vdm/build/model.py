@@ -82,12 +82,20 @@ def model(config: ConfigDict) -> Model:
   image_shape = tuple(data.image_shape)
   learned, adapts = factories.schedule(config.schedule, image_shape, takes)
   weighting = factories.weighting(config.weighting)
+  is_learned = bool(jax.tree.leaves(learned.init()))
   require(
-    not (jax.tree.leaves(learned.init()) and config.weighting.name != 'elbo'),
+    not (is_learned and config.weighting.name != 'elbo'),
     'config.weighting.name',
     config.weighting.name,
     "'elbo' where the schedule is learned",
     'the end points are trained by the bound: choose a fixed config.schedule.name, such as linear',
+  )
+  require(
+    not (is_learned and config.train.second_order),
+    'config.train.second_order',
+    config.train.second_order,
+    '0 where the schedule is learned',
+    'the bound alone trains it: choose config.schedule.name=adaptive, or a fixed one',
   )
 
   def told_of(size, conditions):

@@ -75,8 +75,9 @@ def adaptive(
   def hits(log_snr, value):
     position = (log_snr - log_snr_min) / (log_snr_max - log_snr_min) * num_bins
     number = jnp.clip(position.astype(jnp.int32), 0, num_bins - 1)
-    zeros = jnp.zeros(num_bins)
-    return Hits(zeros.at[number].add(value), zeros.at[number].add(1.0))
+    both = jnp.stack([value, jnp.ones_like(value)], axis=1)  # one scatter: both in one bin
+    sums = jnp.zeros((num_bins, 2)).at[number].add(both)
+    return Hits(sums[:, 0], sums[:, 1])
 
   def update(state, hits):
     kept = decay**hits.count * state.weight

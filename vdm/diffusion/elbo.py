@@ -12,11 +12,13 @@ from vdm.diffusion.decoders import Decoder, prior_loss
 from vdm.diffusion.gaussian import (
   Denoiser,
   Schedule,
+  count_dims,
   end_points,
   expand_to,
   log_snr_and_slope,
   mean_over_dims,
   q_sample,
+  sigma,
   sum_over_dims,
 )
 from vdm.diffusion.times import discretize
@@ -31,6 +33,7 @@ class DiffusionTerm(NamedTuple):
   log_snr: Array
   slope: Array  # dlog_snr/dt; in discrete time the mean of it over the step
   by_dim: Array | None = None  # `elbo` by dimension, [B ...]; 0 where none is valid
+  second: Array | None = None  # the second-order loss, weighted likewise, nats; None: not asked for
 
 
 def diffusion_loss(
@@ -43,6 +46,7 @@ def diffusion_loss(
   num_timesteps: int = 0,
   probe: tuple[Array, Array] | None = None,
   valid: Shaped[Array, 'b ...'] | None = None,
+  signs: Float[Array, 'b ...'] | None = None,
 ) -> DiffusionTerm:
   """Returns the weighted diffusion loss at times t, with its unweighted value, log_snr and slope.
 
@@ -62,6 +66,7 @@ def diffusion_loss(
     probe: zeros of log_snr's shape, added to log_snr and dlog_snr/dt in continuous time: the
       gradient of the mean loss by them is 1/B that of each example's loss (`interior_gradient`).
     valid: the dimensions that count, broadcasting against x; None: all.
+    signs: random ones, -1 or 1 of x's shape, asks for `second_order` too, in continuous time.
   """
   if num_timesteps:
     t = discretize(t, num_timesteps)
@@ -73,7 +78,13 @@ def diffusion_loss(
     if probe:
       log_snr, slope = (a + expand_to(p, a) for a, p in zip((log_snr, slope), probe, strict=True))
     step = -slope
-  eps_hat = denoiser(q_sample(x, eps, log_snr), log_snr).eps
+  predict = lambda z: denoiser(z, log_snr).eps
+  z, second = q_sample(x, eps, log_snr), None
+  if signs is None:
+    eps_hat = predict(z)
+  else:
+    eps_hat, gap = second_order(predict, z, eps, log_snr, signs, valid)
+    second = 0.5 * weighting(log_snr) * step * gap
   elbo = 0.5 * expand_to(step, x) * (eps_hat - eps) ** 2
   loss = expand_to(weighting(log_snr), x) * elbo
   # each dimension has its own step and weight before the sum, for a multivariate schedule
@@ -83,7 +94,43 @@ def diffusion_loss(
     mean_over_dims(log_snr),
     mean_over_dims(slope),
     elbo if valid is None else jnp.where(valid, elbo, 0),
+    second,
   )
+
+
+def second_order(
+  predict: Callable[[Array], Array],
+  z: Float[Array, 'b ...'],
+  eps: Float[Array, 'b ...'],
+  log_snr: Float[Array, ' b'],
+  signs: Float[Array, 'b ...'],
+  valid: Shaped[Array, 'b ...'] | None = None,
+) -> tuple[Float[Array, 'b ...'], Float[Array, ' b']]:
+  """Returns eps_hat, and how far its divergence is from what its error says, squared, over D.
+
+  The exact eps_hat = E[eps | z] has, since the covariance of eps given z is I - sigma d eps_hat/dz,
+
+    E[|eps_hat - eps|^2 | z] = D - sigma tr(d eps_hat / dz),
+
+  and the ODE's likelihood is an integral of that trace. So the loss is (D - sigma tr(d eps_hat/dz)
+  - |eps_hat - eps|^2)^2 / D, the error taken as a constant (Zheng et al. 2023, arXiv 2305.03935,
+  section 4.2, there for v, which is the same loss), the trace by one probe v, v^T (d eps_hat/dz) v.
+
+  Args:
+    predict: z -> eps_hat.
+    z: [B ...].
+    eps: that z was made with.
+    log_snr: of z, [B].
+    signs: the probe, -1 or 1 each.
+    valid: the dimensions that count, broadcasting against z; None: all.
+  """
+  eps_hat, pull_back = jax.vjp(predict, z)
+  if valid is not None:
+    signs = jnp.where(valid, signs, 0)
+  trace = sum_over_dims(signs * pull_back(signs)[0])
+  error = jax.lax.stop_gradient(sum_over_dims((eps_hat - eps) ** 2, valid))
+  num_dims = count_dims(z.shape[1:], valid)
+  return eps_hat, (num_dims - sigma(log_snr) * trace - error) ** 2 / num_dims
 
 
 def interior_gradient(
@@ -157,6 +204,7 @@ def variational_bound(
   num_timesteps: int = 0,
   probe: tuple[Array, Array] | None = None,
   valid: Shaped[Array, 'b ...'] | None = None,
+  signs: Float[Array, 'b ...'] | None = None,
 ) -> Bound:
   """Returns the three terms of the bound for data u [B ...], in the decoder's units.
 
@@ -171,5 +219,7 @@ def variational_bound(
   return Bound(
     recon=decoder.loss(u, eps_recon, log_snr_max, valid),
     prior=prior_loss(x, log_snr_min, valid),
-    diffusion=diffusion_loss(denoiser, schedule, weighting, x, t, eps, num_timesteps, probe, valid),
+    diffusion=diffusion_loss(
+      denoiser, schedule, weighting, x, t, eps, num_timesteps, probe, valid, signs
+    ),
   )

@@ -177,6 +177,22 @@ def flow_matching(log_snr_min: float, log_snr_max: float) -> Schedule:
   )
 
 
+def softplus(log_snr_min: float, log_snr_max: float) -> Schedule:
+  """Returns the schedule whose softplus(log_snr) is linear in t (Zheng et al. 2023, section 5.2).
+
+  p(log_snr) ~ sigmoid(log_snr) = alpha^2, the weight that an error of v has in the bound
+  (arXiv 2305.03935): the best there is for the bound where that error is the same at all levels.
+  """
+  check_range(log_snr_min, log_snr_max)
+  start, end = (math.log1p(math.exp(-abs(a))) + max(a, 0.0) for a in (log_snr_max, log_snr_min))
+
+  def schedule(t):
+    value = (1 - t) * start + t * end
+    return value + jnp.log(-jnp.expm1(-value))
+
+  return schedule
+
+
 def learned_endpoints(log_snr_min: float, log_snr_max: float) -> Learned:
   """Returns the schedule linear in t between end points that the bound trains.
 
@@ -268,6 +284,7 @@ SCHEDULES: dict[str, Callable] = {
   'edm_train': edm_train,
   'edm_sample': edm_sample,
   'flow_matching': flow_matching,
+  'softplus': softplus,
   'learned_endpoints': learned_endpoints,
   'learned_net': learned_net,
 }

@@ -35,8 +35,12 @@ def log_snr_bins(
   """
   position = (term.log_snr - ends[1]) / (ends[0] - ends[1])
   number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
-  zeros, value = jnp.zeros(NUM_BINS), elbo / -term.slope
-  return {'sum': zeros.at[number].add(value * mask), 'count': zeros.at[number].add(mask)}
+  value = elbo / -term.slope
+  # Both at once: of a level on a bin's edge, as in discrete time, two scatters, each compiled with a
+  # rounding of its own, could take two bins.
+  columns = jnp.stack([value * mask, jnp.broadcast_to(mask, value.shape)], axis=1)
+  sums = jnp.zeros((NUM_BINS, 2)).at[number].add(columns)
+  return {'sum': sums[:, 0], 'count': sums[:, 1]}
 
 
 def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:

@@ -21,7 +21,7 @@ from vdm.system.stopping import EXIT_PREEMPTED, Stop, Stopped, stop
 from vdm.training import tags
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
-from vdm.workdir import checkpoint, config_file, integrity, lock, posthoc_ema
+from vdm.workdir import checkpoint, config_file, integrity, load, lock, posthoc_ema
 
 TENSORBOARD = 'tensorboard'  # folder of a workdir
 NOT_FINITE = {'bits_per_dim': math.nan}  # the score of an evaluation that failed
@@ -85,6 +85,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   source = data.load(config.data, 'train')
   mesh = parallel.make_mesh(config.parallel.fsdp)
   evaluations = evaluate.in_training(config, model, mesh, workdir)
+  if settings.start_from and not load.holds_run(workdir):
+    load.check_start(settings.start_from, config_file.flat(config_file.plain(config)))
   with contextlib.ExitStack() as stack:
     stack.enter_context(stop.listening())
     config_file.check_writable(workdir, '--workdir', 'choose another --workdir')
@@ -108,7 +110,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
       step_fn = make_train_step(config, model)
       runner = runners.runner(config.parallel.mode, step_fn, mesh, abstract)
       runner = runner._replace(step=profile.traced(runner.step, traced, start, workdir))
-      state = runner.put_state(state or parallel.initial_state(mesh, init))
+      state = runner.put_state(state or load.first_state(settings.start_from, init, mesh))
       snapshots = None
       if every.snapshot and config.ema.power_stds:
         snapshots = checkpoint.manager(workdir, num_steps, posthoc_ema.FOLDER)

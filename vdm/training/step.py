@@ -18,6 +18,7 @@ from vdm.diffusion.adaptive import predicted_reduction
 from vdm.diffusion.elbo import interior_gradient, moments, variational_bound
 from vdm.diffusion.gaussian import count_dims, end_levels, fold_in, standard_normal
 from vdm.diffusion.guidance import drop
+from vdm.diffusion.ode import PROBES
 from vdm.diffusion.times import stratified
 from vdm.evaluation.bound import log_snr_bins
 
@@ -32,6 +33,7 @@ class Recipe(NamedTuple):
   batch_size: int  # of the global batch
   microbatches: int
   num_timesteps: int  # T, 0 for continuous time
+  second_order: float  # the weight of `elbo.second_order`; 0: it is not computed
   label_dropout: float
   flip: bool
   rotate: bool
@@ -65,6 +67,7 @@ def recipe(config: ConfigDict, model: build.Model) -> Recipe:
     batch_size=train.batch_size,
     microbatches=train.microbatches,
     num_timesteps=train.num_timesteps,
+    second_order=train.second_order,
     label_dropout=train.label_dropout,
     flip=config.data.flip,
     rotate=config.data.rotate,
@@ -107,7 +110,9 @@ def loss(
   conditions = conditions_of({**batch, **pictures})
   if recipe.label_dropout:
     conditions = drop(fold_in(key_label, index), conditions, recipe.label_dropout)
-  schedule = model.training_schedule(params, adaptive, conditions)
+  schedule, signs = model.training_schedule(params, adaptive, conditions), None
+  if recipe.second_order:
+    signs = PROBES['rademacher'](fold_in(jax.random.fold_in(key, 6), index), model.image_shape)
   t = stratified(key_t, index, recipe.batch_size)
   bound = variational_bound(
     model.denoiser(params, conditions, flag, train=True, key_dropout=key_dropout),
@@ -121,6 +126,7 @@ def loss(
     recipe.num_timesteps,
     probe,
     valid,
+    signs,
   )
   num_dims, decoder = count_dims(model.image_shape, valid), model.decoder
   diffusion = bound.diffusion._replace(loss=bound.diffusion.loss / num_dims)
@@ -131,6 +137,9 @@ def loss(
     for name, nats in terms.items()
   }
   scalars[decoder.metric] = sum(scalars.values())
+  if recipe.second_order:
+    scalars['second_order'] = (bound.diffusion.second / num_dims).mean()
+    value += recipe.second_order * scalars['second_order']
   scalars['loss'] = value
   scalars['log_snr_max'], scalars['log_snr_min'] = ends = end_levels(schedule)
   hits = ()

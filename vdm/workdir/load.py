@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from vdm import build
 from vdm.build.state import TrainState
 from vdm.errors import require
+from vdm.nn import blocks
 from vdm.system import files, hosts, parallel
 from vdm.workdir import released
 from vdm.workdir.checkpoint import best_step, manager, restore
@@ -59,7 +60,7 @@ def read_run(
   Raises:
     ValueError: there is no such checkpoint, it cannot be restored, or config.json cannot.
   """
-  if not _holds_run(workdir):
+  if not holds_run(workdir):
     raise ValueError(f'--workdir={workdir} holds no checkpoint; train first, or name another.')
   config = None if config is None else settled(config, workdir)
   own = changed(own_config(workdir, config), overrides or {})
@@ -82,7 +83,7 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
       makes other images than `model`.
   """
   folder = files.path_of(workdir)
-  if not ((folder / CONFIG).exists() and _holds_run(folder)):
+  if not ((folder / CONFIG).exists() and holds_run(folder)):
     raise ValueError(
       f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
       f'with {CONFIG} and checkpoints; train it first, or name another.'
@@ -106,7 +107,62 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
   return guide, _state(folder, build.init_state(config, guide), mesh, 'newest')
 
 
-def _holds_run(workdir: os.PathLike | str) -> bool:
+# What a run that starts from another may change of its network: not what its parameters mean.
+_FREE = 'model.dropout', 'model.dtype', 'model.remat', 'model.scan_blocks'
+_KEPT = 'data.image_shape', 'data.num_classes', 'data.condition_shape', 'data.embedding_size'
+
+
+def check_start(start_from: str, leaves: Mapping[str, Any]):
+  """Refuses a run to start from that is not there, or has another model.
+
+  Args:
+    start_from: config.train.start_from.
+    leaves: of the whole config, by their names without `config.` (`config_file.flat`).
+
+  Raises:
+    ValueError: there is no such run, or a leaf that its parameters depend on is not the same.
+  """
+  field, folder = 'config.train.start_from', files.path_of(start_from)
+  there = (folder / CONFIG).exists() and holds_run(folder)
+  rule = f'the workdir of a run, with {CONFIG} and checkpoints, or a released model'
+  require(there, field, start_from, rule, 'train it first, or name another')
+  its = flat(plain(own_config(folder)))
+  kept = {leaf for leaf in leaves.keys() | its.keys() if leaf.startswith(('model.', 'schedule.'))}
+  if not any(tree['schedule.name'].startswith('learned') for tree in (leaves, its)):
+    kept -= {leaf for leaf in kept if leaf.startswith('schedule.')}
+    kept |= {leaf for leaf in ('schedule.log_snr_min', 'schedule.log_snr_max') if leaf in leaves}
+  for leaf in sorted(kept | set(_KEPT)):
+    same = leaf in _FREE or leaves.get(leaf) == its.get(leaf)
+    rule = f'a run with config.{leaf}={leaves.get(leaf)!r}, not {its.get(leaf)!r}'
+    require(same, field, start_from, rule, 'give both the same')
+
+
+def first_state(start_from: str, init: build.InitState, mesh: Mesh) -> TrainState:
+  """Returns the state before the first step, with the averages of another run if it is given.
+
+  The optimizer and the adaptive schedule start anew.
+
+  Args:
+    start_from: config.train.start_from, after `check_start`; '': parameters are those of the seed.
+    init: of the run that begins.
+    mesh: of its devices.
+  """
+  if not start_from:
+    return parallel.initial_state(mesh, init)
+  folder = files.path_of(start_from)
+  own = own_config(folder)
+  given = _state(folder, build.init_state(own, build.model(own)), mesh, 'newest').averages['ema']
+  abstract = parallel.abstract_state(mesh, init)
+  stacked = blocks.stacked_names(abstract.params['network'])
+
+  def start(params):
+    return init(blocks.stack(blocks.unstack(params), stacked))
+
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+  return jax.jit(start, out_shardings=shardings)(given)
+
+
+def holds_run(workdir: os.PathLike | str) -> bool:
   """Returns whether there are checkpoints to read, or a released model."""
   return (epath.Path(workdir) / 'checkpoints').exists() or released.exists(workdir)
 
