@@ -36,8 +36,8 @@ def log_snr_bins(
   position = (term.log_snr - ends[1]) / (ends[0] - ends[1])
   number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
   value = elbo / -term.slope
-  # Both at once: of a level on a bin's edge, as in discrete time, two scatters, each compiled with a
-  # rounding of its own, could take two bins.
+  # Both at once: two scatters, each compiled with a rounding of its own, could put a level that is
+  # on a bin's edge, as in discrete time, into two bins.
   columns = jnp.stack([value * mask, jnp.broadcast_to(mask, value.shape)], axis=1)
   sums = jnp.zeros((NUM_BINS, 2)).at[number].add(columns)
   return {'sum': sums[:, 0], 'count': sums[:, 1]}
