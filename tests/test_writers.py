@@ -58,7 +58,8 @@ def test_a_session_says_what_its_run_is(tmp_path):
   from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
   from tensorboard.plugins.hparams import metadata
 
-  tree = plain(read_config('digits', {'ema.power_stds': (0.1,), 'data.path': 'a|b'}))
+  leaves = {'ema.power_stds': (0.1,), 'data.path': 'a|b', 'optimizer.learning_rate': 0.002}
+  tree = plain(read_config('digits', leaves))
   about = tags.describe, tags.texts(tree), tags.hparams(tree)
   writers.open_writer(tmp_path, 6, False, *about).close()
   found = written(tmp_path)
