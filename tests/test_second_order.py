@@ -136,10 +136,11 @@ def test_every_network_is_trained_by_it(name):
   with config.unlocked():
     kept = ('output', 'class_conditional', 'condition_on', 'dtype')
     config.model = {leaf: config.model[leaf] for leaf in kept} | leaves
+    config.data.image_shape = (16, 16, 1)  # dit's patches
     config.train.second_order = 0.1
   index = np.arange(8, dtype=np.int32)
-  image = np.random.default_rng(0).integers(0, 17, (8, 8, 8, 1)).astype(np.uint8)
-  batch = {'image': image, 'label': 0 * index, 'index': index}
+  image = np.random.default_rng(0).integers(0, 17, (8, 16, 16, 1)).astype(np.uint8)
+  batch = jax.tree.map(jnp.asarray, {'image': image, 'label': 0 * index, 'index': index})
   model = build.model(config)
   state = jax.jit(build.init_state(config, model))()
   settings = recipe(config, model)
@@ -147,10 +148,10 @@ def test_every_network_is_trained_by_it(name):
   # away from layers that start at zero, behind which there would be no gradient
   nudged = lambda a: a + 0.02 * jax.random.normal(next(noise), a.shape, a.dtype)
   params = jax.tree.map(nudged, state.params)
-  zeros, keys = jnp.zeros(8), jax.random.split(jax.random.key(2))
+  zeros, (key, key_dropout) = jnp.zeros(8), jax.random.split(jax.random.key(2))
 
   def second(params):
-    out = loss(settings, params, (zeros, zeros), state.adaptive, batch, *keys)
+    out = loss(settings, params, (zeros, zeros), state.adaptive, batch, key, key_dropout)
     return out[1][0].scalars['second_order']
 
   value, gradient = jax.jit(jax.value_and_grad(second))(params)
