@@ -148,7 +148,7 @@ def test_a_page_is_whole_in_itself_and_its_numbers_are_those_of_the_cards(tmp_pa
   own = cards.load(workdir / 'cards' / 'bits_per_dim_own_step00001200.json')
   assert card == own
   # learning_rate of digits, and of the defaults
-  assert re.search(r'optimizer\.learning_rate\s+0\.002\s+0\.0002', text)
+  assert re.search(r'optimizer\.learning_rate\s+0\.008\s+0\.0002', text)
   assert source.count('<svg') == 4  # bound, distance, loss, norm of the gradient
 
 
@@ -244,7 +244,7 @@ def test_side_by_side(tmp_path):
   _, text, _ = checked(*runs, tmp_path=tmp_path)
   assert 'The likelihoods are comparable' in text
   assert all(str(workdir) in text for workdir in runs)  # which have the same name
-  assert re.search(r'optimizer\.learning_rate\s+0\.002\s+0\.001', text)
+  assert re.search(r'optimizer\.learning_rate\s+0\.008\s+0\.001', text)
   write_card(runs[1], CARD, 1200, data=DATA | {'split': 'train'}, value=1.0)
   _, text, _ = checked(*runs, tmp_path=tmp_path)
   both = [cards.load(w / 'cards' / 'bits_per_dim_own_step00001200.json') for w in runs]
