@@ -2,8 +2,8 @@
 
 python -m vdm.main --config=configs/digits.py
 
-The bound as the loss, times by VDM++'s adaptive schedule between fixed end points, and Muon: what
-docs/recipe.md found to learn fastest.
+The loss is the bound, times are drawn by VDM++'s adaptive schedule between fixed end points, and
+the optimizer is Muon: of the recipes in docs/recipe.md this one learns fastest.
 """
 
 from ml_collections import ConfigDict

@@ -29,13 +29,13 @@ def _libraries(rank_promotion_allowed):
 
 
 def gain(log_snr):
-  """The G of eps_hat = G z that is exact for x ~ N(0, diag VARIANCE)."""
+  """Returns the G of eps_hat = G z that is exact for x ~ N(0, diag VARIANCE)."""
   log_snr = expand_to(log_snr, jnp.zeros((1, 4)))
   return sigma(log_snr) / (alpha(log_snr) ** 2 * VARIANCE + sigma(log_snr) ** 2)
 
 
 def drawn(size, seed=0):
-  """x, eps, log_snr and signs of `size` examples."""
+  """Returns x, eps, log_snr and signs of `size` examples."""
   keys = jax.random.split(jax.random.key(seed), 4)
   x, eps = (jax.random.normal(k, (size, 4)) for k in keys[:2])
   log_snr = jax.random.uniform(keys[2], (size,), minval=-5.0, maxval=5.0)
@@ -197,8 +197,8 @@ def test_a_run_of_another_meaning_is_no_start(leaf, value, tmp_path):
   assert not (tmp_path / 'second').exists()
 
 
-def test_microbatches_and_pmap_draw_the_same_signs():
-  """A step of it on one device by parts is the step in a piece."""
+def test_microbatches_draw_the_same_signs():
+  """A step that is taken by parts is the step in a piece."""
   states = {}
   for parts in (1, 2):
     config = config_of(

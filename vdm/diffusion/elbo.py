@@ -114,7 +114,7 @@ def second_order(
 
   and the ODE's likelihood is an integral of that trace. So the loss is (D - sigma tr(d eps_hat/dz)
   - |eps_hat - eps|^2)^2 / D, the error taken as a constant (Zheng et al. 2023, arXiv 2305.03935,
-  section 4.2, there for v, which is the same loss), the trace by one probe v, v^T (d eps_hat/dz) v.
+  there for v, which is the same loss), the trace by one probe v, v^T (d eps_hat/dz) v.
 
   Args:
     predict: z -> eps_hat.

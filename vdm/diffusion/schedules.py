@@ -178,7 +178,7 @@ def flow_matching(log_snr_min: float, log_snr_max: float) -> Schedule:
 
 
 def softplus(log_snr_min: float, log_snr_max: float) -> Schedule:
-  """Returns the schedule whose softplus(log_snr) is linear in t (Zheng et al. 2023, section 5.2).
+  """Returns the schedule whose softplus(log_snr) is linear in t (Zheng et al. 2023).
 
   p(log_snr) ~ sigmoid(log_snr) = alpha^2, the weight that an error of v has in the bound
   (arXiv 2305.03935): the best there is for the bound where that error is the same at all levels.
