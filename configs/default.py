@@ -143,7 +143,7 @@ def get_config(arg=''):
       num_steps=1000,
       num_timesteps=0,  # T of the discrete-time loss; 0: continuous time
       # the weight of the second-order loss, which fits the divergence that the ODE's likelihood is
-      # made of; 0: none. i-DODE has 0.1, in a stage of its own (start_from); 2.7 times a step of digits
+      # made of; 0: none. i-DODE has 0.1, in a stage of its own (start_from); 2.7 times the time
       second_order=0.0,
       start_from='',  # workdir of a run, or a released model, whose averages this run starts from
       microbatches=1,  # gradients are accumulated over this many parts of the batch
