@@ -35,6 +35,7 @@ def get_config(arg=''):
     )
     config.schedule = ConfigDict(dict(name='adaptive', log_snr_min=-9.0, log_snr_max=13.3))
     config.weighting = ConfigDict(dict(name='sigmoid', bias=2.0))
+    config.optimizer.update(kind='adamw', learning_rate=1e-3, decay='cosine')
     config.ema.halflife_images = 20_000
     config.train.update(
       batch_size=64, num_steps=1500, log_every_steps=50, eval_every_steps=500, label_dropout=0.1

@@ -82,6 +82,8 @@ def in_one_line(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
     )
     config = _CONFIG.value
+    if not base(config).parallel.optimize:
+      jax.config.update('jax_disable_most_optimizations', True)
     hosts.use_cores(functools.partial(works_on or build.works_on, config))
     workdir = files.path_of(_WORKDIR.value or f'runs/{base(config).name}')
     status = command(config, workdir)

@@ -33,7 +33,8 @@ def get_config(arg=''):
     base.model.update(width=width, head_width=width // 2, residual=False)
     base.schedule = ConfigDict(dict(name='adaptive', log_snr_min=-8.0, log_snr_max=8.0))
     steps = 1500 if fashion else 1000
-    base.optimizer.update(clip_norm=0.0, decay='cosine')
+    rate = 1e-3 if fashion else 5e-3
+    base.optimizer.update(kind='adamw', learning_rate=rate, clip_norm=0.0, decay='cosine')
     base.train.update(num_steps=steps, eval_every_steps=steps, log_every_steps=steps // 10)
     base.eval.update(draws=8, params='ema')
     base.sample.update(num_images=360, batch_size=72, preview_images=36, num_steps=32)

@@ -25,7 +25,7 @@ def get_config(arg=''):
   steps = 600
   with base.unlocked():
     base.name = 'multivariate'
-    rate = base.optimizer.learning_rate if arg == 'fashion_mnist' else 2e-3
+    rate = 1e-3 if arg == 'fashion_mnist' else 2e-3
     base.optimizer.update(kind='adamw', learning_rate=rate, decay='cosine', schedule_rate=10.0)
     base.fid.train_every_steps = 0
     base.train.update(num_steps=steps, eval_every_steps=steps // 3, log_every_steps=20)

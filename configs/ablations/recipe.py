@@ -4,21 +4,23 @@
   python -m vdm.ablate --config=configs/ablations/recipe.py:cifar10 --workdir=runs/recipe_cifar10 \
     --config.base.data.dir=DIR
 
-The network is that of configs/digits.py, or VDM's with 2 blocks of width 64; each recipe has three
-seeds. `public_2e-4` is what the public VDM code does, the other `public_*` the same with its
-learning rate tuned: that is what a better recipe has to beat. `muon_adaptive_fast` is now that of
-configs/digits.py. --config=...:debug has one seed and four steps.
+The network is that of configs/digits.py; with :fashion_mnist that of fashion_mnist_uvit.py, with
+:cifar10 VDM's with 2 blocks of width 64. Each recipe has three seeds. `public_2e-4` is what the
+public VDM code does, the other `public_*` the same with its learning rate tuned: that is what a
+better recipe has to beat. `muon_adaptive_fast` is that of configs/digits.py. --config=...:debug has
+one seed and four steps. `python -m benchmarks.front` runs a choice of them, and writes a page.
 """
 
 from ml_collections import ConfigDict
-from vdm.configs import cifar10, default, digits
+from vdm.configs import cifar10, default, digits, fashion_mnist_uvit
 
 RATES = ('2e-4', '5e-4', '1e-3', '2e-3', '4e-3')
 
 
 def get_config(arg=''):
   """See vdm/ablate.py: `base`, `axes`, `evaluations`, `reference`."""
-  base = digits.get_config() if arg != 'cifar10' else _cifar10()
+  bases = {'fashion_mnist': fashion_mnist_uvit.get_config, 'cifar10': _cifar10}
+  base = bases.get(arg, digits.get_config)()
   with base.unlocked():
     base.name = 'recipe'
     base.schedule.name = 'learned_endpoints'
@@ -42,10 +44,16 @@ def get_config(arg=''):
   adaptive = dict(schedule=dict(name='adaptive', **ends))
   parts = dict(
     adaptive=dict(optimizer=_of('adamw', '4e-3')) | adaptive,
+    adaptive_slow=dict(optimizer=_of('adamw', '2e-3')) | adaptive,
+    muon_adaptive_slow=muon['muon_2e-3'] | adaptive,
     muon_adaptive=muon['muon_4e-3'] | adaptive,
     muon_adaptive_fast=muon['muon_8e-3'] | adaptive,
     muon_net=muon['muon_4e-3'] | dict(schedule=dict(name='learned_net', **ends)),
     muon_b2=dict(optimizer=_of('muon', '4e-3') | dict(b2=0.999)),
+    muon_path=muon['muon_4e-3']
+    | dict(schedule=dict(name='learned_multivariate', per='dimension', **ends)),
+    muon_velocity=muon['muon_4e-3']
+    | dict(model=dict(output='v'), schedule=dict(name='softplus', **ends)),
     muon_ends=dict(optimizer=_of('muon', '4e-3') | dict(schedule_rate=10.0)),
   )
   axes = dict(

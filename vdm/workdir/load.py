@@ -82,15 +82,10 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
     ValueError: there is no such run, it cannot be restored, or its network is of another kind or
       makes other images than `model`.
   """
-  folder = files.path_of(workdir)
-  if not ((folder / CONFIG).exists() and holds_run(folder)):
-    raise ValueError(
-      f'config.sample.guidance.checkpoint={workdir!r} must be the workdir of a run, '
-      f'with {CONFIG} and checkpoints; train it first, or name another.'
-    )
+  field, remedy = 'config.sample.guidance.checkpoint', 'name another run'
+  folder = _folder_of_run(field, workdir)
   config = own_config(folder)
   guide = build.model(config)
-  field, remedy = 'config.sample.guidance.checkpoint', 'name another run'
   # A guide is to make the model's own mistakes, only more of them (arXiv 2406.02507, section 3).
   kind = f'a run of model.name={model.network!r}, not {guide.network!r}'
   require(guide.network == model.network, field, workdir, kind, remedy)
@@ -122,11 +117,8 @@ def check_start(start_from: str, leaves: Mapping[str, Any]):
   Raises:
     ValueError: there is no such run, or a leaf that its parameters depend on is not the same.
   """
-  field, folder = 'config.train.start_from', files.path_of(start_from)
-  there = (folder / CONFIG).exists() and holds_run(folder)
-  rule = f'the workdir of a run, with {CONFIG} and checkpoints, or a released model'
-  require(there, field, start_from, rule, 'train it first, or name another')
-  its = flat(plain(own_config(folder)))
+  field = 'config.train.start_from'
+  its = flat(plain(own_config(_folder_of_run(field, start_from))))
   kept = {leaf for leaf in leaves.keys() | its.keys() if leaf.startswith(('model.', 'schedule.'))}
   if not any(tree['schedule.name'].startswith('learned') for tree in (leaves, its)):
     kept -= {leaf for leaf in kept if leaf.startswith('schedule.')}
@@ -165,6 +157,15 @@ def first_state(start_from: str, init: build.InitState, mesh: Mesh) -> TrainStat
 def holds_run(workdir: os.PathLike | str) -> bool:
   """Returns whether there are checkpoints to read, or a released model."""
   return (epath.Path(workdir) / 'checkpoints').exists() or released.exists(workdir)
+
+
+def _folder_of_run(field: str, workdir: str) -> epath.Path:
+  """Returns the folder that a leaf of the config names, which must hold a run and its config."""
+  folder = files.path_of(workdir)
+  there = (folder / CONFIG).exists() and holds_run(folder)
+  rule = f'the workdir of a run, with {CONFIG} and checkpoints, or a released model'
+  require(there, field, workdir, rule, 'train it first, or name another')
+  return folder
 
 
 def _state(workdir: os.PathLike | str, init: build.InitState, mesh: Mesh, step: str) -> TrainState:

@@ -1,0 +1,167 @@
+"""Recipes at equal network, data and steps: runs them, and writes a page with the curves.
+
+  python -m benchmarks.front --runs=DIR --data=digits --recipes=public_4e-3,muon_adaptive_fast
+  python -m benchmarks.front --runs=DIR --data=cifar10 --data_dir=TFDS --reference=public_1e-3
+  python -m benchmarks.front --runs=DIR --page=docs/front.md  # the page alone, of what is there
+
+Runs are those of configs/ablations/recipe.py, in DIR/digits, DIR/fashion_mnist and DIR/cifar10, by
+`vdm.ablate`: the same command goes on where it stopped. The table says in which share of the steps
+of a reference, the best of the public recipes tried if none is named, each other recipe comes down
+to the reference's value at each of its evaluations.
+"""
+
+import argparse
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+from vdm.configs.ablations import recipe
+
+from vdm import ablate
+from vdm.errors import require
+from vdm.evaluation.curve_plots import plot_lines
+
+DATA = {'digits': '', 'fashion_mnist': 'fashion_mnist', 'cifar10': 'cifar10'}  # recipe.py:...
+TITLES = {
+  'digits': 'Digits',
+  'fashion_mnist': 'Fashion-MNIST',
+  'cifar10': 'CIFAR-10, or a set under its name',
+}
+
+
+def indices(runs: list, recipes: list[str], seeds: int) -> list[int]:
+  """Returns which runs of a grid (`ablate.expand`) have one of the recipes and the first seeds.
+
+  Args:
+    runs: of the grid, ({axis: label}, config).
+    recipes: labels of the axis `recipe`; [] for all.
+    seeds: how many of the axis `seed`.
+
+  Raises:
+    ValueError: the grid has no such recipe.
+  """
+  known = list(dict.fromkeys(labels['recipe'] for labels, _ in runs))
+  for name in recipes:
+    require(name in known, '--recipes', name, f'one of {", ".join(known)}', 'name one')
+  wanted = recipes or known
+  return [
+    i
+    for i, (labels, _) in enumerate(runs)
+    if labels['recipe'] in wanted and int(labels['seed']) < seeds
+  ]
+
+
+def curves_of(found: list[dict]) -> dict[str, np.ndarray]:
+  """Returns the bound of each recipe against steps, [4 N]: steps, mean, least, greatest of seeds.
+
+  Args:
+    found: finished runs as `ablate.collect` yields them.
+  """
+  groups: dict[str, list] = {}
+  for run in found:
+    groups.setdefault(run['labels']['recipe'], []).append(run['bound'])
+  curves = {}
+  for name, bounds in groups.items():
+    steps = sorted(set.intersection(*map(set, bounds)))
+    values = np.array([[bound[step] for step in steps] for bound in bounds])
+    curves[name] = np.array([steps, values.mean(0), values.min(0), values.max(0)])
+  return dict(sorted(curves.items(), key=lambda item: item[1][1, -1]))
+
+
+def reference_of(curves: dict[str, np.ndarray], name: str) -> str:
+  """Returns the recipe that others are timed against: `name`, or the best of the public ones."""
+  if name:
+    return name if name in curves else ''
+  return next((recipe for recipe in curves if recipe.startswith('public_')), '')
+
+
+def table(found: list[dict], reference: str) -> list[str]:
+  """Returns the lines of a Markdown table: values at the end, shares of the reference's steps."""
+  curves = curves_of(found)
+  ends: dict[str, list] = {}
+  for run in found:
+    ends.setdefault(run['labels']['recipe'], []).append(list(run['bound'].values())[-1])
+  reference = reference_of(curves, reference)
+  levels = curves[reference][:2].T if reference else np.zeros((0, 2))
+  units = found[0]['metric'].replace('_per_', '/')
+  head = ['recipe', 'seeds', units, *(f'{level:.2f} ({step:.0f})' for step, level in levels)]
+  lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
+  for name, (steps, mean, *_) in curves.items():
+    error = f' ± {np.std(ends[name], ddof=1):.3f}' if len(ends[name]) > 1 else ''
+    curve = dict(zip(steps, mean, strict=True))
+    shares = [ablate.steps_to(curve, level) / step for step, level in levels]
+    cells = ['never' if np.isnan(share) else f'{share:.2f}' for share in shares]
+    shown = f'**{name}**' if name == reference else name
+    value = f'{np.mean(ends[name]):.3f}{error}'
+    lines.append(f'| {" | ".join([shown, str(len(ends[name])), value, *cells])} |')
+  return lines
+
+
+def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
+  """Writes the page, and beside it a picture of the curves for each data set there are runs of."""
+  lines = [
+    '# Recipes at equal steps',
+    '',
+    'The same network, data, steps and evaluation in every row of a table; raw parameters; ± is',
+    'the standard deviation over seeds. The columns after the value are levels, with the steps in',
+    'which the recipe in bold comes down to each: which share of those steps a row takes, between',
+    'two evaluations by a straight line. [recipe.md](recipe.md) says what the recipes are.',
+  ]
+  for data, argument in DATA.items():
+    grid = recipe.get_config(argument)
+    found = list(ablate.collect(runs / data, ablate.expand(grid)))
+    if not found:
+      continue
+    picture = path.with_name(f'{path.stem}_{data}.png')
+    plot_lines(found[0]['metric'], curves_of(found), picture)
+    base = grid.base
+    lines += ['', f'## {TITLES[data]}', '']
+    lines += [
+      f'{base.train.num_steps:,} steps of {base.train.batch_size}: '
+      f'`python -m benchmarks.front --runs=DIR --data={data}`.',
+      '',
+    ]
+    lines += table(found, reference)
+    lines += ['', f'![The bound against training steps, by recipe]({picture.name})']
+  path.write_text('\n'.join(lines) + '\n')
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the command line; returns the exit status."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('--runs', type=pathlib.Path, required=True, help='folder of the runs')
+  parser.add_argument(
+    '--data', choices=DATA, help='to train on; without it only the page is written'
+  )
+  parser.add_argument('--data_dir', default='', help='config.data.dir, of TFDS')
+  parser.add_argument('--recipes', default='', help='labels of recipe.py, by commas; all')
+  parser.add_argument('--seeds', type=int, default=3)
+  parser.add_argument('--workers', type=int, default=1, help='processes, on a CPU one core each')
+  parser.add_argument('--reference', default='', help='recipe that others are timed against')
+  parser.add_argument('--page', type=pathlib.Path, default=None, help='DIR/front.md if not given')
+  args = parser.parse_args(argv)
+  if args.data:
+    name = f'recipe.py:{DATA[args.data]}' if DATA[args.data] else 'recipe.py'
+    config = pathlib.Path(recipe.__file__).with_name(name)
+    runs = ablate.expand(recipe.get_config(DATA[args.data]))
+    try:
+      chosen = indices(runs, list(filter(None, args.recipes.split(','))), args.seeds)
+    except ValueError as error:
+      print(f'error: {error}', file=sys.stderr)
+      return 1
+    command = [sys.executable, '-m', 'vdm.ablate', f'--config={config}']
+    command += [f'--workdir={args.runs / args.data}', f'--workers={args.workers}']
+    command += [f'--index={",".join(map(str, chosen))}']
+    command += [f'--config.base.data.dir={args.data_dir}'] if args.data_dir else []
+    status = subprocess.run(command, check=False).returncode
+    if status:
+      return status
+  page = args.page or args.runs / 'front.md'
+  write_page(page, args.runs, args.reference)
+  print(page)
+  return 0
+
+
+if __name__ == '__main__':
+  sys.exit(main())

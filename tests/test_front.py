@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+from vdm.configs.ablations import recipe
+
+from benchmarks import front
+from vdm import ablate
+
+
+def run(name, seed, curve):
+  return {'labels': {'recipe': name, 'seed': str(seed)}, 'metric': 'bits_per_dim', 'bound': curve}
+
+
+@pytest.fixture
+def found():
+  """A reference that falls by 1 in 100 steps, two seeds of one twice as fast, and a slow one."""
+  falling = lambda speed, offset=0.0: {
+    step: 5 + offset - speed * step / 100 for step in (100, 200, 300, 400)
+  }
+  return [
+    run('public_1e-3', 0, falling(1)),
+    run('public_2e-4', 0, falling(0.1)),
+    run('fast', 0, falling(2, 0.1)),
+    run('fast', 1, falling(2, -0.1)),
+  ]
+
+
+def test_chosen_runs_are_those_of_the_recipes_and_the_first_seeds():
+  runs = ablate.expand(recipe.get_config())
+  chosen = [runs[i][0] for i in front.indices(runs, ['muon_path', 'public_2e-4'], 2)]
+  assert {labels['recipe'] for labels in chosen} == {'muon_path', 'public_2e-4'}
+  assert [labels['seed'] for labels in chosen] == ['0', '1'] * 2
+  with pytest.raises(ValueError, match=r"--recipes='sgd' must be one of adaptive, "):
+    front.indices(runs, ['sgd'], 1)
+
+
+def test_shares_of_the_steps_of_the_best_public_recipe(found):
+  head, _, *rows = front.table(found, '')
+  cells = {row.split('|')[1].strip(): [c.strip() for c in row.split('|')[2:-1]] for row in rows}
+  assert list(cells) == ['fast', '**public_1e-3**', 'public_2e-4']  # by the value at the end
+  assert head.split('|')[4].strip() == '4.00 (100)'
+  # at 100 steps it is at 3 already, below the level of 4: its first evaluation is all that is known
+  assert cells['fast'] == ['2', '-3.000 ± 0.141', '1.00', '0.50', '0.50', '0.50']
+  assert cells['**public_1e-3**'] == ['1', '1.000', '1.00', '1.00', '1.00', '1.00']
+  assert cells['public_2e-4'] == ['1', '4.600', 'never', 'never', 'never', 'never']
+
+
+def test_another_reference(found):
+  _, _, *rows = front.table(found, 'public_2e-4')
+  assert rows[2].startswith('| **public_2e-4** |') and rows[2].count('1.00') == 4
+
+
+def test_seeds_are_compared_at_steps_that_all_of_them_have(found):
+  found[3]['bound'].pop(200)
+  steps, mean, least, greatest = front.curves_of(found)['fast']
+  np.testing.assert_array_equal(steps, [100, 300, 400])
+  np.testing.assert_allclose(mean, [3, -1, -3])
+  np.testing.assert_allclose(greatest - least, 0.2)
+
+
+def test_the_page_has_what_was_run_and_nothing_else(found, tmp_path, monkeypatch):
+  at = lambda workdir, runs: found if workdir.name == 'digits' else []
+  monkeypatch.setattr(ablate, 'collect', at)
+  assert front.main([f'--runs={tmp_path}']) == 0
+  page = (tmp_path / 'front.md').read_text()
+  assert '## Digits' in page and '1,200 steps of 64' in page and 'CIFAR-10' not in page
+  assert (tmp_path / 'front_digits.png').stat().st_size > 1000
+
+
+def test_an_unknown_recipe_is_one_line(tmp_path, capsys):
+  assert front.main([f'--runs={tmp_path}', '--data=digits', '--recipes=sgd']) == 1
+  assert capsys.readouterr().err.startswith("error: --recipes='sgd' must be one of ")
