@@ -222,3 +222,18 @@ cli.in_one_line(lambda config, workdir: print(jax.device_count(), workdir))
   env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True)
   assert done.stdout.decode() == f'{expected} runs/digits_debug\n', done.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('optimize', [False, True])
+def test_what_is_for_trying_is_compiled_with_few_optimisations(optimize):
+  code = """
+import sys
+from vdm import cli
+cli.parse_flags(sys.argv)
+import jax
+cli.in_one_line(lambda config, workdir: print(jax.config.read('jax_disable_most_optimizations')))
+"""
+  arguments = [DIGITS, *(['--config.parallel.optimize=True'] if optimize else [])]
+  done = subprocess.run([sys.executable, '-c', code, *arguments], cwd=ROOT, capture_output=True)
+  assert done.stdout.decode() == f'{not optimize}\n', done.stderr.decode()

@@ -19,7 +19,7 @@ RATES = ('2e-4', '5e-4', '1e-3', '2e-3', '4e-3')
 
 def get_config(arg=''):
   """See vdm/ablate.py: `base`, `axes`, `evaluations`, `reference`."""
-  bases = {'fashion_mnist': fashion_mnist_uvit.get_config, 'cifar10': _cifar10}
+  bases = {'fashion_mnist': _fashion_mnist, 'cifar10': _cifar10}
   base = bases.get(arg, digits.get_config)()
   with base.unlocked():
     base.name = 'recipe'
@@ -66,6 +66,14 @@ def get_config(arg=''):
 
 def _of(kind, rate, decay='linear'):
   return dict(kind=kind, learning_rate=float(rate), decay=decay, clip_norm=1.0)
+
+
+def _fashion_mnist():
+  """Returns configs/fashion_mnist_uvit.py, evaluated more often."""
+  base = fashion_mnist_uvit.get_config()
+  with base.unlocked():
+    base.train.eval_every_steps = 500
+  return base
 
 
 def _cifar10():

@@ -34,6 +34,8 @@ from vdm.workdir.layouts import as_written, named
 
 METRICS = 'bits_per_dim', 'nats_per_dim'  # by which checkpoints are ranked
 CheckpointManager = ocp.CheckpointManager
+# Devices share the work of saving a replicated array only if it is large: to slice it costs more.
+_SHARED_BYTES = 2**20
 
 
 def manager(
@@ -65,9 +67,15 @@ def manager(
     cleanup_tmp_directories=keep is not None,  # what a killed save left behind
     preservation_policy=types.SimpleNamespace(should_preserve=should_preserve),
   )
+  arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_SHARED_BYTES)
+  registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+  handlers = {
+    'state': ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+    'manifest': ocp.JsonCheckpointHandler(),
+  }
   notes = directory / '*' / '_CHECKPOINT_METADATA'  # Orbax's own, of each step
   try:
-    return ocp.CheckpointManager(directory, options=options)
+    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
   except ValueError as error:
     remedy = 'remove the one that is no JSON object: it holds no array'
     raise files.Damaged(f'{notes} cannot be read ({error}); {remedy}.') from error
@@ -105,7 +113,7 @@ def save(
   return manager.save(
     step,
     args=ocp.args.Composite(
-      state=ocp.args.StandardSave(state),
+      state=ocp.args.PyTreeSave(state),
       manifest=ocp.args.JsonSave(body | {'crc32': _crc32(body)}),
     ),
     metrics=found,
