@@ -233,6 +233,17 @@ def test_two_series_that_read_alike_end_in_their_hashes_and_the_rest_is_said_onc
   assert set(found) == {'ema parameters 11', 'ema parameters 22', 'raw parameters'}
 
 
+def test_a_single_series_beside_several_of_long_names_has_no_legend(monkeypatch):
+  seen = []
+  monkeypatch.setattr(style, 'save', lambda figure, path: seen.append(figure))
+  part = CARD | {'num_images': 64, 'whole_split': False, 'draws_per_image': 8}
+  drawn = {'sampler': 'dpmpp_2m', 'network_evaluations': 25, 'num_samples': 500}
+  distance = CARD | {'metric': 'fd_classifier'} | drawn
+  plots.plot_history({'a_11': [CARD], 'a_22': [part], 'd_33': [distance]}, None)
+  bounds, distances = seen[0].axes
+  assert len(bounds.get_legend().get_texts()) == 2 and distances.get_legend() is None
+
+
 def test_importing_the_package_leaves_the_backend_of_a_notebook_alone():
   code = (
     "import matplotlib; matplotlib.use('svg')\n"

@@ -189,7 +189,7 @@ def plot_history(found: dict[str, list[dict]], path: pathlib.Path) -> np.ndarray
     if scale == 'log':
       style.plain_numbers(axes.yaxis)
     axes.set_title('\n'.join(textwrap.wrap(shared, 48)), fontsize=8)
-    if below:
+    if below and any(lines):  # a single series is named above
       place = {'loc': 'upper left', 'bbox_to_anchor': (0, -0.2), 'borderaxespad': 0}
       axes.legend(labelcolor='linecolor', **place)
     elif any(lines):  # several
