@@ -21,8 +21,10 @@ from vdm.configs.ablations import recipe
 from vdm import ablate
 from vdm.errors import require
 from vdm.evaluation.curve_plots import plot_lines
+from vdm.system import files
 
 DATA = {'digits': '', 'fashion_mnist': 'fashion_mnist', 'cifar10': 'cifar10'}  # recipe.py:...
+CURVES = 'plot', 'line', 'x', 'mean', 'least', 'greatest'  # as of `ablate.curves_of`
 TITLES = {
   'digits': 'Digits',
   'fashion_mnist': 'Fashion-MNIST',
@@ -99,7 +101,7 @@ def table(found: list[dict], reference: str) -> list[str]:
 
 
 def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
-  """Writes the page, and beside it a picture of the curves for each data set there are runs of."""
+  """Writes the page, and beside it the curves of each data set, as a table and as a picture."""
   lines = [
     '# Recipes at equal steps',
     '',
@@ -113,8 +115,11 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
     found = list(ablate.collect(runs / data, ablate.expand(grid)))
     if not found:
       continue
+    metric, curves = found[0]['metric'], curves_of(found)
     picture = path.with_name(f'{path.stem}_{data}.png')
-    plot_lines(found[0]['metric'], curves_of(found), picture)
+    rows = [(metric, name, *point) for name, points in curves.items() for point in points.T]
+    files.write_table(path.with_name(f'{path.stem}_{data}_curves.csv'), CURVES, rows)
+    plot_lines(metric, curves, picture)
     base = grid.base
     lines += ['', f'## {TITLES[data]}', '']
     lines += [

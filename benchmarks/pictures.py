@@ -163,6 +163,7 @@ PICTURES = {
   'weightings_loss': _curves('weightings', 'loss', 'plot_lines'),
   'weightings_weight': _curves('weightings', 'weight', 'plot_panels'),
   'weightings_density': _curves('weightings', 'density', 'plot_panels'),
+  'front_fashion_mnist': _curves('front_fashion_mnist', 'bits_per_dim', 'plot_lines'),
   'schedules_loss': _curves('schedules', 'loss', 'plot_lines'),
   'schedules_density': _curves('schedules', 'density', 'plot_panels'),
 }

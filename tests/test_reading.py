@@ -11,7 +11,7 @@ import jax
 import pytest
 from vdm.configs import default, digits
 
-from vdm import cards
+from vdm import build, cards
 from vdm.evaluation import evaluate
 from vdm.planning import plan
 from vdm.sampling import run as run_lib
@@ -163,6 +163,18 @@ def test_a_run_older_than_a_leaf_is_read_with_its_default(finished, tmp_path):
   assert isinstance(read.model.fourier_exponents, tuple)
   read = config_file.own_config(tmp_path, other)
   assert read.data.num_bits == 0 and 'remat' not in read.model and read.model.name == 'vdm_unet'
+
+
+def test_what_training_scores_stays_with_the_run_that_is_read(tmp_path):
+  """As a run of many steps read by a config of few, whose evaluations are others."""
+  run, given = (digits.get_config().unlock() for _ in range(2))
+  run.train.eval_every_steps, run.fid.train_every_steps = 2000, 4000
+  assert given.fid.train_every_steps % 2000 and given.train.eval_every_steps != 2000
+  given.fid.batch_size = 17
+  (tmp_path / 'config.json').write_text(json.dumps(config_file.plain(run)))
+  read = config_file.own_config(tmp_path, given)
+  assert read.fid.train_every_steps == 4000 and read.fid.batch_size == 17
+  build.model(read)
 
 
 @pytest.mark.slow

@@ -381,6 +381,7 @@ def use_cores():
 
 def load(
   workdir: str | os.PathLike,
+  *,
   step: int | str | None = None,
   overrides: Mapping[str, Any] | None = None,
 ) -> tuple[Experiment, TrainState]:

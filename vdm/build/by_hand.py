@@ -1,4 +1,4 @@
-"""What a user of Python gives by hand: pictures, and sources of them, of the model's kind."""
+"""Takes what a user of Python gives by hand: pictures, and sources of them, of the model's kind."""
 
 from typing import Any
 

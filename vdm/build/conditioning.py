@@ -1,4 +1,4 @@
-"""What a network is told of each example, in its own units, by the config."""
+"""Tells a network of each example, in its own units, what the config says it is given."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple

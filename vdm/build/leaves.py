@@ -1,4 +1,4 @@
-"""What the value of each leaf of a config must be, whatever the others are."""
+"""Checks the value of each leaf of a config by itself, whatever the others are."""
 
 import math
 from collections.abc import Callable

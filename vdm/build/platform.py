@@ -1,4 +1,4 @@
-"""What 'auto' means on a platform."""
+"""Says what 'auto' means on a platform."""
 
 import jax
 import jax.numpy as jnp

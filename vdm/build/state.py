@@ -1,4 +1,4 @@
-"""What training carries from step to step: parameters, their averages, the optimizer's state."""
+"""Holds what training carries from step to step: parameters, averages, the optimizer's state."""
 
 import dataclasses
 from typing import Any, Protocol

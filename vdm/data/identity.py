@@ -1,4 +1,4 @@
-"""What a data set is, compared with what the config says it is."""
+"""Compares what a data set is with what the config says it is."""
 
 import hashlib
 

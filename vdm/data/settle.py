@@ -1,4 +1,4 @@
-"""What a config leaves to the data: shapes and counts as found, and statistics as measured."""
+"""Settles what a config leaves to the data: shapes and counts as found, statistics as measured."""
 
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor

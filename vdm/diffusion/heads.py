@@ -1,4 +1,4 @@
-"""What a network's output says about the data and the noise in z: one table of heads."""
+"""Says what a network's output means for the data and the noise in z: one table of heads."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float

@@ -1,4 +1,4 @@
-"""What a workdir says of its run: read, never written."""
+"""Reads what a workdir says of its run, and writes nothing."""
 
 import json
 import os

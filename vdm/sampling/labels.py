@@ -1,4 +1,4 @@
-"""What an image is conditioned on, by its number: its class, vector, field and mask."""
+"""Gives the conditions of an image by its number: its class, vector, field and mask."""
 
 import functools
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a person reads while a command runs: one line per event."""
+"""Writes what a person reads while a command runs: one line per event."""
 
 import os
 import time

@@ -1,4 +1,4 @@
-"""What TensorBoard is told: what each scalar is, and the config as text and as hyperparameters."""
+"""Tells TensorBoard what each scalar is, and the config as text and as hyperparameters."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What a run keeps in its folder, and how it is read."""
+"""Keeps a run in its folder, and reads it."""
 
 ORDER = (
   'released',

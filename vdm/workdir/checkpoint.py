@@ -1,4 +1,4 @@
-"""What a run keeps in its workdir: `config.json`, and `checkpoints/<step>` written by Orbax.
+"""Saves and restores `checkpoints/<step>` in the workdir of a run, by Orbax.
 
 A checkpoint is two items: `state`, the arrays, and `manifest`, the metrics with the shape, dtype
 and checksum of every leaf. Orbax itself notices a file that is missing or cut short, but neither it

@@ -48,6 +48,8 @@ _FREE_LEAVES = (
 CONFIG = 'config.json'
 # What a command that only reads a run takes from the config it is given: the rest is the run's own.
 READING_BLOCKS = ('eval', 'likelihood', 'sample', 'fid', 'parallel')
+# ... but for what training scores, and when: it goes with the run's own evaluations.
+_OF_TRAINING = {'fid': ('train_every_steps', 'train_images')}
 READING_LEAVES = (
   ('data', 'dir'),
   ('data', 'path'),
@@ -144,7 +146,9 @@ def own_config(workdir: os.PathLike | str, given: ConfigDict | None = None) -> C
   _fill_up(config, default.get_config(), given)
   if given is not None:
     for name in READING_BLOCKS:
+      kept = {leaf: config[name][leaf] for leaf in _OF_TRAINING.get(name, ())}
       config[name] = given[name].copy_and_resolve_references()
+      config[name].update(kept)
     for block, leaf in READING_LEAVES:
       if leaf in given[block] and leaf in config[block]:
         config[block][leaf] = given[block][leaf]

@@ -1,4 +1,4 @@
-"""What is checked of the arrays of a state: finite values, and checksums that show a change."""
+"""Checks the arrays of a state: finite values, and checksums that show a change."""
 
 import json
 import zlib
