@@ -2,7 +2,9 @@
 
 python -m vdm.main --config=configs/fields3d.py
 python -m vdm.main --config=configs/fields3d.py --mode=plan --topology=v5e:2x4 \\
-  --config.data.image_shape=64,64,64,1
+  --config.data.image_shape=64,64,64,1 --config.model.channel_multipliers=1,2,4
+
+Attention is over all positions of the coarsest level: a larger field wants more levels.
 """
 
 from vdm.configs import default, gaussian_fields
