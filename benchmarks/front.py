@@ -108,7 +108,8 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
     'The same network, data, steps and evaluation in every row of a table; raw parameters; ± is',
     'the standard deviation over seeds. The columns after the value are levels, with the steps in',
     'which the recipe in bold comes down to each: which share of those steps a row takes, between',
-    'two evaluations by a straight line. [recipe.md](recipe.md) says what the recipes are.',
+    'two evaluations by a straight line, and its first evaluation where that is below the level',
+    'already. [recipe.md](recipe.md) says what the recipes are.',
   ]
   for data, argument in DATA.items():
     grid = recipe.get_config(argument)

@@ -3,12 +3,11 @@
 python -m vdm.main --config=configs/fashion_mnist.py --config.data.dir=DIR
 """
 
-from ml_collections import ConfigDict
 from vdm.configs import default
 
 
 def get_config(arg=''):
-  """A small VDM U-Net, the bound by the adaptive schedule, Muon."""
+  """A small VDM U-Net, learned end points, Muon."""
   config = default.get_config()
   with config.unlocked():
     config.name = 'fashion_mnist'
@@ -21,8 +20,8 @@ def get_config(arg=''):
       num_classes=10,
     )
     config.model.update(width=32, num_blocks=2, fourier_exponents=(6, 7), dropout=0.0)
-    config.schedule = ConfigDict(dict(name='adaptive', log_snr_min=-6.0, log_snr_max=13.3))
-    config.optimizer.update(kind='muon', learning_rate=6e-3, decay='linear', clip_norm=1.0)
+    config.schedule.update(log_snr_min=-5.0, log_snr_max=13.3)
+    config.optimizer.update(kind='muon', learning_rate=8e-3, decay='linear', clip_norm=1.0)
     config.ema.halflife_images = 5_000
     config.train.update(batch_size=32, num_steps=1200, log_every_steps=50, eval_every_steps=300)
     config.eval.update(batch_size=200, draws=2, max_images=1000)

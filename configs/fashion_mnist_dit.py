@@ -13,7 +13,7 @@ from vdm.configs import default, fashion_mnist
 
 
 def get_config(arg=''):
-  """Four blocks of width 96; schedule and optimizer of configs/fashion_mnist.py."""
+  """Four blocks of width 96, learned end points."""
   config = fashion_mnist.get_config()
   with config.unlocked():
     config.name = 'fashion_mnist_dit'

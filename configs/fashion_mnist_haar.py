@@ -11,7 +11,6 @@ per image of configs/fashion_mnist.py (`forward_flops` of benchmarks/parameters.
 of a stage it is coarse2.
 """
 
-from ml_collections import ConfigDict
 from vdm.configs import default, fashion_mnist
 
 STAGES = {  # derive, level, side, channels, whether there is a condition
@@ -40,8 +39,7 @@ def get_config(arg=''):
     )
     config.decoder.name = 'normal'
     config.model.update(width=48, fourier_exponents=())
-    ends = dict(log_snr_min=-6.0, log_snr_max=12.0)
-    config.schedule = ConfigDict(dict(name='learned_endpoints', **ends))
+    config.schedule.update(log_snr_min=-6.0, log_snr_max=12.0)
     config.fid.train_every_steps = 0
     if preset == 'debug':
       default.debug(config)

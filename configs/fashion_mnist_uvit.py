@@ -13,7 +13,7 @@ from vdm.configs import default, fashion_mnist
 
 
 def get_config(arg=''):
-  """A quarter of a million parameters; schedule and optimizer of configs/fashion_mnist.py."""
+  """A quarter of a million parameters, learned end points."""
   config = fashion_mnist.get_config()
   with config.unlocked():
     config.name = 'fashion_mnist_uvit'

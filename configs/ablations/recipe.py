@@ -7,8 +7,10 @@
 The network is that of configs/digits.py; with :fashion_mnist that of fashion_mnist_uvit.py, with
 :cifar10 VDM's with 2 blocks of width 64. Each recipe has three seeds. `public_2e-4` is what the
 public VDM code does, the other `public_*` the same with its learning rate tuned: that is what a
-better recipe has to beat. `muon_adaptive_fast` is that of configs/digits.py. --config=...:debug has
-one seed and four steps. `python -m benchmarks.front` runs a choice of them, and writes a page.
+better recipe has to beat. `muon_adaptive_fast` is that of configs/digits.py, `muon_8e-3` that of
+fashion_mnist_uvit.py. --config=...:debug has one seed and four steps.
+
+`python -m benchmarks.front` runs a choice of them, and writes a page.
 """
 
 from ml_collections import ConfigDict
@@ -69,9 +71,10 @@ def _of(kind, rate, decay='linear'):
 
 
 def _fashion_mnist():
-  """Returns configs/fashion_mnist_uvit.py, evaluated more often."""
+  """Returns configs/fashion_mnist_uvit.py, from other end points and evaluated more often."""
   base = fashion_mnist_uvit.get_config()
   with base.unlocked():
+    base.schedule.log_snr_min = -6.0
     base.train.eval_every_steps = 500
   return base
 
