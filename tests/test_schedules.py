@@ -135,6 +135,16 @@ def test_bad_arguments_are_refused_by_name(name, bad):
     SCHEDULES[name](**ENDS, **bad)
 
 
+@pytest.mark.parametrize(
+  ('name', 'bad'),
+  [('edm_sample', {'rho': 1e-30}), ('edm_sample', {'rho': 1e-3}), ('ddpm', {'log_snr_min': -1e4})],
+)
+def test_what_overflows_is_refused_by_name(name, bad):
+  ((field, value),) = bad.items()
+  with pytest.raises(ValueError, match=rf'^{field}={value} must be '):
+    SCHEDULES[name](**ENDS | bad)
+
+
 def test_cosine_is_alpha_equals_cos():
   """Untruncated, alpha = cos(pi t / 2): truncation only stretches t."""
   t = np.linspace(0, 1, 101)

@@ -34,7 +34,9 @@ class Learned(NamedTuple):
 
 
 def check_range(log_snr_min: float, log_snr_max: float):
-  """Refuses end points of which the first is not below the second."""
+  """Refuses end points of which the first is not below the second, or whose SNR overflows."""
+  for name, value in (('log_snr_min', log_snr_min), ('log_snr_max', log_snr_max)):
+    require(abs(value) <= 300, name, value, 'between -300 and 300', 'usual ends are -10 and 15')
   good = log_snr_min < log_snr_max
   require(good, 'log_snr_min', log_snr_min, f'below log_snr_max={log_snr_max}', 'swap them')
 
@@ -159,6 +161,8 @@ def edm_sample(
   log_snr_max = -2 * math.log(sigma_min) if math.isnan(log_snr_max) else log_snr_max
   log_snr_min = -2 * math.log(sigma_max) if math.isnan(log_snr_min) else log_snr_min
   check_range(log_snr_min, log_snr_max)
+  least = max(abs(log_snr_min), abs(log_snr_max)) / 1000  # below it the powers overflow
+  require(rho >= least, 'rho', rho, f'{least:.3g} or more', 'EDM has 7')
   start, end = (math.exp(-log_snr / (2 * rho)) for log_snr in (log_snr_max, log_snr_min))
   return lambda t: -2 * rho * jnp.log((1 - t) * start + t * end)
 
