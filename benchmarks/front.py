@@ -1,4 +1,4 @@
-"""Recipes at equal network, data and steps: runs them, and writes a page with the curves.
+"""Runs recipes at equal network, data and steps, and writes a page with their curves.
 
   python -m benchmarks.front --runs=DIR --data=digits --recipes=public_4e-3,muon_adaptive_fast
   python -m benchmarks.front --runs=DIR --data=cifar10 --data_dir=TFDS --reference=public_1e-3
@@ -121,11 +121,18 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
     rows = [(metric, name, *point) for name, points in curves.items() for point in points.T]
     files.write_table(path.with_name(f'{path.stem}_{data}_curves.csv'), CURVES, rows)
     plot_lines(metric, curves, picture)
-    base = grid.base
-    lines += ['', f'## {TITLES[data]}', '']
+    seeds = len({run['labels']['seed'] for run in found})
+    base, chosen = grid.base, ','.join(curves)
     lines += [
-      f'{base.train.num_steps:,} steps of {base.train.batch_size}: '
-      f'`python -m benchmarks.front --runs=DIR --data={data}`.',
+      '',
+      f'## {TITLES[data]}',
+      '',
+      f'{base.train.num_steps:,} steps of {base.train.batch_size}, by',
+      '',
+      '```bash',
+      f'python -m benchmarks.front --runs=DIR --data={data} --seeds={seeds} \\',
+      f'  --recipes={chosen}',
+      '```',
       '',
     ]
     lines += table(found, reference)

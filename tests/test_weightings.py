@@ -314,3 +314,8 @@ def test_bad_arguments_are_refused_by_name(weighting):
 def test_a_head_that_is_none_is_refused():
   with pytest.raises(ValueError, match=r"config.weighting.head='y' must be one of eps, x, v, o,"):
     built(name='sd3', head='y')
+
+
+def test_a_far_mean_does_not_overflow():
+  w = WEIGHTINGS['edm_monotonic'](mean=800.0)
+  assert bool(jnp.isfinite(w(jnp.float32(0.0))))

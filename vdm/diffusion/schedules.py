@@ -161,7 +161,7 @@ def edm_sample(
   log_snr_max = -2 * math.log(sigma_min) if math.isnan(log_snr_max) else log_snr_max
   log_snr_min = -2 * math.log(sigma_max) if math.isnan(log_snr_min) else log_snr_min
   check_range(log_snr_min, log_snr_max)
-  least = max(abs(log_snr_min), abs(log_snr_max)) / 1000  # below it the powers overflow
+  least = max(abs(log_snr_min), abs(log_snr_max)) / 160  # below it the powers overflow float32
   require(rho >= least, 'rho', rho, f'{least:.3g} or more', 'EDM has 7')
   start, end = (math.exp(-log_snr / (2 * rho)) for log_snr in (log_snr_max, log_snr_min))
   return lambda t: -2 * rho * jnp.log((1 - t) * start + t * end)

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from scipy import special
 
 from vdm.diffusion.heads import HEADS, loss_ratio
 from vdm.errors import require
@@ -92,7 +93,7 @@ def edm_monotonic(mean: float = 2.4, std: float = 2.4, sigma_data: float = 0.5) 
   # above, this falls to the largest solution; from there on w falls, whatever the arguments.
   peak = mean
   for _ in range(1000):
-    peak = mean - std**2 / (1 + sigma_data**2 * math.exp(peak))
+    peak = mean - std**2 * float(special.expit(-peak - 2 * math.log(sigma_data)))
   return lambda log_snr: w(jnp.maximum(log_snr, peak))
 
 
