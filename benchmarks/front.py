@@ -1,13 +1,14 @@
 """Runs recipes at equal network, data and steps, and writes a page with their curves.
 
   python -m benchmarks.front --runs=DIR --data=digits --recipes=public_4e-3,muon_adaptive_fast
-  python -m benchmarks.front --runs=DIR --data=cifar10 --data_dir=TFDS --reference=public_1e-3
+  python -m benchmarks.front --runs=DIR --data=cifar10 --config.base.data.dir=TFDS
   python -m benchmarks.front --runs=DIR --page=docs/front.md  # the page alone, of what is there
 
 Runs are those of configs/ablations/recipe.py, in DIR/digits, DIR/fashion_mnist and DIR/cifar10, by
-`vdm.ablate`: the same command goes on where it stopped. The table says in which share of the steps
-of a reference, the best of the public recipes tried if none is named, each other recipe comes down
-to the reference's value at each of its evaluations.
+`vdm.ablate`, which takes the flags --config.base.*: the same command goes on where it stopped. With
+--config.base.data.as_found=True another set under the name will do. The table says in which share
+of the steps of a reference, the best of the public recipes tried if none is named, each other
+recipe comes down to the reference's value at each of its evaluations.
 """
 
 import argparse
@@ -147,13 +148,15 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument(
     '--data', choices=DATA, help='to train on; without it only the page is written'
   )
-  parser.add_argument('--data_dir', default='', help='config.data.dir, of TFDS')
   parser.add_argument('--recipes', default='', help='labels of recipe.py, by commas; all')
   parser.add_argument('--seeds', type=int, default=3)
   parser.add_argument('--workers', type=int, default=1, help='processes, on a CPU one core each')
   parser.add_argument('--reference', default='', help='recipe that others are timed against')
   parser.add_argument('--page', type=pathlib.Path, default=None, help='DIR/front.md if not given')
-  args = parser.parse_args(argv)
+  args, overrides = parser.parse_known_args(argv)
+  strange = [flag for flag in overrides if not flag.startswith('--config.base.')]
+  if strange:
+    parser.error(f'unrecognized arguments: {" ".join(strange)}')
   if args.data:
     name = f'recipe.py:{DATA[args.data]}' if DATA[args.data] else 'recipe.py'
     config = pathlib.Path(recipe.__file__).with_name(name)
@@ -166,8 +169,7 @@ def main(argv: list[str] | None = None) -> int:
     command = [sys.executable, '-m', 'vdm.ablate', f'--config={config}']
     command += [f'--workdir={args.runs / args.data}', f'--workers={args.workers}']
     command += [f'--index={",".join(map(str, chosen))}']
-    command += [f'--config.base.data.dir={args.data_dir}'] if args.data_dir else []
-    status = subprocess.run(command, check=False).returncode
+    status = subprocess.run([*command, *overrides], check=False).returncode
     if status:
       return status
   page = args.page or args.runs / 'front.md'

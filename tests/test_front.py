@@ -1,3 +1,5 @@
+import subprocess
+
 import numpy as np
 import pytest
 from vdm.configs.ablations import recipe
@@ -73,3 +75,15 @@ def test_the_page_has_what_was_run_and_nothing_else(found, tmp_path, monkeypatch
 def test_an_unknown_recipe_is_one_line(tmp_path, capsys):
   assert front.main([f'--runs={tmp_path}', '--data=digits', '--recipes=sgd']) == 1
   assert capsys.readouterr().err.startswith("error: --recipes='sgd' must be one of ")
+
+
+def test_flags_of_the_base_go_on_to_the_runs_and_others_are_refused(tmp_path, monkeypatch, capsys):
+  commands = []
+  done = lambda command, check: commands.append(command) or subprocess.CompletedProcess(command, 3)
+  monkeypatch.setattr(subprocess, 'run', done)
+  flag = '--config.base.data.dir=/some/where'
+  assert front.main([f'--runs={tmp_path}', '--data=cifar10', flag]) == 3
+  assert commands[0][-1] == flag
+  with pytest.raises(SystemExit):
+    front.main([f'--runs={tmp_path}', '--data=cifar10', '--data_dir=/some/where'])
+  assert 'unrecognized arguments: --data_dir=/some/where' in capsys.readouterr().err

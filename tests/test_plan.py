@@ -3,9 +3,13 @@
 import importlib
 import importlib.util
 import math
+import multiprocessing
 import os
+import pathlib
+import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +18,7 @@ import pytest
 from vdm import build
 from vdm.nn.attention import softmax_attention
 from vdm.nn.convolution import conv3
-from vdm.planning import chips, costs, hlo, plan
+from vdm.planning import chips, costs, hlo, plan, programs
 from vdm.planning.flops import matmuls
 from vdm.system import parallel
 
@@ -105,6 +109,25 @@ def test_traffic_multiplies_loops_and_counts_slices_and_hbm_alone(outer):
   # fetched from HBM, a part of it too, and reduced into it
   assert traffic.bytes == 32 * in_loop + 200 + 80 + 200
   assert traffic.collectives == {'all-gather': (32, 32 * 400 / 2), 'all-reduce': (1, 200.0)}
+
+
+@pytest.mark.parametrize(
+  'opcode', ['slice-start(%q), slice={[0:20]}', 'async-start(%q), calls=%cut']
+)
+def test_what_is_fetched_in_part_is_read_however_it_is_written(opcode):
+  """A program's text has a name for it where a dump has a computation."""
+  dumped = """%cut (whole: f32[50]) -> f32[20] {
+  %whole = f32[50]{0:T(128)} parameter(0)
+  ROOT %some = f32[20]{0:T(128)S(1)} slice(%whole), slice={[0:20]}
+}
+
+ENTRY %main (q: f32[50]) -> f32[20] {
+  %q = f32[50]{0:T(128)} parameter(0)
+  %part = ((f32[50]{0:T(128)}), f32[20]{0:T(128)S(1)}, s32[]{:S(2)}) OPCODE
+  ROOT %parted = f32[20]{0:T(128)S(1)} slice-done(%part)
+}
+"""
+  assert hlo.traffic(dumped.replace('OPCODE', opcode), num_devices=1).bytes == 80
 
 
 @pytest.mark.parametrize(
@@ -223,11 +246,11 @@ def test_gradients_are_exchanged_by_replicas_and_shards():
 
 def test_what_the_compiler_says_of_too_large_a_program():
   text = 'Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded'
-  assert costs.exceeded(text) == (20.5 * 2**30, 15.75 * 2**30)
+  assert programs.exceeded(text) == (20.5 * 2**30, 15.75 * 2**30)
   text = 'the total memory required for HLO temporaries (54.47G) exceeds available HBM (15.75G).'
-  assert costs.exceeded(text) == (54.47 * 2**30, 15.75 * 2**30)
+  assert programs.exceeded(text) == (54.47 * 2**30, 15.75 * 2**30)
   with pytest.raises(RuntimeError, match='something else'):
-    costs.exceeded('something else')
+    programs.exceeded('something else')
 
 
 @pytest.mark.parametrize('first, expected', [(8, 64), (64, 64), (1024, 64)])
@@ -336,15 +359,74 @@ def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
   assert f'--config.train.batch_size={batch_size},' in line
 
 
+def test_memory_is_that_of_the_buffers_in_hbm():
+  buffers = """BufferAssignment:
+allocation 0: size 512, page 0, thread-local:
+allocation 1: size 100, page 0, parameter 3, shape |f32[25]| at ShapeIndex {}, maybe-live-out:
+ value: <108 x.1 @0> (size=100,offset=0): f32[25]{0:T(128)}
+allocation 2: size 20, page 0, parameter 0, shape |f32[5]| at ShapeIndex {}:
+allocation 3: size 3, page 0, output shape is |(f32[25], f32[])|, maybe-live-out:
+allocation 4: size 4, page 0, maybe-live-out:
+allocation 5: size 512, page 0, constant:
+allocation 6: size 1000, page 0, preallocated-temp:
+ value: <113 copy-start.1{0} @1> (size=1000,offset=0): f32[250]{0:T(128)}
+allocation 7: size 5000, color 1, page 0, preallocated-temp:
+"""
+  assert programs.assigned(buffers) == (1000, 1127)
+
+
+class Lowered:
+  """Stands for a step whose compilation writes what XLA does, or fails, or never ends."""
+
+  def __init__(self, *behaviour):
+    self.behaviour = behaviour
+
+  def compile(self, options):
+    folder = pathlib.Path(options['xla_dump_to'])
+    for part in self.behaviour:
+      if part == 'dumps':
+        for pattern in (programs.MEMORY, programs.TEXT, programs.LAST):
+          buffers = 'allocation 0: size 7, page 0, parameter 0, shape'
+          text = buffers if pattern == programs.MEMORY else 'text'
+          (folder / pattern.replace('*', 'module_0000')).write_text(text)
+      elif part == 'hangs':
+        time.sleep(600)
+      elif part == 'dies':
+        os.kill(os.getpid(), signal.SIGKILL)
+      else:
+        raise jax.errors.JaxRuntimeError(part)
+
+
+def test_a_compilation_is_ended_once_the_program_is_written():
+  start = time.monotonic()
+  assert programs.optimised(Lowered, 'dumps', 'hangs') == programs.Program('text', 0, 7)
+  assert time.monotonic() - start < 300
+  assert not multiprocessing.active_children()
+
+
+def test_a_compilation_that_fails_says_why():
+  used = programs.optimised(Lowered, 'Used 20.5G of 15.75G hbm')
+  assert (used.memory, used.limit) == (20.5 * 2**30, 15.75 * 2**30)
+  with pytest.raises(RuntimeError, match='something else'):
+    programs.optimised(Lowered, 'something else')
+  with pytest.raises(RuntimeError, match=r'status -9 before .* --noplan_fast compiles in this'):
+    programs.optimised(Lowered, 'dies')
+
+
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")
 @pytest.mark.slow
 def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
   where, config = costs.target('v5e:2x2', 1), digits()
   config.model = build.for_platform(config.model, where.platform)
-  cost = costs.cost(next(plan.steps(config, where.mesh)), where)
+  step, of = next(plan.steps(config, where.mesh)), (config, 'v5e:2x2', 'train')
+  cost = costs.cost(step, where, programs.optimised(plan.lowered, *of))
   assert cost.limit is None and 0 < cost.temporaries < cost.memory < where.chip.hbm_bytes
   assert cost.traffic > 0 and math.isfinite(cost.flops)
   assert cost.collectives['all-reduce'][1] > 0
+  whole = costs.cost(step, where, programs.compiled(plan.lowered(*of)))
+  memory = {'temporaries': whole.temporaries, 'memory': whole.memory}
+  assert memory == pytest.approx({key: getattr(cost, key) for key in memory}, rel=5e-3)
+  assert whole._replace(seconds=None, accessed=None, **memory) == cost._replace(**memory)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")

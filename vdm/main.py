@@ -47,6 +47,9 @@ _TOPOLOGY = flags.DEFINE_string('topology', '', 'For plan: v5e:2x4, h100:8; else
 _PLAN_SEARCH = flags.DEFINE_integer(
   'plan_search', 4, 'For plan: batches tried for the largest that fits; 0: none.', lower_bound=0
 )
+_PLAN_FAST = flags.DEFINE_bool(
+  'plan_fast', True, 'For plan: no code is generated for TPUs; else it is, which takes minutes.'
+)
 
 
 def main(argv):
@@ -99,7 +102,9 @@ def _command(mode: str) -> Callable[[ConfigDict, epath.Path], int]:
     case 'plan':
       from vdm.planning import plan
 
-      return lambda config, _: plan.run(config, _TOPOLOGY.value, _PLAN_SEARCH.value)
+      return lambda config, _: plan.run(
+        config, _TOPOLOGY.value, _PLAN_SEARCH.value, _PLAN_FAST.value
+      )
   raise AssertionError(mode)
 
 

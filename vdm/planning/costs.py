@@ -1,14 +1,13 @@
 """Counts what a jitted step costs on a slice of TPUs, a node of GPUs or the devices at hand.
 
-For TPUs it is compiled with XLA's TPU compiler, which needs no TPU. For others nothing is compiled:
-FLOPs are counted all the same, memory and traffic are estimated.
+For TPUs XLA's compiler, which needs no TPU, says what the program takes (`vdm.planning.programs`).
+For others nothing is compiled: FLOPs are counted all the same, memory and traffic are estimated.
 """
 
 import importlib.util
 import math
 import os
 import re
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -18,6 +17,7 @@ from jax.sharding import AbstractMesh, Mesh
 from vdm.planning import flops as flops_lib
 from vdm.planning import hlo
 from vdm.planning.chips import GPUS, TPUS, Chip, of_kind
+from vdm.planning.programs import Program
 from vdm.system import parallel
 
 # libtpu would ask Google's cloud for these, and complain where it is not there.
@@ -47,7 +47,7 @@ class Step(NamedTuple):
   images: int  # of one call, over all devices
   calls_per_batch: int  # until these images are done
   calls: int  # in all
-  residuals: float = 0.0  # bytes a device keeps for the gradient, before any compiler fuses
+  residuals: Callable[[], float] | None = None  # bytes a device keeps for the gradient, unfused
 
 
 class Cost(NamedTuple):
@@ -59,7 +59,7 @@ class Cost(NamedTuple):
   temporaries: float | None = None
   memory: float | None = None  # in all
   limit: float | None = None  # what the compiler allows, where the program exceeds it
-  seconds: float | None = None  # of compilation
+  seconds: float | None = None  # of a whole compilation
   accessed: float | None = None  # bytes by XLA's own count: loops once, on-chip memory included
 
 
@@ -121,54 +121,24 @@ def bytes_per_device(tree: Any) -> int:
   )
 
 
-def cost(step: Step, where: Target, compiles: bool = True) -> Cost:
-  """Returns a step's cost: counted in its jaxpr, and compiled if `where` is a slice of TPUs."""
+def cost(step: Step, where: Target, program: Program | None = None) -> Cost:
+  """Returns a step's cost: FLOPs counted in its jaxpr, all else of its program, or estimated."""
   traced = step.function.trace(*step.args)
   devices = where.mesh.size
   matmuls = flops_lib.matmuls(traced.jaxpr.jaxpr, where.platform)
-  flops, arguments = matmuls.flops / devices, bytes_per_device(step.args)
-  if where.platform != 'tpu' or not compiles:
-    moved = matmuls.bytes / devices + (2 if step.residuals else 1) * arguments
-    if not step.residuals:
-      return Cost(flops, moved, {})
-    params = bytes_per_device(step.args[0].params)
-    temporaries = step.residuals + params  # and the gradient
-    collectives = gradient_exchange(params, where.mesh)
-    return Cost(flops, moved, collectives, temporaries, arguments + temporaries)
-  start = time.perf_counter()
-  try:
-    compiled = traced.lower().compile()
-  except jax.errors.JaxRuntimeError as error:
-    used, limit = exceeded(str(error))
-    return Cost(flops, memory=used, limit=limit, seconds=time.perf_counter() - start)
-  seconds, analysis = time.perf_counter() - start, compiled.memory_analysis()
-  memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-  memory += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  traffic = hlo.traffic(compiled.as_text(), devices)
-  return Cost(
-    flops,
-    traffic.bytes,
-    traffic.collectives,
-    analysis.temp_size_in_bytes,
-    memory,
-    seconds=seconds,
-    accessed=compiled.cost_analysis()['bytes accessed'],
-  )
-
-
-def exceeded(message: str) -> tuple[float, float]:
-  """Returns what the compiler says that a program takes and may take, in bytes.
-
-  It says 'Used 20.5G of 15.75G hbm', of all of it, or, of temporaries alone, '(54.47G) exceeds
-  available HBM (15.75G)'. Any other error is not ours, and is raised.
-  """
-  found = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', message) or re.search(
-    r'\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)', message
-  )
-  if not found:
-    raise RuntimeError(message)
-  unit = {'K': 2**10, 'M': 2**20, 'G': 2**30}
-  return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
+  flops = matmuls.flops / devices
+  if program:
+    traffic = hlo.traffic(program.text, devices) if program.text else hlo.Traffic(None, None)
+    return Cost(flops, *traffic, *program[1:])
+  arguments = bytes_per_device(step.args)
+  residuals = step.residuals() if step.residuals else 0
+  moved = matmuls.bytes / devices + (2 if residuals else 1) * arguments
+  if not residuals:
+    return Cost(flops, moved, {})
+  params = bytes_per_device(step.args[0].params)
+  temporaries = residuals + params  # and the gradient
+  collectives = gradient_exchange(params, where.mesh)
+  return Cost(flops, moved, collectives, temporaries, arguments + temporaries)
 
 
 def gradient_exchange(params: float, mesh: Mesh | AbstractMesh) -> dict[str, tuple[int, float]]:

@@ -176,7 +176,8 @@ def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float
   if opcode in ('dynamic-update-slice', 'scatter'):
     return 2 * sum(operands[1:])
   if opcode in ('dynamic-slice', 'slice', 'gather'):
-    return 2 * shape_bytes(instruction.shape)
+    size = shape_bytes(instruction.shape.replace('S(', ''))
+    return size * bool(operands[0]) + shape_bytes(instruction.shape)
   if opcode == 'slice-start':  # ((the array), the slice, a flag)
     size = shape_bytes(_elements(instruction.shape)[1].replace('S(', ''))
     return size * bool(operands[0]) + shape_bytes(_elements(instruction.shape)[1])

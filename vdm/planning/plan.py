@@ -4,9 +4,10 @@
   python -m vdm.main --config=configs/imagenet64.py --mode=plan --topology=h100:8
   python -m vdm.main --config=configs/digits.py --mode=plan      # measures the devices at hand
 
-For a slice of TPUs the steps of training, evaluation and sampling are compiled with XLA's TPU
-compiler, which needs no TPU. For GPUs nothing is compiled, and memory and traffic are estimated.
-Nothing is written, and no data is read but, with config.data.as_found, for its shapes.
+For a slice of TPUs the steps of training, evaluation and sampling are put through XLA's TPU
+compiler, which needs no TPU, up to the generation of code; --noplan_fast compiles them whole. For
+GPUs nothing is compiled, and memory and traffic are estimated. Nothing is written, and no data is
+read but, with config.data.as_found, for its shapes.
 """
 
 import functools
@@ -29,6 +30,7 @@ from vdm.errors import require
 from vdm.evaluation.bound import jit_step
 from vdm.planning.chips import Chip
 from vdm.planning.costs import Cost, Step, Target, bytes_per_device, cost, num_devices, target
+from vdm.planning.programs import compiled, optimised
 from vdm.planning.table import column, gib, notes, table
 from vdm.sampling.draw import make_guidance, unguided
 from vdm.system import parallel
@@ -91,7 +93,7 @@ def train_step(
   function = functools.partial(step_lib.train_step, how)
   args = (state, _batch(data, mesh, how.batch_size))
   jitted = jit_runner(function, mesh, state).program
-  residuals = residual_bytes(how, data, mesh, state)
+  residuals = functools.partial(residual_bytes, how, data, mesh, state)
   return Step('train', jitted, args, how.batch_size, 1, num_steps, residuals)
 
 
@@ -255,8 +257,22 @@ def search(
   return lines
 
 
-def run(config: ConfigDict, topology: str, budget: int) -> int:
+def lowered(config: ConfigDict, topology: str, name: str) -> jax.stages.Lowered:
+  """Returns the step of that name of a run on a slice of TPUs, ready to be compiled."""
+  jax.config.update('jax_platforms', 'cpu')
+  where = target(topology, config.parallel.fsdp)
+  step = next(step for step in steps(config, where.mesh) if step.name == name)
+  return step.function.trace(*step.args).lower()
+
+
+def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> int:
   """Runs --mode=plan: prints the table of --topology, or of the devices at hand, and what fits.
+
+  Args:
+    config: of the run.
+    topology: 'v5e:8x8' or 'h100:8'; '' for the devices at hand.
+    budget: how many batches may be tried for the largest that fits.
+    fast: for TPUs, no code is generated, which most of the time of a compilation is taken by.
 
   Returns:
     The process's exit status, 1 for a run that does not fit.
@@ -270,43 +286,42 @@ def run(config: ConfigDict, topology: str, budget: int) -> int:
   config = config.copy_and_resolve_references().unlock()
   config.data = as_found(config.data)
   config.model = build.for_platform(config.model, where.platform)
-  columns, of_training, failure = {}, None, ''
+
+  def cost_in(changed: ConfigDict, step: Step) -> Cost:
+    args, program = (changed, topology, step.name), None
+    if topology and where.platform == 'tpu':
+      program = optimised(lowered, *args) if fast else compiled(lowered(*args))
+    return cost(step, where, program)
+
+  def cost_of(size: int, remat: bool) -> Cost:
+    if (size, remat) == (config.train.batch_size, own):
+      return costs['train']
+    changed = config.copy_and_resolve_references()
+    changed.train.batch_size = size
+    if 'remat' in changed.model:
+      changed.model.remat = remat
+    return cost_in(changed, next(steps(changed, where.mesh)))
+
+  own = config.model.remat if 'remat' in config.model else False
+  columns, costs, failure = {}, {}, ''
   init = build.init_state(config, build.model(config))
   for step in steps(config, where.mesh):
     logging.info('%s on %s: the step of %s', config.name, where.name, step.name)
     measured = [] if topology else measure(step, init, where.mesh)
-    of = cost(step, where, compiles=bool(topology))
+    of = costs[step.name] = cost_in(config, step)
     columns[step.name] = column(step, of, where, config.model.dtype, measured)
-    of_training = of_training or of
     if topology and step.name == 'train' and not fits(of, where.chip):
       found = advice(config.train, config.model, of, where, bytes_per_device(step.args[0]))
       failure = f'{config.name} does not fit {where.name}: {found}'
   print(f'{config.name} on {where.name}, {config.model.dtype}\n')
   print(table(columns))
-  print(f'\n{notes(where, not topology)}')
+  print(f'\n{notes(where, fast, not topology)}')
   if topology and budget:
-    print('\n'.join(_largest_batches(config, where, of_training, budget)))
+    state = bytes_per_device(parallel.abstract_state(where.mesh, init))
+    remat = (own, not own) if 'remat' in config.model else ()
+    print('\n'.join(search(cost_of, config.train, remat, state, where, budget)))
   elif topology:
     print('--plan_search=0: the largest batch that fits was not looked for.')
   if failure:
     print(failure)
   return 1 if failure else 0
-
-
-def _largest_batches(config: ConfigDict, where: Target, known: Cost, budget: int) -> list[str]:
-  """Returns the lines of `search` for a config, whose own cost is known."""
-  state = parallel.abstract_state(where.mesh, build.init_state(config, build.model(config)))
-  own = config.model.remat if 'remat' in config.model else False
-
-  def cost_of(size, remat):
-    if (size, remat) == (config.train.batch_size, own):
-      return known
-    changed = config.copy_and_resolve_references()
-    changed.train.batch_size = size
-    if 'remat' in changed.model:
-      changed.model.remat = remat
-    how = recipe(changed, build.model(changed))
-    return cost(train_step(how, changed.data, changed.train.num_steps, where.mesh, state), where)
-
-  choices = (own, not own) if 'remat' in config.model else ()
-  return search(cost_of, config.train, choices, bytes_per_device(state), where, budget)

@@ -74,19 +74,21 @@ COUNTED = (
   'length, what remat computes again included. '
 )
 COMPILED = (
-  "Memory, HBM traffic and collectives are those of XLA's compiled program, loops and all, traffic "
-  "times the length of its loops; arrays without the padding of their tiles. XLA's own count of "
-  'what is accessed takes loops once, and on-chip memory for HBM.'
+  "Memory, HBM traffic and collectives are those of XLA's program for the chip, loops and all, "
+  'traffic times the length of its loops; arrays without the padding of their tiles. '
 )
+NO_CODE = 'No code was generated: --noplan_fast does, and says how long it takes.'
+ACCESSED = "XLA's own count of what is accessed takes loops once, and on-chip memory for HBM."
 ESTIMATED = (
   'Nothing was compiled. Memory is what JAX keeps for the gradient, before fusion, with state and '
   'gradient; traffic that of every product and convolution, with all else fused; both are rough.'
 )
 
 
-def notes(where: Target, measured: bool) -> str:
+def notes(where: Target, fast: bool, measured: bool) -> str:
   """Returns how the numbers of the table came about."""
-  how = COMPILED if where.platform == 'tpu' and not measured else ESTIMATED
+  compiled = where.platform == 'tpu' and not measured
+  how = COMPILED + (NO_CODE if fast else ACCESSED) if compiled else ESTIMATED
   times = (
     'Times are lower bounds, at the peak of the chip and of all its links.' if where.chip else ''
   )

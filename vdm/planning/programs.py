@@ -1,0 +1,153 @@
+"""Gets what XLA's TPU compiler makes of a step: the program, and the memory that it takes.
+
+Most of a compilation for TPUs, 96 % for a convolution of 384 channels, is the generation of code
+for a program whose memory and traffic are settled. The compiler cannot be told to stop before, so
+a process of its own compiles, which is ended once the program is written.
+"""
+
+import contextlib
+import multiprocessing
+import pathlib
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+POLL_SECONDS = 0.3
+# Files of XLA's dump, in the order in which they are written.
+MEMORY = '*.after_optimizations-buffer-assignment.txt'
+TEXT = '*.after_optimizations.txt'
+LAST = '*.after_optimizations_after_buffer_assignment.txt'
+ERROR = 'error'
+
+
+class Program(NamedTuple):
+  """Holds what a compiled program takes on one device; None stands for what is not known."""
+
+  text: str = ''  # HLO, on which `hlo.traffic` counts
+  temporaries: float | None = None
+  memory: float | None = None  # in all
+  limit: float | None = None  # what the compiler allows, where the program exceeds it
+  seconds: float | None = None  # of a whole compilation
+  accessed: float | None = None  # bytes by XLA's own count: loops once, on-chip memory included
+
+
+def compiled(lowered: jax.stages.Lowered) -> Program:
+  """Returns the program of a whole compilation, in this process.
+
+  Raises:
+    RuntimeError: it failed, and not for want of memory.
+  """
+  start = time.perf_counter()
+  try:
+    with _uncached():
+      of = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    used, limit = exceeded(str(error))
+    return Program(memory=used, limit=limit, seconds=time.perf_counter() - start)
+  seconds, analysis = time.perf_counter() - start, of.memory_analysis()
+  memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
+  memory += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  accessed = of.cost_analysis()['bytes accessed']
+  return Program(
+    of.as_text(), analysis.temp_size_in_bytes, memory, seconds=seconds, accessed=accessed
+  )
+
+
+def optimised(lower: Callable[..., jax.stages.Lowered], *args) -> Program:
+  """Returns the program before code is generated, by a process that is ended then.
+
+  Args:
+    lower: a function of a module, called in the other process.
+    *args: its arguments, which can be pickled.
+
+  Raises:
+    RuntimeError: the other process failed, and not for want of the device's memory.
+  """
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    context = multiprocessing.get_context('spawn')  # threads of JAX do not survive a fork
+    process = context.Process(target=_compile, args=(folder, lower, args), daemon=True)
+    process.start()
+    try:
+      while process.is_alive() and not _is_written(folder):
+        process.join(POLL_SECONDS)
+    finally:
+      process.kill()
+      process.join()
+    if (folder / ERROR).exists():
+      used, limit = exceeded((folder / ERROR).read_text())
+      return Program(memory=used, limit=limit)
+    if not list(folder.glob(LAST)):
+      raise RuntimeError(
+        f'the process that compiles ended with status {process.exitcode} before the program was '
+        'written; -9 is mostly want of memory; --noplan_fast compiles in this process.'
+      )
+    (text,), (buffers,) = folder.glob(TEXT), folder.glob(MEMORY)
+    return Program(text.read_text(), *assigned(buffers.read_text()))
+
+
+def _compile(folder: pathlib.Path, lower: Callable, args: tuple):
+  """Compiles, and has the program written into the folder; or the error."""
+  options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
+  try:
+    with _uncached():
+      lower(*args).compile(options)
+  except jax.errors.JaxRuntimeError as error:
+    (folder / ERROR).write_text(str(error))
+
+
+@contextlib.contextmanager
+def _uncached():
+  """Keeps JAX from its cache of programs, whose entries only a device could read."""
+  enabled = jax.config.jax_enable_compilation_cache
+  jax.config.update('jax_enable_compilation_cache', False)
+  compilation_cache.reset_cache()  # it has decided once for all, else
+  try:
+    yield
+  finally:
+    jax.config.update('jax_enable_compilation_cache', enabled)
+    compilation_cache.reset_cache()
+
+
+def _is_written(folder: pathlib.Path) -> bool:
+  """Returns whether the program is there, and no longer grows."""
+  sizes = lambda: [path.stat().st_size for path in sorted(folder.glob('*.after_optimizations*'))]
+  if not list(folder.glob(LAST)):
+    return False
+  before = sizes()
+  time.sleep(POLL_SECONDS)
+  return all(before) and sizes() == before
+
+
+def assigned(text: str) -> tuple[float, float]:
+  """Returns a program's temporaries, and its memory in all, by XLA's assignment of buffers.
+
+  Arguments, results and temporaries in HBM are counted, not constants, nor what is on the chip,
+  whose allocations have a color.
+  """
+  sizes = {'parameter': 0, 'live-out': 0, 'preallocated-temp': 0}
+  for size, rest in re.findall(r'^allocation \d+: size (\d+), page \d+, (.*)', text, re.M):
+    kind = next((kind for kind in sizes if kind in rest), None)  # what is both is a parameter
+    if kind:
+      sizes[kind] += int(size)
+  return sizes['preallocated-temp'], sum(sizes.values())
+
+
+def exceeded(message: str) -> tuple[float, float]:
+  """Returns what the compiler says that a program takes and may take, in bytes.
+
+  It says 'Used 20.5G of 15.75G hbm', of all of it, or, of temporaries alone, '(54.47G) exceeds
+  available HBM (15.75G)'. Any other error is not ours, and is raised.
+  """
+  found = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', message) or re.search(
+    r'\(([\d.]+)([KMG])\) exceeds available HBM \(([\d.]+)([KMG])\)', message
+  )
+  if not found:
+    raise RuntimeError(message)
+  unit = {'K': 2**10, 'M': 2**20, 'G': 2**30}
+  return float(found[1]) * unit[found[2]], float(found[3]) * unit[found[4]]
