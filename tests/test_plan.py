@@ -359,7 +359,8 @@ def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
   assert f'--config.train.batch_size={batch_size},' in line
 
 
-def test_memory_is_that_of_the_buffers_in_hbm():
+@pytest.mark.parametrize('page', [', page 0', ''])  # libtpu 0.0.52 has pages, 0.0.42 has not
+def test_memory_is_that_of_the_buffers_in_hbm(page):
   buffers = """BufferAssignment:
 allocation 0: size 512, page 0, thread-local:
 allocation 1: size 100, page 0, parameter 3, shape |f32[25]| at ShapeIndex {}, maybe-live-out:
@@ -372,7 +373,9 @@ allocation 6: size 1000, page 0, preallocated-temp:
  value: <113 copy-start.1{0} @1> (size=1000,offset=0): f32[250]{0:T(128)}
 allocation 7: size 5000, color 1, page 0, preallocated-temp:
 """
-  assert programs.assigned(buffers) == (1000, 1127)
+  assert programs.assigned(buffers.replace(', page 0', page)) == (1000, 1127)
+  with pytest.raises(RuntimeError, match='in another way; --noplan_fast'):
+    programs.assigned(buffers.replace('allocation', 'buffer'))
 
 
 class Lowered:
@@ -424,9 +427,8 @@ def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed):
   assert cost.traffic > 0 and math.isfinite(cost.flops)
   assert cost.collectives['all-reduce'][1] > 0
   whole = costs.cost(step, where, programs.compiled(plan.lowered(*of)))
-  memory = {'temporaries': whole.temporaries, 'memory': whole.memory}
-  assert memory == pytest.approx({key: getattr(cost, key) for key in memory}, rel=5e-3)
-  assert whole._replace(seconds=None, accessed=None, **memory) == cost._replace(**memory)
+  assert whole._replace(seconds=None, accessed=None) == cost
+  assert whole.seconds > 0 and whole.accessed > 0
 
 
 @pytest.mark.skipif(not importlib.util.find_spec('libtpu'), reason="libtpu is XLA's TPU compiler")

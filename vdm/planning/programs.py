@@ -5,7 +5,6 @@ for a program whose memory and traffic are settled. The compiler cannot be told 
 a process of its own compiles, which is ended once the program is written.
 """
 
-import contextlib
 import multiprocessing
 import pathlib
 import re
@@ -40,22 +39,14 @@ def compiled(lowered: jax.stages.Lowered) -> Program:
   """Returns the program of a whole compilation, in this process.
 
   Raises:
-    RuntimeError: it failed, and not for want of memory.
+    RuntimeError: it failed, and not for want of the device's memory.
   """
-  start = time.perf_counter()
-  try:
-    with _uncached():
-      of = lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    used, limit = exceeded(str(error))
-    return Program(memory=used, limit=limit, seconds=time.perf_counter() - start)
-  seconds, analysis = time.perf_counter() - start, of.memory_analysis()
-  memory = analysis.argument_size_in_bytes + analysis.temp_size_in_bytes
-  memory += analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  accessed = of.cost_analysis()['bytes accessed']
-  return Program(
-    of.as_text(), analysis.temp_size_in_bytes, memory, seconds=seconds, accessed=accessed
-  )
+  with tempfile.TemporaryDirectory() as name:
+    folder, start = pathlib.Path(name), time.perf_counter()
+    found = _compile(lowered, folder)
+    seconds = time.perf_counter() - start
+    program = _program(folder)._replace(seconds=seconds)
+    return program._replace(accessed=found.cost_analysis()['bytes accessed']) if found else program
 
 
 def optimised(lower: Callable[..., jax.stages.Lowered], *args) -> Program:
@@ -71,7 +62,7 @@ def optimised(lower: Callable[..., jax.stages.Lowered], *args) -> Program:
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     context = multiprocessing.get_context('spawn')  # threads of JAX do not survive a fork
-    process = context.Process(target=_compile, args=(folder, lower, args), daemon=True)
+    process = context.Process(target=_compile_here, args=(folder, lower, args), daemon=True)
     process.start()
     try:
       while process.is_alive() and not _is_written(folder):
@@ -79,39 +70,42 @@ def optimised(lower: Callable[..., jax.stages.Lowered], *args) -> Program:
     finally:
       process.kill()
       process.join()
-    if (folder / ERROR).exists():
-      used, limit = exceeded((folder / ERROR).read_text())
-      return Program(memory=used, limit=limit)
-    if not list(folder.glob(LAST)):
+    if not list(folder.glob(LAST)) and not (folder / ERROR).exists():
       raise RuntimeError(
         f'the process that compiles ended with status {process.exitcode} before the program was '
         'written; -9 is mostly want of memory; --noplan_fast compiles in this process.'
       )
-    (text,), (buffers,) = folder.glob(TEXT), folder.glob(MEMORY)
-    return Program(text.read_text(), *assigned(buffers.read_text()))
+    return _program(folder)
 
 
-def _compile(folder: pathlib.Path, lower: Callable, args: tuple):
-  """Compiles, and has the program written into the folder; or the error."""
+def _compile_here(folder: pathlib.Path, lower: Callable, args: tuple):
+  """Does what the other process is for."""
+  _compile(lower(*args), folder)
+
+
+def _compile(lowered: jax.stages.Lowered, folder: pathlib.Path) -> jax.stages.Compiled | None:
+  """Compiles, and has the program written into the folder; or the error, and returns None."""
   options = {'xla_dump_to': str(folder), 'xla_dump_hlo_as_text': True}
-  try:
-    with _uncached():
-      lower(*args).compile(options)
-  except jax.errors.JaxRuntimeError as error:
-    (folder / ERROR).write_text(str(error))
-
-
-@contextlib.contextmanager
-def _uncached():
-  """Keeps JAX from its cache of programs, whose entries only a device could read."""
   enabled = jax.config.jax_enable_compilation_cache
+  # what is found in the cache is not written, and only a device could read it
   jax.config.update('jax_enable_compilation_cache', False)
   compilation_cache.reset_cache()  # it has decided once for all, else
   try:
-    yield
+    return lowered.compile(options)
+  except jax.errors.JaxRuntimeError as error:
+    (folder / ERROR).write_text(str(error))
   finally:
     jax.config.update('jax_enable_compilation_cache', enabled)
     compilation_cache.reset_cache()
+
+
+def _program(folder: pathlib.Path) -> Program:
+  """Returns what is written in the folder."""
+  if (folder / ERROR).exists():
+    used, limit = exceeded((folder / ERROR).read_text())
+    return Program(memory=used, limit=limit)
+  (text,), (buffers,) = folder.glob(TEXT), folder.glob(MEMORY)
+  return Program(text.read_text(), *assigned(buffers.read_text()))
 
 
 def _is_written(folder: pathlib.Path) -> bool:
@@ -129,12 +123,19 @@ def assigned(text: str) -> tuple[float, float]:
 
   Arguments, results and temporaries in HBM are counted, not constants, nor what is on the chip,
   whose allocations have a color.
+
+  Raises:
+    RuntimeError: no argument, result or temporary is found.
   """
   sizes = {'parameter': 0, 'live-out': 0, 'preallocated-temp': 0}
-  for size, rest in re.findall(r'^allocation \d+: size (\d+), page \d+, (.*)', text, re.M):
+  for size, rest in re.findall(r'^allocation \d+: size (\d+), (?!color)(.*)', text, re.M):
     kind = next((kind for kind in sizes if kind in rest), None)  # what is both is a parameter
     if kind:
       sizes[kind] += int(size)
+  if not any(sizes.values()):
+    raise RuntimeError(
+      'this libtpu writes its buffers in another way; --noplan_fast asks for their sizes.'
+    )
   return sizes['preallocated-temp'], sum(sizes.values())
 
 
