@@ -23,6 +23,7 @@ TABLE = pathlib.Path('docs/loss_grid.csv')
 NAMES = 'x', 'v', 'eps'
 METRICS = {'bits_per_dim': 'bits/dim', 'fd_classifier': 'FD-classifier'}
 PREVIEWS = 6  # images in a row of a run's samples
+GAP = 5  # pixels of white on each side of these
 Cells = dict[tuple[str, str, str], list[dict]]  # (patch, predicted, loss of) -> runs
 
 
@@ -93,7 +94,8 @@ def samples(cells: Cells, runs: pathlib.Path) -> np.ndarray:
         labels = (row[axis] for axis in ('patch', 'prediction', 'space', 'seed'))
         (path,) = (runs / '+'.join(labels) / 'samples').glob('step_*.png')
         grid = np.asarray(Image.open(path))[::2, ::2]
-        strips.append(grid[: grid.shape[0] // PREVIEWS])
+        strip = grid[: grid.shape[0] // PREVIEWS]
+        strips.append(np.pad(strip, ((0, 0), (GAP, GAP)), constant_values=255))
       rows.append(np.concatenate(strips, axis=1))
     blocks[f'{patch} x {patch}'] = np.concatenate(rows)[..., None]
   drawn = style.label_grid(blocks, NAMES, NAMES, title='loss of (across), predicted (down)')

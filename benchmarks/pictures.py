@@ -163,6 +163,20 @@ PICTURES = {
   'weightings_loss': _curves('weightings', 'loss', 'plot_lines'),
   'weightings_weight': _curves('weightings', 'weight', 'plot_panels'),
   'weightings_density': _curves('weightings', 'density', 'plot_panels'),
+  'loss_grid': Picture(
+    ('python -m benchmarks.loss_grid --plot=RUNS/loss_grid.png',),
+    'loss_grid.png',
+    ('benchmarks/loss_grid.py:plot',),
+    'docs/loss_grid.csv',
+  ),
+  'loss_grid_samples': Picture(
+    (
+      'python -m vdm.ablate --config=configs/ablations/loss_grid.py --workdir=RUNS/loss_grid',
+      'python -m benchmarks.loss_grid --runs=RUNS/loss_grid',
+    ),
+    'loss_grid/loss_grid_samples.png',
+    ('benchmarks/loss_grid.py:samples',),
+  ),
   'front_fashion_mnist': _curves('front_fashion_mnist', 'bits_per_dim', 'plot_lines'),
   'schedules_loss': _curves('schedules', 'loss', 'plot_lines'),
   'schedules_density': _curves('schedules', 'density', 'plot_panels'),

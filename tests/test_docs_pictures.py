@@ -34,7 +34,8 @@ def test_no_picture_is_older_than_the_code_that_draws_it(pictures):
 @pytest.fixture
 def copy(tmp_path, pictures):
   """The files that draw, to be edited: (file, *edits) -> the pictures that are others then."""
-  places = [*pictures.DRAWING.values(), 'examples', 'benchmarks/campaign/soak.py', 'docs']
+  drawing = ['benchmarks/campaign/soak.py', 'benchmarks/loss_grid.py']
+  places = [*pictures.DRAWING.values(), *drawing, 'examples', 'docs']
   for place in places:
     target = tmp_path / place
     target.parent.mkdir(parents=True, exist_ok=True)

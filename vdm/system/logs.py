@@ -1,5 +1,6 @@
 """Writes what a person reads while a command runs: one line per event."""
 
+import importlib.util
 import os
 import time
 
@@ -9,6 +10,12 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 console = Console(stderr=True)
+# folders, whole: a checkout called vdm may hold an environment with every other package
+_OURS = tuple(
+  os.path.join(os.path.dirname(spec.origin), '')
+  for spec in map(importlib.util.find_spec, ('vdm', 'clu'))
+  if spec and spec.origin
+)
 
 
 def _ours_or_serious(record) -> bool:
@@ -18,8 +25,8 @@ def _ours_or_serious(record) -> bool:
   """
   if record.name == 'asyncio' and 'never retrieved' in record.getMessage():
     return False  # tasks of Orbax, of which it raises the first one's error
-  ours = any(f'{os.sep}{name}{os.sep}' in record.pathname for name in ('vdm', 'clu'))
-  return ours or record.levelno >= logging.converter.STANDARD_WARNING
+  serious = record.levelno >= logging.converter.STANDARD_WARNING
+  return serious or record.pathname.startswith(_OURS)
 
 
 class _PlainFormatter(logging.PythonFormatter):
