@@ -1,6 +1,5 @@
 """Writes what a person reads while a command runs: one line per event."""
 
-import importlib.util
 import os
 import time
 
@@ -10,12 +9,8 @@ from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 
 console = Console(stderr=True)
-# folders, whole: a checkout called vdm may hold an environment with every other package
-_OURS = tuple(
-  os.path.join(os.path.dirname(spec.origin), '')
-  for spec in map(importlib.util.find_spec, ('vdm', 'clu'))
-  if spec and spec.origin
-)
+# the whole folder: a checkout called vdm may hold an environment with every other package
+_OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), '')
 
 
 def _ours_or_serious(record) -> bool:
@@ -26,7 +21,8 @@ def _ours_or_serious(record) -> bool:
   if record.name == 'asyncio' and 'never retrieved' in record.getMessage():
     return False  # tasks of Orbax, of which it raises the first one's error
   serious = record.levelno >= logging.converter.STANDARD_WARNING
-  return serious or record.pathname.startswith(_OURS)
+  ours = record.pathname.startswith(_OURS) or f'{os.sep}clu{os.sep}' in record.pathname
+  return serious or ours
 
 
 class _PlainFormatter(logging.PythonFormatter):
