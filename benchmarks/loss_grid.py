@@ -1,4 +1,4 @@
-"""The page of the grid of losses: its table, its plot and its samples.
+"""Makes the table, the plot and the samples of docs/loss_grid.md.
 
   python -m benchmarks.loss_grid --runs=DIR        # prints the table, writes docs/loss_grid.csv
   python -m benchmarks.loss_grid --plot=OUT.png    # draws docs/loss_grid.csv

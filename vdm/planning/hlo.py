@@ -178,9 +178,6 @@ def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float
   if opcode in ('dynamic-slice', 'slice', 'gather'):
     size = shape_bytes(instruction.shape.replace('S(', ''))
     return size * bool(operands[0]) + shape_bytes(instruction.shape)
-  if opcode == 'slice-start':  # ((the array), the slice, a flag)
-    size = shape_bytes(_elements(instruction.shape)[1].replace('S(', ''))
-    return size * bool(operands[0]) + shape_bytes(_elements(instruction.shape)[1])
   if opcode.endswith('-start'):  # its result repeats its operands
     return max(shape_bytes(instruction.shape), sum(operands))
   return shape_bytes(instruction.shape) + sum(operands)

@@ -272,7 +272,7 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
     config: of the run.
     topology: 'v5e:8x8' or 'h100:8'; '' for the devices at hand.
     budget: how many batches may be tried for the largest that fits.
-    fast: for TPUs, no code is generated, which most of the time of a compilation is taken by.
+    fast: leaves out the generation of code for TPUs, which takes most of a compilation's time.
 
   Returns:
     The process's exit status, 1 for a run that does not fit.
@@ -288,9 +288,10 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
   config.model = build.for_platform(config.model, where.platform)
 
   def cost_in(changed: ConfigDict, step: Step) -> Cost:
-    args, program = (changed, topology, step.name), None
+    program = None
     if topology and where.platform == 'tpu':
-      program = optimised(lowered, *args) if fast else compiled(lowered(*args))
+      here = lambda: compiled(step.function.trace(*step.args).lower())
+      program = optimised(lowered, changed, topology, step.name) if fast else here()
     return cost(step, where, program)
 
   def cost_of(size: int, remat: bool) -> Cost:

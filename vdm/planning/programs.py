@@ -1,8 +1,8 @@
 """Gets what XLA's TPU compiler makes of a step: the program, and the memory that it takes.
 
-Most of a compilation for TPUs, 96 % for a convolution of 384 channels, is the generation of code
-for a program whose memory and traffic are settled. The compiler cannot be told to stop before, so
-a process of its own compiles, which is ended once the program is written.
+Most of a compilation for TPUs is the generation of code for a program whose memory and traffic are
+settled (docs/plans.md). The compiler cannot be told to stop before, so a process of its own
+compiles, which is ended once the program is written.
 """
 
 import multiprocessing
@@ -22,6 +22,7 @@ MEMORY = '*.after_optimizations-buffer-assignment.txt'
 TEXT = '*.after_optimizations.txt'
 LAST = '*.after_optimizations_after_buffer_assignment.txt'
 ERROR = 'error'
+REMEDY = 'plans have been made with libtpu 0.0.42 and 0.0.52: install one of them'
 
 
 class Program(NamedTuple):
@@ -39,7 +40,7 @@ def compiled(lowered: jax.stages.Lowered) -> Program:
   """Returns the program of a whole compilation, in this process.
 
   Raises:
-    RuntimeError: it failed, and not for want of the device's memory.
+    RuntimeError: it failed, and not for want of the device's memory, or wrote no program.
   """
   with tempfile.TemporaryDirectory() as name:
     folder, start = pathlib.Path(name), time.perf_counter()
@@ -57,7 +58,8 @@ def optimised(lower: Callable[..., jax.stages.Lowered], *args) -> Program:
     *args: its arguments, which can be pickled.
 
   Raises:
-    RuntimeError: the other process failed, and not for want of the device's memory.
+    RuntimeError: the other process failed, and not for want of the device's memory, or wrote no
+      program.
   """
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -70,16 +72,17 @@ def optimised(lower: Callable[..., jax.stages.Lowered], *args) -> Program:
     finally:
       process.kill()
       process.join()
-    if not list(folder.glob(LAST)) and not (folder / ERROR).exists():
+    written = list(folder.glob(LAST)) or (folder / ERROR).exists()
+    if process.exitcode and not written:
       raise RuntimeError(
         f'the process that compiles ended with status {process.exitcode} before the program was '
-        'written; -9 is mostly want of memory; --noplan_fast compiles in this process.'
+        'written; -9 is mostly want of memory on this machine.'
       )
     return _program(folder)
 
 
 def _compile_here(folder: pathlib.Path, lower: Callable, args: tuple):
-  """Does what the other process is for."""
+  """Compiles in the other process."""
   _compile(lower(*args), folder)
 
 
@@ -104,8 +107,11 @@ def _program(folder: pathlib.Path) -> Program:
   if (folder / ERROR).exists():
     used, limit = exceeded((folder / ERROR).read_text())
     return Program(memory=used, limit=limit)
-  (text,), (buffers,) = folder.glob(TEXT), folder.glob(MEMORY)
-  return Program(text.read_text(), *assigned(buffers.read_text()))
+  found = [next(folder.glob(pattern), None) for pattern in (TEXT, MEMORY)]
+  if None in found:
+    raise RuntimeError(f'this libtpu has written no program; {REMEDY}.')
+  text, buffers = (path.read_text() for path in found if path)
+  return Program(text, *assigned(buffers))
 
 
 def _is_written(folder: pathlib.Path) -> bool:
@@ -119,7 +125,7 @@ def _is_written(folder: pathlib.Path) -> bool:
 
 
 def assigned(text: str) -> tuple[float, float]:
-  """Returns a program's temporaries, and its memory in all, by XLA's assignment of buffers.
+  """Returns a program's temporaries, and its memory in all, in bytes, by XLA's buffers.
 
   Arguments, results and temporaries in HBM are counted, not constants, nor what is on the chip,
   whose allocations have a color.
@@ -133,9 +139,7 @@ def assigned(text: str) -> tuple[float, float]:
     if kind:
       sizes[kind] += int(size)
   if not any(sizes.values()):
-    raise RuntimeError(
-      'this libtpu writes its buffers in another way; --noplan_fast asks for their sizes.'
-    )
+    raise RuntimeError(f'this libtpu writes its buffers in a way that is not known; {REMEDY}.')
   return sizes['preallocated-temp'], sum(sizes.values())
 
 

@@ -21,8 +21,7 @@ def _ours_or_serious(record) -> bool:
   if record.name == 'asyncio' and 'never retrieved' in record.getMessage():
     return False  # tasks of Orbax, of which it raises the first one's error
   serious = record.levelno >= logging.converter.STANDARD_WARNING
-  ours = record.pathname.startswith(_OURS) or f'{os.sep}clu{os.sep}' in record.pathname
-  return serious or ours
+  return serious or record.pathname.startswith(_OURS)
 
 
 class _PlainFormatter(logging.PythonFormatter):
