@@ -57,12 +57,17 @@ def shape_bytes(shape: str) -> int:
 
 def parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
   """Returns HLO's text as computations by name, and the name of the entry."""
-  computations, entry, body = {}, '', []
+  computations, entry, body, shapes = {}, '', [], {}
   for line in text.splitlines():
     if head := re.match(r'(ENTRY )?%?([\w.-]+) \(.*\{$', line):
-      body = computations[head[2]] = []
+      body, shapes = computations.setdefault(head[2], []), {}
       entry = head[2] if head[1] else entry
     elif line.startswith(' ') and (instruction := _instruction(line)):
+      for part in (name for name in instruction.operands if '#' in name and name not in shapes):
+        whole, _, index = part.rpartition('#')  # '%loop#1' stands for get-tuple-element of %loop
+        shapes[part] = _parts(shapes[whole])[int(index)]
+        body.append(Instruction(part, shapes[part], 'get-tuple-element', (whole,), '', False))
+      shapes[instruction.name] = instruction.shape
       body.append(instruction)
   return computations, entry
 
@@ -75,7 +80,7 @@ def _instruction(line: str) -> Instruction | None:
   shape, rest = _balanced(line[head.end() :])
   opcode = re.match(r'\s*([\w-]+)', rest)[1]
   operands, attributes = _balanced(rest[rest.index('(') :])
-  names = tuple(re.findall(r'%([\w.-]+)', operands)) or tuple(operands.strip('()').split())
+  names = tuple(re.findall(r'%([\w.#-]+)', operands)) or tuple(operands.strip('()').split())
   return Instruction(head[2], shape, opcode, names, attributes, bool(head[1]))
 
 
@@ -178,6 +183,9 @@ def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float
   if opcode in ('dynamic-slice', 'slice', 'gather'):
     size = shape_bytes(instruction.shape.replace('S(', ''))
     return size * bool(operands[0]) + shape_bytes(instruction.shape)
+  if opcode == 'slice-start':  # ((the array), the slice, a flag)
+    size = shape_bytes(_elements(instruction.shape)[1].replace('S(', ''))
+    return size * bool(operands[0]) + shape_bytes(_elements(instruction.shape)[1])
   if opcode.endswith('-start'):  # its result repeats its operands
     return max(shape_bytes(instruction.shape), sum(operands))
   return shape_bytes(instruction.shape) + sum(operands)
@@ -231,8 +239,20 @@ def _written(result: Instruction, inside: dict[str, Instruction], computations: 
   return math.inf
 
 
+def _parts(shape: str) -> list[str]:
+  """Returns the shapes, which may be tuples, that a tuple's shape is made of."""
+  parts, depth = [''], 0
+  for character in re.sub(r'/\*.*?\*/', '', shape)[1:-1]:
+    depth += (character in '([{') - (character in ')]}')
+    if character == ',' and not depth:
+      parts.append('')
+    else:
+      parts[-1] += character
+  return parts
+
+
 def _elements(shape: str) -> list[str]:
-  """Returns the parts of a tuple's shape, or the shape."""
+  """Returns the arrays in a tuple's shape, or the shape."""
   return re.findall(r'[a-z]\w*\[[^\]]*\](?:\{[^}]*\})?', shape)
 
 
