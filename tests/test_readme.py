@@ -116,7 +116,8 @@ def test_every_flag_that_is_typed_somewhere_exists(page, monkeypatch):
   for words in commands(page.read_text()):
     chosen = [word for word in words if re.match(r'--config(\.|=configs/)', word)]  # not their own
     others = {word[2:].partition('=')[0] for word in words if word.startswith('--')} - {'config'}
-    assert {name for name in others if not name.startswith('config.')} <= set(flags.FLAGS)
+    known = {*flags.FLAGS, *(f'no{name}' for name in flags.FLAGS if flags.FLAGS[name].boolean)}
+    assert {name for name in others if not name.startswith('config.')} <= known
     if not any(word.startswith('--config=') for word in chosen):
       file = 'configs/digits.py' if 'digits' in page.name else 'configs/default.py'
       chosen.insert(0, f'--config={file}')

@@ -22,7 +22,7 @@ MEMORY = '*.after_optimizations-buffer-assignment.txt'
 TEXT = '*.after_optimizations.txt'
 LAST = '*.after_optimizations_after_buffer_assignment.txt'
 ERROR = 'error'
-REMEDY = 'plans have been made with libtpu 0.0.42 and 0.0.52: install one of them'
+REMEDY = 'plans have been made with libtpu 0.0.42, 0.0.50 and 0.0.52: install one of them'
 
 
 class Program(NamedTuple):
