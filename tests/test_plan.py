@@ -144,6 +144,18 @@ def test_parts_of_a_tuple_of_tuples():
   assert [part.strip() for part in hlo._parts(shape)] == [inner, 'u8[2]{0:S(1)}', 'pred[]']
 
 
+def test_a_tuple_of_thousands_is_read_in_seconds():
+  # split once per part, it would take minutes
+  n = 6000
+  shape = ', '.join([f'f32[{n}]{{0:T(128)}}'] * n)
+  lines = [f'  %x{i} = f32[{n}]{{0:T(128)}} negate(%loop#{i})' for i in range(n)]
+  head = f'ENTRY %main (p: ({shape})) -> f32[] {{\n  %loop = ({shape}) parameter(0)\n'
+  start = time.perf_counter()
+  moved = hlo.traffic(head + '\n'.join(lines) + '\n}\n', 1).bytes
+  assert time.perf_counter() - start < 20
+  assert moved == n * 2 * 4 * n
+
+
 @pytest.mark.parametrize(
   'shape, size',
   [
@@ -438,11 +450,11 @@ def test_compiles_for_a_slice_that_is_not_here(rank_promotion_allowed, tmp_path)
   where, config = costs.target('v5e:2x2', 1), digits()
   config.model = build.for_platform(config.model, where.platform)
   step, of = next(plan.steps(config, where.mesh)), (config, 'v5e:2x2', 'train')
-  cost = costs.cost(step, where, programs.optimised(plan.lowered, *of))
+  cost = costs.cost(step, where, lambda: programs.optimised(plan.lowered, *of))
   assert cost.limit is None and 0 < cost.temporaries < cost.memory < where.chip.hbm_bytes
   assert cost.traffic > 0 and math.isfinite(cost.flops)
   assert cost.collectives['all-reduce'][1] > 0
-  whole = costs.cost(step, where, programs.compiled(plan.lowered(*of)))
+  whole = costs.cost(step, where, lambda: programs.compiled(plan.lowered(*of)))
   assert whole._replace(seconds=None, accessed=None) == cost
   assert whole.seconds > 0 and whole.accessed > 0
   # what JAX says of the same program, where parts of tuples have lines of their own

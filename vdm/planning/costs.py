@@ -121,15 +121,22 @@ def bytes_per_device(tree: Any) -> int:
   )
 
 
-def cost(step: Step, where: Target, program: Program | None = None) -> Cost:
-  """Returns a step's cost: FLOPs counted in its jaxpr, all else of its program, or estimated."""
+def cost(step: Step, where: Target, program: Callable[[], Program] | None = None) -> Cost:
+  """Returns a step's cost: FLOPs counted in its jaxpr, all else of its program, or estimated.
+
+  Args:
+    step: whose cost it is.
+    where: the devices.
+    program: returns what XLA made of the step, and is called once FLOPs are counted.
+  """
   traced = step.function.trace(*step.args)
   devices = where.mesh.size
   matmuls = flops_lib.matmuls(traced.jaxpr.jaxpr, where.platform)
   flops = matmuls.flops / devices
   if program:
-    traffic = hlo.traffic(program.text, devices) if program.text else hlo.Traffic(None, None)
-    return Cost(flops, *traffic, *program[1:])
+    found = program()
+    traffic = hlo.traffic(found.text, devices) if found.text else hlo.Traffic(None, None)
+    return Cost(flops, *traffic, *found[1:])
   arguments = bytes_per_device(step.args)
   residuals = step.residuals() if step.residuals else 0
   moved = matmuls.bytes / devices + (2 if residuals else 1) * arguments

@@ -3,6 +3,7 @@
 XLA's own cost analysis counts the body of a loop once. Both counts here multiply it by its length.
 """
 
+import functools
 import math
 import re
 from typing import NamedTuple
@@ -239,8 +240,12 @@ def _written(result: Instruction, inside: dict[str, Instruction], computations: 
   return math.inf
 
 
+@functools.lru_cache
 def _parts(shape: str) -> list[str]:
-  """Returns the shapes, which may be tuples, that a tuple's shape is made of."""
+  """Returns the shapes, which may be tuples, that a tuple's shape is made of.
+
+  A tuple of thousands is asked for once per part: it is split once.
+  """
   parts, depth = [''], 0
   for character in re.sub(r'/\*.*?\*/', '', shape)[1:-1]:
     depth += (character in '([{') - (character in ')]}')

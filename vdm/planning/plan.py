@@ -14,6 +14,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ from vdm.errors import require
 from vdm.evaluation.bound import jit_step
 from vdm.planning.chips import Chip
 from vdm.planning.costs import Cost, Step, Target, bytes_per_device, cost, num_devices, target
-from vdm.planning.programs import compiled, optimised
+from vdm.planning.programs import Program, compiled, optimised
 from vdm.planning.table import column, gib, notes, table
 from vdm.sampling.draw import make_guidance, unguided
 from vdm.system import parallel
@@ -39,6 +40,7 @@ from vdm.training import step as step_lib
 from vdm.training.step import Recipe, recipe
 
 TIMED_STEPS = 5
+COMPILERS = 2  # processes at once, each of about one core
 
 
 def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
@@ -287,12 +289,16 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
   config.data = as_found(config.data)
   config.model = build.for_platform(config.model, where.platform)
 
-  def cost_in(changed: ConfigDict, step: Step) -> Cost:
-    program = None
-    if topology and where.platform == 'tpu':
-      here = lambda: compiled(step.function.trace(*step.args).lower())
-      program = optimised(lowered, changed, topology, step.name) if fast else here()
-    return cost(step, where, program)
+  compilers = ThreadPoolExecutor(COMPILERS)
+
+  def program_in(changed: ConfigDict, step: Step) -> Callable[[], Program] | None:
+    what = step.name, step.images
+    logging.info('%s on %s: the step of %s, %d images', config.name, where.name, *what)
+    if not topology or where.platform != 'tpu':
+      return None
+    if fast:
+      return compilers.submit(optimised, lowered, changed, topology, step.name).result
+    return lambda: compiled(step.function.trace(*step.args).lower())
 
   def cost_of(size: int, remat: bool) -> Cost:
     if (size, remat) == (config.train.batch_size, own):
@@ -301,15 +307,17 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
     changed.train.batch_size = size
     if 'remat' in changed.model:
       changed.model.remat = remat
-    return cost_in(changed, next(steps(changed, where.mesh)))
+    step = next(steps(changed, where.mesh))
+    return cost(step, where, program_in(changed, step))
 
   own = config.model.remat if 'remat' in config.model else False
   columns, costs, failure = {}, {}, ''
   init = build.init_state(config, build.model(config))
-  for step in steps(config, where.mesh):
-    logging.info('%s on %s: the step of %s', config.name, where.name, step.name)
+  planned = list(steps(config, where.mesh))
+  programs = [program_in(config, step) for step in planned]
+  for step, program in zip(planned, programs, strict=True):
     measured = [] if topology else measure(step, init, where.mesh)
-    of = costs[step.name] = cost_in(config, step)
+    of = costs[step.name] = cost(step, where, program)
     columns[step.name] = column(step, of, where, config.model.dtype, measured)
     if topology and step.name == 'train' and not fits(of, where.chip):
       found = advice(config.train, config.model, of, where, bytes_per_device(step.args[0]))
