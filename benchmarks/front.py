@@ -6,9 +6,10 @@
 
 Runs are those of configs/ablations/recipe.py, in DIR/digits, DIR/fashion_mnist and DIR/cifar10, by
 `vdm.ablate`, which takes the flags --config.base.*: the same command goes on where it stopped. With
---config.base.data.as_found=True another set under the name will do. The table says in which share
-of the steps of a reference, the best of the public recipes tried if none is named, each other
-recipe comes down to the reference's value at each of its evaluations.
+--config.base.data.as_found=True another set under the name will do, and the page says so. The table
+says in which share of the steps of a reference, each other recipe comes down to the reference's
+value at each of its evaluations. The reference is the best of the recipes of Adam with learned end
+points that were run, the public one tuned, or --reference where a data set has it.
 """
 
 import argparse
@@ -23,13 +24,15 @@ from vdm import ablate
 from vdm.errors import require
 from vdm.evaluation.curve_plots import plot_lines
 from vdm.system import files
+from vdm.workdir.config_file import saved_config
 
 DATA = {'digits': '', 'fashion_mnist': 'fashion_mnist', 'cifar10': 'cifar10'}  # recipe.py:...
+RIVALS = 'public_', 'cosine_', 'linear_'  # the public recipe tuned: rate, warm-up, decay
 CURVES = 'plot', 'line', 'x', 'mean', 'least', 'greatest'  # as of `ablate.curves_of`
 TITLES = {
   'digits': 'Digits',
   'fashion_mnist': 'Fashion-MNIST',
-  'cifar10': 'CIFAR-10, or a set under its name',
+  'cifar10': 'CIFAR-10',
 }
 
 
@@ -73,10 +76,8 @@ def curves_of(found: list[dict]) -> dict[str, np.ndarray]:
 
 
 def reference_of(curves: dict[str, np.ndarray], name: str) -> str:
-  """Returns the recipe that others are timed against: `name`, or the best of the public ones."""
-  if name:
-    return name if name in curves else ''
-  return next((recipe for recipe in curves if recipe.startswith('public_')), '')
+  """Returns the recipe that others are timed against: `name`, or the best of RIVALS; or ''."""
+  return name if name in curves else next((own for own in curves if own.startswith(RIVALS)), '')
 
 
 def table(found: list[dict], reference: str) -> list[str]:
@@ -99,6 +100,22 @@ def table(found: list[dict], reference: str) -> list[str]:
     value = f'{np.mean(ends[name]):.3f}{error}'
     lines.append(f'| {" | ".join([shown, str(len(ends[name])), value, *cells])} |')
   return lines
+
+
+def about(path: pathlib.Path, data: str) -> tuple[str, list[str]]:
+  """Returns a data set's title, and lines that say which set it was, by the config of a run.
+
+  Args:
+    path: workdir of a run.
+    data: one of DATA.
+  """
+  config = saved_config(path)['data']
+  if not config['as_found']:
+    return TITLES[data], []
+  sizes = (
+    f'{config["train_images"]:,} pictures for training and {config["eval_images"]:,} for testing'
+  )
+  return f'Another set under the name {data}', [f'Not {TITLES[data]}: {sizes}.', '']
 
 
 def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
@@ -124,14 +141,17 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
     plot_lines(metric, curves, picture)
     seeds = len({run['labels']['seed'] for run in found})
     base, chosen = grid.base, ','.join(curves)
+    title, note = about(runs / data / ablate.folder(found[0]['labels']), data)
+    flag = ' --config.base.data.as_found=True' if note else ''
     lines += [
       '',
-      f'## {TITLES[data]}',
+      f'## {title}',
       '',
+      *note,
       f'{base.train.num_steps:,} steps of {base.train.batch_size}, by',
       '',
       '```bash',
-      f'python -m benchmarks.front --runs=DIR --data={data} --seeds={seeds} \\',
+      f'python -m benchmarks.front --runs=DIR --data={data} --seeds={seeds}{flag} \\',
       f'  --recipes={chosen}',
       '```',
       '',

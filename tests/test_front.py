@@ -1,3 +1,4 @@
+import json
 import subprocess
 
 import numpy as np
@@ -60,9 +61,40 @@ def test_seeds_are_compared_at_steps_that_all_of_them_have(found):
   np.testing.assert_allclose(greatest - least, 0.2)
 
 
-def test_the_page_has_what_was_run_and_nothing_else(found, tmp_path, monkeypatch):
-  at = lambda workdir, runs: found if workdir.name == 'digits' else []
-  monkeypatch.setattr(ablate, 'collect', at)
+def test_the_reference_is_the_best_of_adam_with_learned_end_points():
+  curves = dict.fromkeys(['muon_8e-3', 'adaptive', 'cosine_4e-3', 'public_4e-3'])
+  assert front.reference_of(curves, '') == 'cosine_4e-3'
+  assert front.reference_of(curves, 'adaptive') == 'adaptive'
+  assert front.reference_of(curves, 'public_2e-3') == 'cosine_4e-3'  # another data set's
+  assert front.reference_of(dict.fromkeys(['muon_8e-3']), '') == ''
+
+
+@pytest.fixture
+def ran(found, tmp_path, monkeypatch):
+  """(data, as_found) -> the runs of `found`, as if on that data set."""
+
+  def write(name, as_found):
+    at = lambda workdir, runs: found if workdir.name == name else []
+    monkeypatch.setattr(ablate, 'collect', at)
+    config = {'data': {'as_found': as_found, 'train_images': 20_000, 'eval_images': 2000}}
+    path = tmp_path / name / ablate.folder(found[0]['labels'])
+    path.mkdir(parents=True)
+    (path / 'config.json').write_text(json.dumps(config))
+
+  return write
+
+
+def test_a_set_under_another_name_is_said(ran, tmp_path):
+  ran('cifar10', as_found=True)
+  assert front.main([f'--runs={tmp_path}', f'--page={tmp_path / "page.md"}']) == 0
+  page = (tmp_path / 'page.md').read_text()
+  assert '## Another set under the name cifar10\n' in page and '## CIFAR-10' not in page
+  assert 'Not CIFAR-10: 20,000 pictures for training and 2,000 for testing.' in page
+  assert '--seeds=2 --config.base.data.as_found=True \\\n' in page
+
+
+def test_the_page_has_what_was_run_and_nothing_else(ran, tmp_path):
+  ran('digits', as_found=False)
   assert front.main([f'--runs={tmp_path}']) == 0
   page = (tmp_path / 'front.md').read_text()
   assert '## Digits' in page and '1,200 steps of 64' in page and 'CIFAR-10' not in page
