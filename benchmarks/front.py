@@ -7,7 +7,7 @@
 Runs are those of configs/ablations/recipe.py, in DIR/digits, DIR/fashion_mnist and DIR/cifar10, by
 `vdm.ablate`, which takes the flags --config.base.*: the same command goes on where it stopped. With
 --config.base.data.as_found=True another set under the name will do, and the page says so. The table
-says in which share of the steps of a reference, each other recipe comes down to the reference's
+says in which share of the steps of a reference each other recipe comes down to the reference's
 value at each of its evaluations. The reference is the best of the recipes of Adam with learned end
 points that were run, the public one tuned, or --reference where a data set has it.
 """

@@ -433,6 +433,41 @@ def test_a_compilation_is_ended_once_the_program_is_written():
   assert not multiprocessing.active_children()
 
 
+def test_a_compilation_ends_where_its_plan_fails():
+  with pytest.raises(KeyError), programs.compilers() as pool:
+    pool.submit(programs.optimised, Lowered, 'hangs')
+    while not multiprocessing.active_children():
+      time.sleep(0.1)
+    raise KeyError
+  deadline = time.monotonic() + 60
+  while multiprocessing.active_children():
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='children are counted in /proc')
+def test_a_compilation_ends_with_the_process_that_asked(tmp_path):
+  # the other process holds the pipe open for as long as it runs
+  program = tmp_path / 'asks.py'
+  program.write_text(
+    'from tests.test_plan import Lowered\n'
+    'from vdm.planning import programs\n'
+    "if __name__ == '__main__':\n"
+    "  programs.optimised(Lowered, 'hangs')\n"
+  )
+  here = str(pathlib.Path(__file__).parents[1])
+  env = os.environ | {'PYTHONPATH': os.pathsep.join([here, os.environ.get('PYTHONPATH', '')])}
+  asking = subprocess.Popen([sys.executable, program], env=env, stdout=subprocess.PIPE)
+  children = pathlib.Path(f'/proc/{asking.pid}/task/{asking.pid}/children')
+  deadline = time.monotonic() + 120
+  while len(children.read_text().split()) < 2:  # the tracker of resources, and the compilation
+    assert asking.poll() is None and time.monotonic() < deadline
+    time.sleep(0.1)
+  time.sleep(20)  # until it hangs
+  asking.kill()
+  asking.communicate(timeout=60)
+
+
 def test_a_compilation_that_fails_says_why():
   used = programs.optimised(Lowered, 'Used 20.5G of 15.75G hbm')
   assert (used.memory, used.limit) == (20.5 * 2**30, 15.75 * 2**30)

@@ -241,7 +241,7 @@ def _written(result: Instruction, inside: dict[str, Instruction], computations: 
 
 
 @functools.lru_cache
-def _parts(shape: str) -> list[str]:
+def _parts(shape: str) -> tuple[str, ...]:
   """Returns the shapes, which may be tuples, that a tuple's shape is made of.
 
   A tuple of thousands is asked for once per part: it is split once.
@@ -253,7 +253,7 @@ def _parts(shape: str) -> list[str]:
       parts.append('')
     else:
       parts[-1] += character
-  return parts
+  return tuple(parts)
 
 
 def _elements(shape: str) -> list[str]:

@@ -31,7 +31,7 @@ from vdm.errors import require
 from vdm.evaluation.bound import jit_step
 from vdm.planning.chips import Chip
 from vdm.planning.costs import Cost, Step, Target, bytes_per_device, cost, num_devices, target
-from vdm.planning.programs import Program, compiled, optimised
+from vdm.planning.programs import Program, compiled, compilers, optimised
 from vdm.planning.table import column, gib, notes, table
 from vdm.sampling.draw import make_guidance, unguided
 from vdm.system import parallel
@@ -40,7 +40,6 @@ from vdm.training import step as step_lib
 from vdm.training.step import Recipe, recipe
 
 TIMED_STEPS = 5
-COMPILERS = 2  # processes at once, each of about one core
 
 
 def steps(config: ConfigDict, mesh: Mesh | AbstractMesh) -> Iterator[Step]:
@@ -279,6 +278,13 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
   Returns:
     The process's exit status, 1 for a run that does not fit.
   """
+  with compilers() as pool:
+    return _run(config, topology, budget, fast, pool)
+
+
+def _run(
+  config: ConfigDict, topology: str, budget: int, fast: bool, pool: ThreadPoolExecutor
+) -> int:
   mode, remedy = config.parallel.mode, 'pmap takes the same steps, with as much memory'
   require(mode == 'jit', 'config.parallel.mode', mode, "'jit' for a plan", remedy)
   if topology:
@@ -289,15 +295,13 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
   config.data = as_found(config.data)
   config.model = build.for_platform(config.model, where.platform)
 
-  compilers = ThreadPoolExecutor(COMPILERS)
-
   def program_in(changed: ConfigDict, step: Step) -> Callable[[], Program] | None:
     what = step.name, step.images
     logging.info('%s on %s: the step of %s, %d images', config.name, where.name, *what)
     if not topology or where.platform != 'tpu':
       return None
     if fast:
-      return compilers.submit(optimised, lowered, changed, topology, step.name).result
+      return pool.submit(optimised, lowered, changed, topology, step.name).result
     return lambda: compiled(step.function.trace(*step.args).lower())
 
   def cost_of(size: int, remat: bool) -> Cost:

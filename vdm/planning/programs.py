@@ -5,18 +5,23 @@ settled (docs/plans.md). The compiler cannot be told to stop before, so a proces
 compiles, which is ended once the program is written.
 """
 
+import contextlib
 import multiprocessing
+import os
 import pathlib
 import re
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 POLL_SECONDS = 0.3
+COMPILERS = 2  # processes at once, each of about one core
 # Files of XLA's dump, in the order in which they are written.
 MEMORY = '*.after_optimizations-buffer-assignment.txt'
 TEXT = '*.after_optimizations.txt'
@@ -81,9 +86,27 @@ def optimised(lower: Callable[..., jax.stages.Lowered], *args) -> Program:
     return _program(folder)
 
 
+@contextlib.contextmanager
+def compilers() -> Iterator[ThreadPoolExecutor]:
+  """Yields threads that call `optimised`; whatever they have left at the end is dropped."""
+  pool = ThreadPoolExecutor(COMPILERS)
+  try:
+    yield pool
+  finally:
+    pool.shutdown(wait=False, cancel_futures=True)
+    for process in multiprocessing.active_children():
+      process.kill()
+
+
 def _compile_here(folder: pathlib.Path, lower: Callable, args: tuple):
-  """Compiles in the other process."""
+  """Compiles in the other process, which ends with the one that asked, however that ends."""
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   _compile(lower(*args), folder)
+
+
+def _end_with_parent():
+  multiprocessing.parent_process().join()
+  os._exit(1)
 
 
 def _compile(lowered: jax.stages.Lowered, folder: pathlib.Path) -> jax.stages.Compiled | None:
