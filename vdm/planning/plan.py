@@ -14,7 +14,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
@@ -279,62 +278,56 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
     The process's exit status, 1 for a run that does not fit.
   """
   with compilers() as pool:
-    return _run(config, topology, budget, fast, pool)
+    mode, remedy = config.parallel.mode, 'pmap takes the same steps, with as much memory'
+    require(mode == 'jit', 'config.parallel.mode', mode, "'jit' for a plan", remedy)
+    if topology:
+      jax.config.update('jax_platforms', 'cpu')  # no device is taken for what only compiles
+    build.check_devices(config, num_devices(topology))
+    where = target(topology, config.parallel.fsdp)
+    config = config.copy_and_resolve_references().unlock()
+    config.data = as_found(config.data)
+    config.model = build.for_platform(config.model, where.platform)
 
+    def program_in(changed: ConfigDict, step: Step) -> Callable[[], Program] | None:
+      what = step.name, step.images
+      logging.info('%s on %s: the step of %s, %d images', config.name, where.name, *what)
+      if not topology or where.platform != 'tpu':
+        return None
+      if fast:
+        return pool.submit(optimised, lowered, changed, topology, step.name).result
+      return lambda: compiled(step.function.trace(*step.args).lower())
 
-def _run(
-  config: ConfigDict, topology: str, budget: int, fast: bool, pool: ThreadPoolExecutor
-) -> int:
-  mode, remedy = config.parallel.mode, 'pmap takes the same steps, with as much memory'
-  require(mode == 'jit', 'config.parallel.mode', mode, "'jit' for a plan", remedy)
-  if topology:
-    jax.config.update('jax_platforms', 'cpu')  # no device is taken for what only compiles
-  build.check_devices(config, num_devices(topology))
-  where = target(topology, config.parallel.fsdp)
-  config = config.copy_and_resolve_references().unlock()
-  config.data = as_found(config.data)
-  config.model = build.for_platform(config.model, where.platform)
+    def cost_of(size: int, remat: bool) -> Cost:
+      if (size, remat) == (config.train.batch_size, own):
+        return costs['train']
+      changed = config.copy_and_resolve_references()
+      changed.train.batch_size = size
+      if 'remat' in changed.model:
+        changed.model.remat = remat
+      step = next(steps(changed, where.mesh))
+      return cost(step, where, program_in(changed, step))
 
-  def program_in(changed: ConfigDict, step: Step) -> Callable[[], Program] | None:
-    what = step.name, step.images
-    logging.info('%s on %s: the step of %s, %d images', config.name, where.name, *what)
-    if not topology or where.platform != 'tpu':
-      return None
-    if fast:
-      return pool.submit(optimised, lowered, changed, topology, step.name).result
-    return lambda: compiled(step.function.trace(*step.args).lower())
-
-  def cost_of(size: int, remat: bool) -> Cost:
-    if (size, remat) == (config.train.batch_size, own):
-      return costs['train']
-    changed = config.copy_and_resolve_references()
-    changed.train.batch_size = size
-    if 'remat' in changed.model:
-      changed.model.remat = remat
-    step = next(steps(changed, where.mesh))
-    return cost(step, where, program_in(changed, step))
-
-  own = config.model.remat if 'remat' in config.model else False
-  columns, costs, failure = {}, {}, ''
-  init = build.init_state(config, build.model(config))
-  planned = list(steps(config, where.mesh))
-  programs = [program_in(config, step) for step in planned]
-  for step, program in zip(planned, programs, strict=True):
-    measured = [] if topology else measure(step, init, where.mesh)
-    of = costs[step.name] = cost(step, where, program)
-    columns[step.name] = column(step, of, where, config.model.dtype, measured)
-    if topology and step.name == 'train' and not fits(of, where.chip):
-      found = advice(config.train, config.model, of, where, bytes_per_device(step.args[0]))
-      failure = f'{config.name} does not fit {where.name}: {found}'
-  print(f'{config.name} on {where.name}, {config.model.dtype}\n')
-  print(table(columns))
-  print(f'\n{notes(where, fast, not topology)}')
-  if topology and budget:
-    state = bytes_per_device(parallel.abstract_state(where.mesh, init))
-    remat = (own, not own) if 'remat' in config.model else ()
-    print('\n'.join(search(cost_of, config.train, remat, state, where, budget)))
-  elif topology:
-    print('--plan_search=0: the largest batch that fits was not looked for.')
-  if failure:
-    print(failure)
-  return 1 if failure else 0
+    own = config.model.remat if 'remat' in config.model else False
+    columns, costs, failure = {}, {}, ''
+    init = build.init_state(config, build.model(config))
+    planned = list(steps(config, where.mesh))
+    programs = [program_in(config, step) for step in planned]
+    for step, program in zip(planned, programs, strict=True):
+      measured = [] if topology else measure(step, init, where.mesh)
+      of = costs[step.name] = cost(step, where, program)
+      columns[step.name] = column(step, of, where, config.model.dtype, measured)
+      if topology and step.name == 'train' and not fits(of, where.chip):
+        found = advice(config.train, config.model, of, where, bytes_per_device(step.args[0]))
+        failure = f'{config.name} does not fit {where.name}: {found}'
+    print(f'{config.name} on {where.name}, {config.model.dtype}\n')
+    print(table(columns))
+    print(f'\n{notes(where, fast, not topology)}')
+    if topology and budget:
+      state = bytes_per_device(parallel.abstract_state(where.mesh, init))
+      remat = (own, not own) if 'remat' in config.model else ()
+      print('\n'.join(search(cost_of, config.train, remat, state, where, budget)))
+    elif topology:
+      print('--plan_search=0: the largest batch that fits was not looked for.')
+    if failure:
+      print(failure)
+    return 1 if failure else 0
