@@ -214,6 +214,33 @@ def test_masks_are_as_good_as_random():
     assert abs(np.fft.irfft(abs(spectrum) ** 2)[1:]).max() < 0.01 * variance
 
 
+@pytest.mark.parametrize(
+  ('shape', 'axes'),
+  [((512, 4096), 1), ((2048, 1024), 1), ((16, 32, 4096), 2), ((16, 32, 32, 128), 2)],
+)
+def test_no_rows_or_columns_of_a_mask_resemble_each_other(shape, axes):
+  """The hash mixes a word of the row with one of the column: all pairs are as of random bits."""
+  words = layers.random_words(jax.random.key(1), shape)
+  rate, size = 0.1, math.prod(shape)
+  dropped = np.asarray(words < rate * 2**32, np.float32).reshape(math.prod(shape[:axes]), -1)
+  z = (dropped - rate) / math.sqrt(rate * (1 - rate))
+  for rows in (z, z.T):
+    products = rows @ rows.T / math.sqrt(rows.shape[1])
+    np.fill_diagonal(products, 0)
+    # the greatest of N normal numbers is about sqrt(2 log N); products of skew ones go further
+    assert abs(products).max() < 1.4 * math.sqrt(2 * math.log(size * len(rows)))
+    np.testing.assert_allclose(products.std(), 1, atol=0.02)
+
+
+@pytest.mark.parametrize(
+  'shape', [(), (5,), (2, 3), (7, 1), (2, 3, 5), (1, 1, 1, 1), (2, 3, 4, 5, 6)]
+)
+def test_masks_of_any_shape(shape):
+  words = layers.random_words(jax.random.key(0), shape)
+  assert words.shape == shape
+  assert len(np.unique(words)) == words.size
+
+
 def test_dropout_needs_no_key_when_it_does_nothing():
   x = normal(0, 2, 5)
   np.testing.assert_array_equal(layers.Dropout(0.5).apply({}, x, train=False), x)

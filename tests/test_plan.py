@@ -130,6 +130,56 @@ def test_traffic_multiplies_loops_and_counts_slices_and_hbm_alone(outer, written
   assert traffic.collectives == {'all-gather': (32, 32 * 400 / 2), 'all-reduce': (1, 200.0)}
 
 
+# Two devices gather an array while a fusion doubles another; the arrays pass through the fusion.
+ASYNCHRONOUS = """HloModule jit_step, is_scheduled=true
+
+%starts (p.1: f32[50]) -> (f32[50], f32[100], u32[]) {
+  %p.1 = f32[50]{0:T(128)} parameter(0)
+  %gather.1 = f32[100]{0:T(128)} all-gather(%p.1), channel_id=1, replica_groups=[1,2]<=[2]
+  ROOT %call.1 = STARTED custom-call(%gather.1), custom_call_target="AsyncCollectiveStart"
+}
+
+%doubles (q.1: f32[20], p.2: f32[50], r.2: f32[100], f.2: u32[]) -> (f32[20], f32[50], f32[100]) {
+  %q.1 = f32[20]{0:T(128)} parameter(0)
+  %p.2 = f32[50]{0:T(128)} parameter(1)
+  %r.2 = f32[100]{0:T(128)} parameter(2)
+  %two = f32[20]{0:T(128)} add(%q.1, %q.1)
+  ROOT %all = (f32[20]{0:T(128)}, f32[50]{0:T(128)}, f32[100]{0:T(128)}) tuple(%two, %p.2, %r.2)
+}
+
+%ends (p.3: f32[50], r.3: f32[100]) -> f32[100] {
+  %p.3 = f32[50]{0:T(128)} parameter(0)
+  %r.3 = f32[100]{0:T(128)} parameter(1)
+  %gather.3 = f32[100]{0:T(128)} all-gather(%p.3), channel_id=1, replica_groups=[1,2]<=[2]
+  ROOT %call.3 = f32[100]{0:T(128)} custom-call(%p.3, %r.3, %gather.3), \
+custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p: f32[50], q: f32[20]) -> (f32[20], f32[100]) {
+  %p = f32[50]{0:T(128)} parameter(0)
+  %q = f32[20]{0:T(128)} parameter(1)
+  %start = STARTED fusion(%p), kind=kCustom, calls=%starts
+  %p.4 = f32[50]{0:T(128)} get-tuple-element(%start), index=0
+  %r.4 = f32[100]{0:T(128)} get-tuple-element(%start), index=1
+  %both = (f32[20]{0:T(128)}, f32[50]{0:T(128)}, f32[100]{0:T(128)}) fusion(%q, %p.4, %r.4), \
+kind=kOutput, calls=%doubles
+  %doubled = f32[20]{0:T(128)} get-tuple-element(%both), index=0
+  %p.5 = f32[50]{0:T(128)} get-tuple-element(%both), index=1
+  %r.5 = f32[100]{0:T(128)} get-tuple-element(%both), index=2
+  %end = f32[100]{0:T(128)} fusion(%p.5, %r.5), kind=kCustom, calls=%ends
+  ROOT %out = (f32[20]{0:T(128)}, f32[100]{0:T(128)}) tuple(%doubled, %end)
+}
+""".replace('STARTED', '(f32[50]{0:T(128)}, f32[100]{0:T(128)}, u32[]{:S(2)})')
+
+
+@pytest.mark.parametrize('written', [str, compact])
+def test_a_collective_beside_a_computation_is_counted_once(written):
+  traffic = hlo.traffic(written(ASYNCHRONOUS), num_devices=2)
+  gathered, doubled = 200 + 400, 80 + 80
+  assert traffic.bytes == gathered + doubled
+  assert traffic.collectives == {'all-gather': (1, 400 / 2)}
+
+
 @pytest.mark.parametrize(
   'fetch', ['slice-start(%q), slice={[0:20]}', 'async-start(%q), calls=%cut']
 )

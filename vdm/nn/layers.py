@@ -16,19 +16,21 @@ from vdm.nn.attention import softmax_attention
 
 
 def random_words(key, shape):
-  """Draws independent uniform uint32 for masks, at a tenth of the work of `jax.random.bits`.
+  """Draws uniform uint32 for masks, at a tenth of the work of `jax.random.bits`.
 
-  Each is a hash of the element's number, by the multiplications and shifts of C. Wellons'
-  `lowbias32`, and of the key's two words, one before and one between them. Only the upper bits of
-  the results are to be used. How an array is divided over devices has no part in it.
+  Each is a hash, by C. Wellons' `lowbias32` without its ends, of two words of `jax.random.bits`:
+  one for where the element is along the first axes, and one for where along the last. Any two are
+  independent, those of more nearly so. Only the upper bits of the results are to be used. How an
+  array is divided over devices has no part in it.
   """
-  before, *_, between = jax.random.key_data(key)  # itself a hash, of the layer and the step
-  strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-  numbers = [lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in range(len(shape))]
-  h = sum(n * jnp.uint32(stride) for n, stride in zip(numbers, strides, strict=True)) ^ before
-  h = (h ^ h >> 16) * jnp.uint32(0x7FEB352D)
-  h = (h ^ h >> 15 ^ between) * jnp.uint32(0x846CA68B)
-  return (h ^ h >> 16) * jnp.uint32(0x7FEB352D)
+  one = (1,) * len(shape)
+  halves = [(shape[:n] + one[n:], one[:n] + shape[n:]) for n in range(len(shape) + 1)]
+  halves = min(halves, key=lambda shapes: sum(map(math.prod, shapes)))  # the fewest words
+  words = map(jax.random.bits, jax.random.split(key), halves)
+  # A TPU's convolutions compute the hash again as they read a mask, but not these.
+  first, last = lax.optimization_barrier(tuple(words))
+  h = (first ^ last) * jnp.uint32(0x7FEB352D)
+  return (h ^ h >> 15) * jnp.uint32(0x846CA68B)
 
 
 class Dropout(nn.Module):
@@ -44,8 +46,6 @@ class Dropout(nn.Module):
     if not train or not self.rate:
       return x
     keep = random_words(self.make_rng('dropout'), x.shape) >= jnp.uint32(self.rate * 2**32)
-    # A TPU's step compiles up to twice as long when masks are merged into the convolutions.
-    keep = lax.optimization_barrier(keep)
     return jnp.where(keep, x * jnp.asarray(1 / (1 - self.rate), x.dtype), jnp.zeros_like(x))
 
 

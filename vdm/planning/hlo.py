@@ -193,15 +193,23 @@ def _moved(instruction: Instruction, by_name: dict, computations: dict) -> float
 
 
 def _moved_by_fusion(fusion: Instruction, by_name: dict, computations: dict) -> float:
-  """Returns the bytes of what a fusion takes and makes: whole arrays, or the slices it is about."""
+  """Returns the bytes of what a fusion takes and makes: whole arrays, or the slices it is about.
+
+  What it only passes on is not moved. The start of an asynchronous collective is counted for all of
+  it.
+  """
   body = computations[_called(fusion)[0]]
   inside = {each.name: each for each in body}
+  root = next(each for each in body if each.is_root)
+  if 'custom_call_target="AsyncCollectiveStart"' in root.attributes:  # repeats its operand
+    return shape_bytes(fusion.shape)
+  if 'custom_call_target="AsyncCollectiveDone"' in root.attributes:
+    return 0
   total = 0
   for each in body:
     if each.opcode == 'parameter':
       operand = by_name[fusion.operands[int(each.operands[0])]]
       total += min(shape_bytes(operand.shape), _read(each.name, body, computations))
-  root = next(each for each in body if each.is_root)
   results = [inside[name] for name in root.operands] if root.opcode == 'tuple' else [root]
   for each, shape in zip(results, _elements(fusion.shape), strict=True):
     total += min(shape_bytes(shape), _written(each, inside, computations))
@@ -212,7 +220,7 @@ def _read(name: str, body: list[Instruction], computations: dict) -> float:
   """Returns the bytes of an array that its users in a fusion read; infinite unless all slice it."""
   total = 0.0
   for user in body:
-    if name not in user.operands:
+    if name not in user.operands or user.opcode == 'tuple':
       continue
     if user.opcode == 'bitcast':
       total += _read(user.name, body, computations)
@@ -229,7 +237,9 @@ def _read(name: str, body: list[Instruction], computations: dict) -> float:
 
 
 def _written(result: Instruction, inside: dict[str, Instruction], computations: dict) -> float:
-  """Returns the bytes of a fusion's result that are new; infinite unless it replaces a slice."""
+  """Returns the bytes of a fusion's result that are new; infinite if all of them may be."""
+  if result.opcode == 'parameter':
+    return 0
   if result.opcode == 'bitcast':
     return _written(inside[result.operands[0]], inside, computations)
   if result.opcode == 'fusion':  # within the fusion
