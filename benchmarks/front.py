@@ -92,12 +92,11 @@ def table(found: list[dict], reference: str) -> list[str]:
   head = ['recipe', 'seeds', units, *(f'{level:.2f} ({step:.0f})' for step, level in levels)]
   lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
   for name, (steps, mean, *_) in curves.items():
-    error = f' ± {np.std(ends[name], ddof=1):.3f}' if len(ends[name]) > 1 else ''
     curve = dict(zip(steps, mean, strict=True))
     shares = [ablate.steps_to(curve, level) / step for step, level in levels]
     cells = ['never' if np.isnan(share) else f'{share:.2f}' for share in shares]
     shown = f'**{name}**' if name == reference else name
-    value = f'{np.mean(ends[name]):.3f}{error}'
+    value = ablate.over_seeds(ends[name], '.3f', '.3f')
     lines.append(f'| {" | ".join([shown, str(len(ends[name])), value, *cells])} |')
   return lines
 

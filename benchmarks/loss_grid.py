@@ -15,7 +15,7 @@ import sys
 import numpy as np
 from PIL import Image
 
-from vdm import style
+from vdm import ablate, style
 from vdm.sampling.picture import save_png
 from vdm.system import files
 
@@ -44,8 +44,7 @@ def table(cells: Cells) -> list[str]:
     shown = [f'{cell[0]} x {cell[0]}', *cell[1:], str(len(cells[cell]))]
     for metric, digits in (('bits_per_dim', 2), ('fd_classifier', 0)):
       values = [float(row[metric]) for row in cells[cell]]
-      spread = f' ± {np.std(values, ddof=1):.{digits}f}' if len(values) > 1 else ''
-      shown.append(f'{np.mean(values):.{digits}f}{spread}')
+      shown.append(ablate.over_seeds(values, f'.{digits}f', f'.{digits}f'))
     lines.append(f'| {" | ".join(shown)} |')
   return lines
 

@@ -19,7 +19,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -212,17 +212,26 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   head = [*axes, 'runs', *(name.replace('_', ' ') for name in numbers[0])]
   lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
   for own, members in sorted(groups.items(), key=lambda item: np.mean([m[1][0] for m in item[1]])):
-    values = np.array([numbers for _, numbers in members])
-    cells = [
-      'never' if math.isnan(mean) else f'{mean:.4g} ± {std:.2g}'
-      for mean, std in zip(values.mean(0), values.std(0), strict=True)
-    ]
+    columns = zip(*(numbers for _, numbers in members), strict=True)
+    cells = ['never' if np.isnan(column).any() else over_seeds(column) for column in columns]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
   files.write(workdir / 'results.md', '\n'.join(lines) + '\n')
   groups = {', '.join(own): [run for run, _ in members] for own, members in groups.items()}
   curves = workdir / 'curves.csv'
   files.write_table(curves, ('plot', 'line', 'x', 'mean', 'least', 'greatest'), curves_of(groups))
   plot_curves(curves, workdir)
+
+
+def over_seeds(values: Sequence[float], mean: str = '.4g', spread: str = '.2g') -> str:
+  """Returns the mean as text; of several values with ± and their sample standard deviation.
+
+  Args:
+    values: one per seed.
+    mean: how the mean is written, as Python's `format` has it.
+    spread: how the deviation is.
+  """
+  error = f' ± {np.std(values, ddof=1):{spread}}' if len(values) > 1 else ''
+  return f'{np.mean(values):{mean}}{error}'
 
 
 def curves_of(groups: dict[str, list[dict]]) -> list[tuple]:
