@@ -2,7 +2,7 @@
 
   python -m vdm.main --config=configs/digits_full.py
 
-1.711 bits/dim on the 360 test images: 71 minutes on two CPU cores beside other work, by Adam. The
+1.710 bits/dim on the 360 test images: 71 minutes on two CPU cores beside other work, by Adam. The
 averaged parameters are pretrained/digits, which comes with the package.
 """
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import tensorstore
 from ml_collections import ConfigDict
+from vdm.configs import my_arrays
 
 from vdm.data import arrays, columns, splits
 from vdm.system import files
+from vdm.training import loop
 
 COUNT, SHAPE = 12, (4, 6, 2)
 
@@ -383,3 +385,11 @@ def test_the_number_of_values_is_that_of_all_examples(tmp_path):
   np.savez(tmp_path / 'a.npz', x=x)
   found = arrays.found(config(tmp_path / 'a.npz', train_split='[:2000]', eval_split='[2000:]'))
   assert found['num_values'] == 4001
+
+
+def test_vectors_are_fields_of_one_position(tmp_path):
+  np.savez(tmp_path / 'vectors.npz', x=np.random.default_rng(0).normal(size=(60, 1, 3)))
+  config = my_arrays.get_config('debug').unlock()
+  config.data.path = str(tmp_path / 'vectors.npz')
+  assert loop.train(config.lock(), tmp_path / 'run') == 0
+  assert not (tmp_path / 'run' / 'plots' / 'spectrum.png').exists()

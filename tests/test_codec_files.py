@@ -454,6 +454,8 @@ def test_the_command_line_by_class(by_class, run, tmp_path):
     (['compress', '--out=a.vdm', '--images=no.npy'], 'no.npy cannot be read'),
     (['compress', '--out=a.vdm', '--split=test', '--params=x'], "--params='x' must be one of"),
     (['compress', '--out=a.vdm', '--split=test', '--config.no=1'], 'config.no=1 is refused'),
+    (['compress', '--out=a.vdm', '--split=test', '--conditions=a.npz'], 'left out with --split'),
+    (['decompress', 'no.vdm', '--split=test', '--conditions=a.npz'], 'left out with --split'),
     (['decompress', 'no.vdm'], 'no.vdm cannot be read'),
     (['decompress', 'no.vdm', '--out=a.png'], "--out='a.png' must be a file *.npz or *.npy"),
   ],
@@ -461,6 +463,54 @@ def test_the_command_line_by_class(by_class, run, tmp_path):
 def test_the_command_line_refuses_in_one_line(argv, match, run):
   status, line = run(*argv, '--workdir=pretrained/digits')
   assert status == 1 and match in line
+
+
+@pytest.mark.slow
+def test_a_report_under_a_mask_is_of_what_counts(run, tmp_path):
+  changes = {'data.derive': 'inpainting', 'data.masked': True, 'data.condition_shape': (8, 8, 1)}
+  changes |= {'model.width': 8, 'model.num_blocks': 1, 'model.norm_groups': 2}
+  exp = vdm.Experiment('digits', changes)
+  exp.save(exp.init(), tmp_path / 'run')
+  status, table = run(
+    *('report', f'--workdir={tmp_path}/run', '--split=test', '--num=6', f'--out={tmp_path}/report'),
+    *('--num_timesteps=40', '--draws=8', '--rate_distortion', '--verify', '--group_size=6'),
+  )
+  assert status == 0 and 'PNG' not in table
+  (length,) = json.loads((tmp_path / 'report' / 'report.json').read_text())['lengths']
+  counted = 6 * 4 * 4
+  header = container.read((tmp_path / 'report' / 'T40.vdm').read_bytes(), 'it').header
+  assert length['net'] * counted == pytest.approx(header['net_bits'])
+  assert f'{8 * length["size"] / counted:.4f}' in table
+  bound = length['bound']['value']
+  assert length['net'] == pytest.approx(bound, abs=4 * length['deviation'] + 0.02 * bound)
+  lines = (tmp_path / 'report' / 'rate_distortion.csv').read_text().splitlines()
+  bits = float(lines[-1].split(',')[-2])
+  assert 0.7 * bound < bits < bound  # the last level is not among them
+  written = run(
+    *('compress', f'--workdir={tmp_path}/run', '--split=test', '--num=6', '--num_timesteps=40'),
+    *('--group_size=6', f'--out={tmp_path}/it.vdm'),
+  )
+  assert f'net {length["net"]:.4f} bits/dim' in written[1]
+
+
+@pytest.mark.slow
+def test_the_bound_of_a_report_is_of_the_same_class_and_levels(by_class, run, tmp_path):
+  """Images without labels have none, and an evaluation's own schedule is not the codec's."""
+  folder, batch = by_class
+  np.save(tmp_path / 'images.npy', batch['image'])
+  np.savez(tmp_path / 'none.npz', label=np.full(7, -1))
+  argv = ('report', f'--workdir={folder}', f'--images={tmp_path}/images.npy', '--num_timesteps=3')
+  argv = (*argv, '--draws=2', '--group_size=7')
+  found = []
+  for name, more in (
+    ('a', ()),
+    ('b', (f'--conditions={tmp_path}/none.npz',)),
+    ('c', ('--config.eval.schedule.name=cosine',)),
+  ):
+    assert run(*argv, *more, f'--out={tmp_path}/{name}')[0] == 0
+    report = json.loads((tmp_path / name / 'report.json').read_text())
+    found.append(report['lengths'][0]['bound']['value'])
+  assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.slow

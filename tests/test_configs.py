@@ -2,6 +2,7 @@
 
 import importlib
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from vdm.evaluation.bound import make_evaluator
 from vdm.sampling.draw import make_sampler
 from vdm.system import parallel, runners
 from vdm.training.step import make_train_step
+from vdm.workdir import config_file
 
 NAMES = sorted(path.stem for path in pathlib.Path(configs.__file__).parent.glob('[a-z]*.py'))
 QUICK = ('digits', 'digits_dit', 'digits_pp', 'fashion_mnist_uvit')
@@ -134,3 +136,26 @@ def test_a_model_block_without_a_leaf_is_refused_by_name():
   del config.model.condition_on
   with pytest.raises(ValueError, match=r'config.model.condition_on=None must be given'):
     build.model(config)
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    (
+      'digits',
+      {'train.num_timesteps': 10},
+      'num_timesteps=10 must be 0 with config.schedule.name=',
+    ),
+    ('fashion_mnist_haar:details1', {'data.flip': True}, 'config.data.flip=True must be False for'),
+    (
+      'gaussian_fields',
+      {'data.rotate': True, 'data.gaussian_field.subsample': 2},
+      'config.data.rotate=True must be False for coefficients',
+    ),
+  ],
+)
+def test_what_would_train_on_something_else_is_refused(name, changes, message):
+  """Haar's details and every nth pixel do not turn as pictures do; T steps lie where t is even."""
+  config = config_file.read_config(name, changes)
+  with pytest.raises(ValueError, match=re.escape(message)):
+    build.check_config(config)

@@ -42,6 +42,14 @@ def workdir(exp, trained, tmp_path_factory):
   return path
 
 
+def moved(state):
+  """A state whose network does not return zero, as it does at the start."""
+  bump = lambda leaf: leaf + 0.1 * jnp.sin(jnp.arange(leaf.size)).reshape(leaf.shape)
+  network = jax.tree.map(bump, state.params['network'])
+  params = {**state.params, 'network': network}
+  return state.replace(params=params, averages=dict.fromkeys(state.averages, params))
+
+
 @pytest.mark.slow
 def test_fitting_is_what_the_command_does(exp, trained, tmp_path, rank_promotion_allowed):
   """The same batches, the same noise: the same parameters."""
@@ -197,17 +205,29 @@ def test_samples_take_objects_and_seeds(exp, trained):
 def test_labels_and_guidance():
   settings = {'model.class_conditional': True, 'train.label_dropout': 0.1, 'sample.num_steps': 3}
   exp = vdm.Experiment('digits:debug', settings)
-  state = exp.init()
+  state = moved(exp.init())
   label = np.array([3, 1, 4])
   same = exp.sample(state, 3, label=label)
   np.testing.assert_array_equal(same[:1], exp.sample(state, 1, label=3))
   assert exp.sample(state, 3, label=label, guidance=2.0).shape == same.shape
   np.testing.assert_array_equal(exp.sample(state, 3, label=label, guidance=1.0), same)
+  guided = {'sample.guidance.kind': 'classifier_free', 'sample.guidance.weight': 3.0}
+  own = vdm.Experiment(exp.config, guided)
+  assert (own.sample(state, 3, label=label) != same).any()
+  np.testing.assert_array_equal(own.sample(state, 3, label=label, guidance=1.0), same)
   with pytest.raises(ValueError, match=r'label=10 must be classes, 0 .. 9'):
     exp.sample(state, 3, label=10)
   images = exp.source('eval').fetch(np.arange(2))['image']
   nats = [exp.log_prob(state, images, draws=2, label=label).value for label in (None, [-1, -1])]
   np.testing.assert_array_equal(*nats)
+  of_class = exp.log_prob_given(state, images, draws=2)
+  assert np.isfinite(of_class(label=9)).all()
+  for wrong in (10, np.array([3, -2])):
+    with pytest.raises(ValueError, match=r'label=.* must be classes, 0 .. 9'):
+      of_class(label=wrong)
+  source = data.of_arrays(images, label=np.array([3, 10]))
+  with pytest.raises(ValueError, match=r'label=.* must be classes, 0 .. 9'):
+    exp.bits_per_dim(state, split=source)
   with pytest.raises(ValueError, match=r'label=\(3,\) must be an array \[4\]'):
     exp.sample(state, 4, label=label)
 
@@ -245,6 +265,59 @@ def test_bad_input_is_refused_by_name(arguments, message):
 def test_an_unknown_setting_is_refused_by_name(exp, trained):
   with pytest.raises(ValueError, match=r'drawz=3 must be a leaf of config.eval; it has '):
     exp.bits_per_dim(trained, drawz=3)
+
+
+@pytest.mark.parametrize(
+  ('call', 'message'),
+  [
+    (
+      lambda exp, state, u: exp.log_prob(state, u, bound='ode', trace='exakt'),
+      "config.eval.ode.trace='exakt' must be 'hutchinson' or 'exact'",
+    ),
+    (
+      lambda exp, state, u: exp.log_prob(state, u, bound='ode', num_probes=0),
+      'config.eval.ode.num_probes=0 must be 1 or more',
+    ),
+    (lambda exp, state, u: exp.log_prob(state, u, draws=0), 'draws=0 must be positive'),
+    (lambda exp, state, u: exp.log_prob_given(state, u, draws=0), 'draws=0 must be positive'),
+    (
+      lambda exp, state, u: exp.sample(state, 1, num_steps=0),
+      'config.sample.num_steps=0 must be positive',
+    ),
+    (
+      lambda exp, state, u: exp.bits_per_dim(state, max_images=-1),
+      'config.eval.max_images=-1 must be zero or more',
+    ),
+    (
+      lambda exp, state, u: exp.bits_per_dim(state, params='mean'),
+      "params='mean' must be one of raw, ema",
+    ),
+    (
+      lambda exp, state, u: exp.bits_per_dim(state, split=data.of_arrays(u * 15)),
+      'must be integers 0 .. 16',
+    ),
+    (
+      lambda exp, state, u: next(exp.fit(state, 1, source=data.of_arrays(u / 16))),
+      'must be integers 0 .. 16',
+    ),
+  ],
+)
+def test_arguments_that_no_config_could_have_are_refused(exp, trained, call, message):
+  images = exp.source('eval').fetch(np.arange(16))['image']
+  with pytest.raises(ValueError, match=re.escape(message)):
+    call(exp, trained, images)
+
+
+def test_a_mask_of_any_numbers_is_a_mask(rank_promotion_allowed):
+  changes = {'data.derive': 'inpainting', 'data.masked': True, 'data.condition_shape': (8, 8, 1)}
+  exp = vdm.Experiment('digits:debug', SMALL | changes)
+  state = moved(exp.init())
+  batch = exp.source('eval').fetch(np.arange(4))
+  nats = [
+    exp.log_prob_given(state, batch['image'], draws=2, mask=mask)(condition=batch['condition'])
+    for mask in (batch['valid'], 255 * batch['valid'].astype(np.uint8))
+  ]
+  np.testing.assert_array_equal(*nats)
 
 
 def test_a_config_given_is_not_changed(exp):

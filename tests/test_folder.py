@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
+from vdm.configs import my_folder
 
 from vdm.data import decoded, folder, kept, splits
 from vdm.system import files, progress
+from vdm.training import loop
 
 GREY, COLOUR = (4, 6, 1), (4, 6, 3)
 
@@ -470,6 +472,15 @@ def test_a_link_to_itself_is_left_out(plain, name):
   assert found['train_images'] + found['eval_images'] == sum(
     before[f'{split}_images'] for split in ('train', 'eval')
   )
+
+
+def test_the_template_trains_on_pictures_without_classes(tmp_path):
+  for i in range(40):
+    save(tmp_path / 'pictures' / f'{i}.png', pixels(i, (9, 12, 3)))
+  found, own = my_folder.get_config('debug').unlock(), my_folder.get_config()
+  found.data.update(path=str(tmp_path / 'pictures'), train_split='[:20]', eval_split='[20:]')
+  found.fid = own.fid  # what :debug leaves out
+  assert loop.train(found.lock(), tmp_path / 'run') == 0
 
 
 @pytest.mark.parametrize('shape', [(16, 16), (16, 16, 5)])

@@ -54,8 +54,12 @@ def test_the_five_line_weighting_builds_and_traces(rank_promotion_allowed):
     }
     _, metrics = jax.eval_shape(make_train_step(config, model), state, batch)
     assert metrics.scalars['loss'].shape == ()
+    (line,) = re.findall('`(from vdm.configs.ablations.*)`', (ROOT / 'docs/extend.md').read_text())
+    exec(line, scope)
+    assert 'power' in scope['get_config']().axes.weighting
   finally:
     weightings.WEIGHTINGS.pop('power', None)
+    schedules.SCHEDULES.pop('square', None)
   assert 'mine' not in schedules.SCHEDULES
 
 

@@ -6,6 +6,7 @@ for state, metrics in exp.fit(state, steps=100): ...
 exp.bits_per_dim(state).value
 """
 
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -167,6 +168,7 @@ class Experiment:
     require(bound in ('elbo', 'ode'), 'bound', bound, "'elbo' or 'ode'", 'choose one')
     rule, remedy = "left out for the bound 'elbo'", "they are of bound='ode'"
     require(bound == 'ode' or not settings, 'settings', [*settings], rule, remedy)
+    require(draws > 0, 'draws', draws, 'positive', 'give 1 or more')
     how, solver = self._changed('eval', dict(max_images=0)), self._changed('eval.ode', settings)
     if bound == 'ode':
       build.check_ode(self.model.decoder, solver.dequantization, 'bound', bound)
@@ -207,6 +209,7 @@ class Experiment:
       mask: [N *spatial 1], nonzero in the dimensions that count; None: all.
       params: as in `bits_per_dim`.
     """
+    require(draws > 0, 'draws', draws, 'positive', 'give 1 or more')
     valid = self.model.takes.given(self.model.image_shape, len(images), mask=mask).get('valid')
     return likelihood.by_condition(
       functools.partial(self.denoiser, state, params, mask=mask),
@@ -250,8 +253,9 @@ class Experiment:
     require(num_images > 0, 'num_images', num_images, 'positive', 'give 1 or more')
     config = self.config.copy_and_resolve_references().unlock()
     config.sample = self._changed('sample', settings)
-    if guidance is not None and guidance != 1:
-      config.sample.guidance.update(kind='classifier_free', weight=float(guidance))
+    if guidance is not None:
+      kind = 'none' if guidance == 1 else 'classifier_free'
+      config.sample.guidance.update(kind=kind, weight=float(guidance))
     build.check_sampling(config.sample, self.schedule(state, params), config.train.label_dropout)
     told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
     if all(value is None for value in told.values()):
@@ -343,7 +347,11 @@ class Experiment:
     named = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
     rows = next((value.shape[0] for value in named.values() if value.ndim), 1)
     self.model.takes.require_shapes(self.model.image_shape, rows, named)
-    return {'valid' if name == 'mask' else name: value for name, value in named.items()}
+    if 'label' in named and not isinstance(named['label'], jax.core.Tracer):
+      self.model.takes.require_classes(np.asarray(named['label']))
+    if 'mask' in named:
+      named['valid'] = named.pop('mask') != 0
+    return named
 
   def _once(self, jit_step: Callable, *settings: Hashable) -> Callable:
     """Returns jit_step(model, mesh, *settings), the same at every call: it is compiled once."""
@@ -353,13 +361,15 @@ class Experiment:
     return self._steps[key]
 
   def _changed(self, block: str, settings: Mapping[str, Any]) -> ConfigDict:
-    """Returns a block of the config with some leaves changed."""
-    own = functools.reduce(lambda tree, name: tree[name], block.split('.'), self.config)
-    changed = own.copy_and_resolve_references()
+    """Returns a block of the config with some leaves changed, to values that a config can have."""
+    config = self.config.copy_and_resolve_references()
+    changed = functools.reduce(lambda tree, name: tree[name], block.split('.'), config)
     for name, value in settings.items():
       known = ', '.join(changed)
       require(name in changed, name, value, f'a leaf of config.{block}', f'it has {known}')
       changed[name] = value
+    build.check_config(config)
+    build.check_devices(config, jax.device_count())
     return changed
 
   def _source(self, split: str | data.Source) -> data.Source:
@@ -367,7 +377,8 @@ class Experiment:
     if isinstance(split, str):
       return self.source(split)
     by_hand.require_rows(self.model, cast(dict, split.fetch(np.zeros(1, np.int64))))
-    return split
+    fetch = by_hand.checked(self.model, self.config.data.num_values, split.fetch)
+    return dataclasses.replace(split, fetch=fetch)
 
 
 def use_cores():

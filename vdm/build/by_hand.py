@@ -1,5 +1,6 @@
 """Takes what a user of Python gives by hand: pictures, and sources of them, of the model's kind."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -51,6 +52,25 @@ def require_rows(model: Model, row: dict[str, Any]):
     remedy = f'the model takes a {name} for each image'
     require(own[name] is not None or not taken, 'source', name, 'with it', remedy)
   takes.require_shapes(model.image_shape, 1, {k: v for k, v in own.items() if names[k]})
+
+
+def checked(model: Model, num_values: int, fetch: Callable) -> Callable:
+  """Returns `fetch` of a source, which refuses images and classes that the model does not know.
+
+  Args:
+    model: that reads it.
+    num_values: as in `images_of`.
+    fetch: numbers of examples -> a batch of the right shapes (`require_rows`).
+  """
+
+  def fetch_checked(indices):
+    batch = fetch(indices)
+    images_of(model, num_values, batch['image'], batch.get('valid'))
+    if model.takes.num_classes:
+      model.takes.require_classes(batch['label'])
+    return batch
+
+  return fetch_checked
 
 
 def _require_shape(model: Model, images: np.ndarray):

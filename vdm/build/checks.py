@@ -54,7 +54,7 @@ def check_config(config: ConfigDict):
   _check_shapes(config.data)
   class_conditional, dropout = config.model.class_conditional, config.train.label_dropout
   _check_conditions(class_conditional, config.data, dropout, config.likelihood.conditions)
-  _check_training(config.train, config.fid.train_every_steps)
+  _check_training(config.train, config.schedule.name, config.fid.train_every_steps)
   kept = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
   for leaf in ('eval.params', 'eval.ode.params', 'sample.params'):
     _check_parameters(leaf, value_of(config, leaf), kept)
@@ -121,6 +121,16 @@ def _check_data(data: ConfigDict, flagged: bool):
     f'False for images that are not square, config.data.image_shape={shape}',
     'config.data.flip works for any height and width',
   )
+  turned = 'flip' if data.flip else 'rotate'
+  parts = data.derive == 'haar_details'
+  coarse = data.name == 'gaussian_field' and data.gaussian_field.subsample > 1
+  require(
+    not ((data.flip or data.rotate) and (parts or coarse)),
+    f'config.data.{turned}',
+    True,
+    'False for coefficients, or conditions of every nth pixel, which do not turn as pictures do',
+    'set it to False',
+  )
   field = tuple(data.condition_shape)
   require(
     not data.rotate or not field or field[0] == field[1],
@@ -184,7 +194,7 @@ def _check_conditions(class_conditional: bool, data: ConfigDict, label_dropout: 
   )
 
 
-def _check_training(train: ConfigDict, distances_every: int):
+def _check_training(train: ConfigDict, schedule: str, distances_every: int):
   evaluations = train.eval_every_steps
   require(
     distances_every >= 0 and distances_every % evaluations == 0,
@@ -199,6 +209,13 @@ def _check_training(train: ConfigDict, distances_every: int):
     train.batch_size,
     f'divisible by config.train.microbatches={train.microbatches}',
     f'try {_multiples(train.batch_size, train.microbatches)}',
+  )
+  require(
+    schedule != 'adaptive' or train.num_timesteps == 0,
+    'config.train.num_timesteps',
+    train.num_timesteps,
+    "0 with config.schedule.name='adaptive': in discrete time the loss is that of the steps' place",
+    'the T of an evaluation is config.eval.num_timesteps; or choose another schedule',
   )
   require(
     train.second_order == 0 or train.num_timesteps == 0,

@@ -128,7 +128,9 @@ class Takes(NamedTuple):
     self.require_shapes(image_shape, count, told)
     found = {name: np.array(value) for name, value in self.nothing(count, image_shape).items()}
     if label is not None:
-      found['label'] = self._labels(native('label', label), typed)
+      rows = native('label', label)
+      self.require_classes(rows, typed)
+      found['label'] = rows.astype(np.int32)
     for name in ('vector', 'condition'):
       if told[name] is None:
         continue
@@ -145,13 +147,21 @@ class Takes(NamedTuple):
       require(not empty.size, f'mask[{empty[:1]}]', 0, rule, remedy)
     return found
 
-  def _labels(self, rows: np.ndarray, typed: Any) -> np.ndarray:
-    """Returns classes as int32; others are refused, as they were typed."""
+  def require_classes(self, rows: np.ndarray, typed: Any = None):
+    """Refuses labels that are no classes of the model.
+
+    Args:
+      rows: labels of any shape.
+      typed: what the user gave, which the error shows; None: the rows.
+
+    Raises:
+      ValueError: some are not integers, or not from -1 to num_classes - 1.
+    """
     good = rows.dtype.kind in 'iu' and rows.min(initial=0) >= -1
     rule = f'classes, 0 .. {self.num_classes - 1}, or -1 for none'
     good = good and rows.max(initial=0) < self.num_classes
-    require(bool(good), 'label', typed, rule, 'config.data.num_classes says how many there are')
-    return rows.astype(np.int32)
+    shown = rows if typed is None else typed
+    require(bool(good), 'label', shown, rule, 'config.data.num_classes says how many there are')
 
 
 def of_config(data: ConfigDict, class_conditional: bool) -> Takes:

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from vdm.build.model import Model
 from vdm.build.optimizer import ema_decays, optimizer
+from vdm.errors import require
 
 
 @struct.dataclass
@@ -61,7 +62,15 @@ def apply_gradients(
 
 
 def named_params(state: TrainState, name: str) -> Any:
-  """Returns the parameters called 'raw', or the average of that name."""
+  """Returns the parameters called 'raw', or the average of that name.
+
+  Raises:
+    ValueError: no such average is kept.
+  """
+  kept = ['raw', *state.averages]
+  require(
+    name in kept, 'params', name, f'one of {", ".join(kept)}', 'config.ema says which there are'
+  )
   return state.params if name == 'raw' else state.averages[name]
 
 

@@ -60,7 +60,7 @@ def compress(typed: argparse.Namespace, run: Run) -> int:
   )
   files.write(files.path_of(typed.out), blob)
   header = container.read(blob, typed.out).header
-  initial, net = 4 * sum(header['initial_words']), header['net_bits'] / source.images.size
+  initial, net = 4 * sum(header['initial_words']), header['net_bits'] / source.num_dims
   print(
     f'{typed.out}: {len(source.images):,} images in {len(blob):,} bytes, {initial:,} of them '
     f'initial bits; net {net:.4f} bits/dim; it took {duration(progress.seconds)}'
@@ -222,6 +222,8 @@ def main(argv: list[str] | None = None) -> int:
     if typed.command != 'decompress':
       rule, remedy = 'given, or else --split', 'name a file, or a split such as --split=test'
       require(bool(typed.images) != bool(typed.split), '--images', typed.images, rule, remedy)
+    both, rule = typed.conditions and typed.split, 'left out with --split, which has its own'
+    require(not both, '--conditions', typed.conditions, rule, 'give one of the two')
     run = read_run(None, files.packaged_run(typed.workdir), typed.step, overrides)
     averages = ('raw', *run.state.averages)
     require(typed.params in averages, '--params', typed.params, f'one of {averages}', 'choose one')

@@ -30,19 +30,20 @@ class Along:
   top in a file, as initial bits that a receiver who stops never gives back.
   """
 
-  def __init__(self, images: np.ndarray, decoder: Decoder):
-    """Takes the images [N *spatial C], and what knows their units."""
+  def __init__(self, images: np.ndarray, decoder: Decoder, valid: np.ndarray | None = None):
+    """Takes the images [N *spatial C], what knows their units, and which dimensions count."""
     self._images, self._decoder, self._num_values = images, decoder, count_values(decoder)
+    self._valid = np.ones(images.shape, bool) if valid is None else valid
     self._squares: dict[int, float] = {}  # by level: of x_hat as a picture, in values
     self._errors: dict[int, np.ndarray] = {}  # and in the network's units, [*shape]
 
   def __call__(self, rows: slice, level: int, z: np.ndarray, x_hat: np.ndarray):
     """Takes what the network says of some images at a level (`coder.Watch`)."""
-    u = self._images[rows]
+    u, valid = self._images[rows], self._valid[rows]
     x = np.asarray(self._decoder.to_model(jnp.asarray(u)), np.float64)
     picture = np.asarray(self._decoder.from_model(jnp.asarray(x_hat)), np.float64)
-    self._squares[level] = self._squares.get(level, 0.0) + ((picture - u) ** 2).sum()
-    self._errors[level] = self._errors.get(level, 0.0) + ((x_hat - x) ** 2).sum(axis=0)
+    self._squares[level] = self._squares.get(level, 0.0) + ((picture - u) ** 2 * valid).sum()
+    self._errors[level] = self._errors.get(level, 0.0) + ((x_hat - x) ** 2 * valid).sum(axis=0)
 
   def points(self, log_snr: np.ndarray) -> list[tuple[float, float, float]]:
     """Returns (log-SNR, bits/dim, PSNR in dB) of the pictures of each level, in decoding order.
@@ -53,10 +54,11 @@ class Along:
     snr, found = np.exp(log_snr), []
     x = np.asarray(self._decoder.to_model(jnp.asarray(self._images)), np.float64)
     a2, s2 = snr[-1] / (1 + snr[-1]), 1 / (1 + snr[-1])
-    nats = (0.5 * (a2 * x**2 + s2 - np.log(s2) - 1)).sum()
+    nats = (0.5 * (a2 * x**2 + s2 - np.log(s2) - 1) * self._valid).sum()
+    num_dims = self._valid.sum()
     for level in range(len(snr) - 1, 0, -1):
-      bits = float(nats / (math.log(2) * x.size))
-      square = self._squares[level] / x.size
+      bits = float(nats / (math.log(2) * num_dims))
+      square = self._squares[level] / num_dims
       found.append((float(log_snr[level].mean()), bits, rivals.psnr(square, self._num_values)))
       nats += (0.5 * (snr[level - 1] - snr[level]) * self._errors[level]).sum()
     return found

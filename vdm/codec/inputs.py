@@ -19,6 +19,17 @@ class Inputs(NamedTuple):
   images: np.ndarray
   told: dict[str, Any]  # arrays, one row for each image
 
+  @property
+  def valid(self) -> np.ndarray:
+    """Returns the dimensions that count, bool, as the images."""
+    mask = self.told['mask'] != 0 if 'mask' in self.told else np.ones(1, bool)
+    return np.broadcast_to(mask, self.images.shape)
+
+  @property
+  def num_dims(self) -> int:
+    """Returns how many dimensions of all images count."""
+    return int(self.valid.sum())
+
 
 def of_file(path: str, takes: build.conditioning.Takes, more: str = '') -> Inputs:
   """Returns the images of an NPY or NPZ file, and what each is conditioned on.

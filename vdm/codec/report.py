@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
 from vdm import cards, data
 from vdm.build.state import named_params
@@ -71,7 +72,8 @@ def measure(
   """
   steps, told = settings.num_timesteps, inputs.told
   model, params = run.model, named_params(run.state, name)
-  along, images = curve.Along(inputs.images, model.decoder), inputs.images
+  images = np.where(inputs.valid, inputs.images, inputs.images.dtype.type(0))  # what is coded
+  along = curve.Along(images, model.decoder, inputs.valid)
   progress = Progress(f'T = {steps}, compress', 'levels')
   blob = compress(model, params, images, settings, **told, tell=progress, watch=along)
   seconds = [progress.seconds]
@@ -83,11 +85,7 @@ def measure(
     if not np.array_equal(decoded, images):
       raise ValueError(f'{folder}/T{steps}.vdm decodes to other images; please report this.')
   header = container.read(blob, 'the file').header
-  dims = (
-    images.size
-    if 'mask' not in told
-    else float(np.broadcast_to(told['mask'] != 0, images.shape).sum())
-  )
+  dims = inputs.num_dims
   return Length(
     settings=settings,
     net=header['net_bits'] / dims,
@@ -103,18 +101,19 @@ def _bound(run: Run, params: Any, inputs: Inputs, num_timesteps: int, draws: int
   """Returns the discrete-time bound of the images."""
   settings = run.config.eval.copy_and_resolve_references().unlock()
   settings.update(num_timesteps=num_timesteps, draws=draws, max_images=0)
-  told = {'valid' if name == 'mask' else name: value for name, value in inputs.told.items()}
-  source = data.of_arrays(inputs.images, 'codec', **told)
+  settings.schedule = ConfigDict(dict(name='schedule'))  # the levels that are coded
+  given = run.model.takes.given(run.model.image_shape, len(inputs.images), **inputs.told)
+  source = data.of_arrays(inputs.images, 'codec', **given)
   evaluate = make_evaluator(run.model, run.mesh, settings)
   return evaluate(params, batches(source, settings), len(source))
 
 
-def rows_of(lengths: Sequence[Length], images: np.ndarray) -> list[tuple[str, float, Any, str]]:
-  """Returns the rows of the table, with `HEADER`."""
+def rows_of(lengths: Sequence[Length], inputs: Inputs) -> list[tuple[str, float, Any, str]]:
+  """Returns the rows of the table, with `HEADER`; other codecs know no masks, and are left out."""
   rows: list[tuple[str, float, Any, str]] = []
   for length in lengths:
     label, bound = f'T = {length.settings.num_timesteps}', length.bound
-    per_dim = 8 * length.size / images.size
+    per_dim = 8 * length.size / inputs.num_dims
     rows += [
       (f'vdm, {label}', length.net, length.deviation, 'net'),
       (f'vdm, {label}', length.initial, None, 'initial bits'),
@@ -126,7 +125,8 @@ def rows_of(lengths: Sequence[Length], images: np.ndarray) -> list[tuple[str, fl
         f'net is {length.net / bound.value:.4f} of it',
       ),
     ]
-  for name, (each, together) in rivals.lossless(images).items():
+  others = {} if 'mask' in inputs.told else rivals.lossless(inputs.images)
+  for name, (each, together) in others.items():
     rows += [(name, each, None, 'a file for each image'), (name, together, None, 'one for all')]
   return rows
 
@@ -144,7 +144,7 @@ def write(
   Returns:
     the table, to be printed.
   """
-  rows = rows_of(lengths, inputs.images)
+  rows = rows_of(lengths, inputs)
   files.write_table(folder / 'report.csv', HEADER, rows)
   facts = [
     length._asdict() | {'settings': length.settings._asdict(), 'bound': _plain(length.bound)}
@@ -160,7 +160,8 @@ def write(
       points[f'vdm, T = {length.settings.num_timesteps}'] = along.points(
         np.asarray(log_snr, np.float64)
       )
-    points |= rivals.lossy(inputs.images, count_values(run.model.decoder))
+    if 'mask' not in inputs.told:
+      points |= rivals.lossy(inputs.images, count_values(run.model.decoder))
     curve.write(folder, 'rate_distortion', points)
   return table(rows)
 

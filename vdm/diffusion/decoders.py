@@ -197,7 +197,9 @@ def prior_loss(
   return kl_to_standard_normal(mean, expand_to(sigma(log_snr_min) ** 2, x), valid)
 
 
-def bits_per_dim(nats: Float[Array, '...'], num_dims: int) -> Float[Array, '...']:
+def bits_per_dim(
+  nats: Float[Array, '...'], num_dims: int | Float[Array, '...']
+) -> Float[Array, '...']:
   """Converts the nats of a whole example to bits per dimension, nats / (D ln 2)."""
   return nats / (num_dims * np.log(2))
 

@@ -69,9 +69,10 @@ def log_prob(
   where f is the field above. The trace is the mean over probes v of v^T (df/dz) v (eq. 40;
   Hutchinson).
 
-  The state is (z, log-determinant per dimension). Every example takes its own steps, so that its
-  result does not depend on the others in the batch: a step's error is the larger of the root mean
-  square over z and that of the log-determinant, in units of atol + rtol |state|.
+  The state is (z, log-determinant per dimension that counts). Every example takes its own steps, so
+  that its result does not depend on the others in the batch: a step's error is the larger of the
+  root mean square over the dimensions of z that count and that of the log-determinant, in units of
+  atol + rtol |state|.
 
   Args:
     denoiser: (z, log_snr) -> Prediction, for the whole batch.
@@ -86,7 +87,7 @@ def log_prob(
     schedule: a multivariate one, along which the solve goes from t = 0 to 1; None: the solve is in
       log_snr, of which all schedules are functions.
   """
-  num_dims = math.prod(z_0.shape[1:])
+  num_dims = jnp.broadcast_to(jnp.float32(count_dims(z_0.shape[1:], valid)), len(z_0))
   start, end = (jnp.zeros(()), jnp.ones(())) if schedule else (log_snr_max, log_snr_min)
 
   def flow(z, variable):
@@ -102,31 +103,33 @@ def log_prob(
 
   # The solver is mapped over examples; the denoiser still sees the batch, at a log_snr for each.
   @jax.custom_batching.custom_vmap
-  def field(variable, z, probes, arrays):
+  def field(variable, z, probes, num_dims, arrays):
     return z, jnp.zeros(())  # for shapes only
 
   @field.def_vmap
-  def field_of_batch(size, in_batched, variable, z, probes, arrays):
+  def field_of_batch(size, in_batched, variable, z, probes, num_dims, arrays):
     variable = jnp.broadcast_to(variable, size)  # a scalar before the first step
     converted = equinox.combine(arrays, static)
     dz, trace = velocity_and_trace(lambda z: converted(z, variable), z, probes)
     return (dz, trace / num_dims), (True, True)
 
-  def solve(z_0, probes):
+  def solve(z_0, probes, num_dims):
     return diffrax.diffeqsolve(
-      diffrax.ODETerm(lambda variable, state, _: field(variable, state[0], probes, arrays)),
+      diffrax.ODETerm(
+        lambda variable, state, _: field(variable, state[0], probes, num_dims, arrays)
+      ),
       SOLVER,
       t0=start,
       t1=end,
       dt0=(end - start) / FIRST_STEPS,
       y0=(z_0, jnp.zeros(())),
-      stepsize_controller=diffrax.PIDController(rtol, atol, norm=_error_norm),
+      stepsize_controller=diffrax.PIDController(rtol, atol, norm=_ErrorNorm(num_dims)),
       adjoint=diffrax.ForwardMode(),  # nobody differentiates this
       max_steps=max_steps,
       throw=False,
     )
 
-  solution = jax.vmap(solve)(z_0, probes)
+  solution = jax.vmap(solve)(z_0, probes, num_dims)
   z_1, log_det = (leaf[:, 0] for leaf in solution.ys)
   log_normal = -0.5 * sum_over_dims(z_1**2 + math.log(2 * math.pi), valid)
   return Solution(
@@ -162,10 +165,14 @@ def velocity_and_trace(
   return dz, traces.mean(axis=0)
 
 
-def _error_norm(error):
+class _ErrorNorm(equinox.Module):
   """Returns the larger of z's root mean square and the log-determinant's, lest either drown."""
-  z, log_det = error
-  return jnp.maximum(jnp.sqrt(jnp.mean(z**2)), jnp.abs(log_det))
+
+  num_dims: Array  # that count; in the others z has no error
+
+  def __call__(self, error):
+    z, log_det = error
+    return jnp.maximum(jnp.sqrt(jnp.sum(z**2) / self.num_dims), jnp.abs(log_det))
 
 
 def exact_probes(batch_size: int, shape: tuple[int, ...]) -> Float[Array, 'b n ...']:

@@ -82,8 +82,12 @@ def make_pictures(
   most = SPECTRUM_VALUES // math.prod(model.image_shape)
   count = min(max(NUM_PROGRESSIVE, most), of.source.identity['num_images'])
   batch = of.source.fetch(np.arange(count))
-  frequency, power = power_spectrum(np.asarray(model.decoder.to_model(jnp.asarray(batch['image']))))
-  spectrum = frequency, power.mean(axis=(0, 2))
+  has_waves = math.prod(model.image_shape[:-1]) > 1
+  if has_waves:
+    frequency, power = power_spectrum(
+      np.asarray(model.decoder.to_model(jnp.asarray(batch['image'])))
+    )
+    spectrum = frequency, power.mean(axis=(0, 2))
   few = {name: array[:NUM_PROGRESSIVE] for name, array in batch.items()}
 
   def pictures(state, curves):
@@ -107,11 +111,12 @@ def make_pictures(
     path_of = {}
     if model.multivariate:
       path_of['path'] = plots.plot_path(each, plotted / 'path.png')
+    if has_waves:
+      path_of['spectrum'] = plots.plot_spectrum(*spectrum, levels, plotted / 'spectrum.png')
     return path_of | {
       'progressive': plots.plot_progressive(blocks, levels, path),
       'diffusion_loss': plots.plot_bins(curves, ends, plotted / 'diffusion_loss.png', unit),
       'schedule': plots.plot_schedule(found, log_snr, plotted / 'schedule.png'),
-      'spectrum': plots.plot_spectrum(*spectrum, levels, plotted / 'spectrum.png'),
       'history': plots.plot_history(found, plotted / f'{model.decoder.metric}.png'),
     }
 

@@ -55,7 +55,8 @@ def classifier_network(settings, data_settings) -> Network:
     'config.fid.features',
     'classifier',
     'trained on labels, and config.data.num_classes is 0',
-    "use 'inception', or a data set with labels",
+    "set config.fid.train_every_steps=0 to score no samples in training, use 'inception', or bring "
+    'a data set with labels',
   )
   source = data.load(data_settings, 'train')
   # These leave out where it lies, and the fields that say only how it was checked.
