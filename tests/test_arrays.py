@@ -9,7 +9,8 @@ import tensorstore
 from ml_collections import ConfigDict
 from vdm.configs import my_arrays
 
-from vdm.data import arrays, columns, splits
+from vdm import data as data_module
+from vdm.data import arrays, columns, settle, splits
 from vdm.system import files
 from vdm.training import loop
 
@@ -385,6 +386,25 @@ def test_the_number_of_values_is_that_of_all_examples(tmp_path):
   np.savez(tmp_path / 'a.npz', x=x)
   found = arrays.found(config(tmp_path / 'a.npz', train_split='[:2000]', eval_split='[2000:]'))
   assert found['num_values'] == 4001
+
+
+@pytest.mark.parametrize('each', [True, False])
+def test_a_mask_of_nan_says_nothing(tmp_path, each):
+  mask = np.ones((COUNT, *SHAPE[:2]) if each else SHAPE[:2])
+  mask.reshape(-1)[3] = np.nan
+  path = write(tmp_path, 'npz', {'x': fields()['x'], 'mask': mask})
+  with pytest.raises(ValueError, match=r'nan or inf in mask of example \[0\]'):
+    arrays.load(config(path, masked=True), 'train').fetch(np.arange(2))
+
+
+def test_the_range_of_large_values_is_theirs(tmp_path):
+  """As masses in suns are: 1e12 and more, all beyond 2^31."""
+  x = np.linspace(1e12, 2e12, COUNT * 48).reshape(COUNT, *SHAPE)
+  path = write(tmp_path, 'npz', {'x': x.astype(np.float32)})
+  data = my_arrays.get_config().data.copy_and_resolve_references().unlock()
+  data.update(path=str(path), train_split='[:10]', eval_split='[10:]')
+  found = data_module.load(settle.as_found(data), 'train').identity
+  assert found['value_min'] == pytest.approx(1e12) and found['value_max'] > 1.5e12
 
 
 def test_vectors_are_fields_of_one_position(tmp_path):

@@ -1,4 +1,5 @@
 import decimal
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +30,7 @@ def track(path, std):
 
   def update(average, numbered):
     step, point = numbered
-    decay = averages.power_decay(step, std)
-    average = decay * average + (1 - decay) * point
+    average += averages.power_share(step, std) * (point - average)
     return average, average
 
   return jax.lax.scan(update, jnp.full(path.shape[1], 1e6), (jnp.arange(len(path)), path))[1]
@@ -114,7 +114,19 @@ def test_a_length_no_profile_has_is_refused():
 
 
 def test_average_forgets_the_start_early_on():
-  decay = averages.exponential_decay(jnp.int32(0), 32, halflife_images=1e9, rampup_ratio=0.05)
-  assert decay < 1e-5
-  late = averages.exponential_decay(jnp.int32(10**6), 32, halflife_images=800, rampup_ratio=0.05)
-  np.testing.assert_allclose(late, 0.5 ** (32 / 800), rtol=1e-6)
+  share = averages.exponential_share(jnp.int32(0), 32, halflife_images=1e9, rampup_ratio=0.05)
+  assert share > 1 - 1e-5
+  late = averages.exponential_share(jnp.int32(10**6), 32, halflife_images=800, rampup_ratio=0.05)
+  np.testing.assert_allclose(1 - late, 0.5 ** (32 / 800), rtol=1e-6)
+
+
+@pytest.mark.parametrize('step', [10**3, 524_287, 609_999, 10**7, 2**31 - 2])
+def test_shares_are_exact_in_long_runs(step):
+  """More images than an int32 counts; and shares that one less a decay in float32 does not hold."""
+  share = jax.jit(lambda step: averages.exponential_share(step, 4096, 5e7, 0.05))(step)
+  halflife = min(5e7, (step + 1) * 4096 * 0.05)
+  np.testing.assert_allclose(share, -math.expm1(4096 / halflife * math.log(0.5)), rtol=1e-5)
+  for std in (0.05, 0.1):
+    share = jax.jit(lambda step, std=std: averages.power_share(step, std))(step)
+    exact = -math.expm1((averages.exponent(std) + 1) * math.log1p(-1 / (step + 1)))
+    np.testing.assert_allclose(share, exact, rtol=1e-5)

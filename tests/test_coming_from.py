@@ -174,7 +174,7 @@ def test_guidance_scale_is_the_weight():
 def test_the_half_life_of_an_average():
   rate, batch = 0.9999, 128
   halflife = batch * math.log(0.5) / math.log(rate)
-  near(averages.exponential_decay(10**6, batch, halflife, rampup_ratio=0.0), rate)
+  near(1 - averages.exponential_share(10**6, batch, halflife, rampup_ratio=0.0), rate)
 
 
 def test_discrete_time_is_that_of_the_public_code():

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vdm import build, configs
+from vdm import build, configs, data
 from vdm.evaluation.bound import make_evaluator
 from vdm.sampling.draw import make_sampler
 from vdm.system import parallel, runners
@@ -159,3 +159,28 @@ def test_what_would_train_on_something_else_is_refused(name, changes, message):
   config = config_file.read_config(name, changes)
   with pytest.raises(ValueError, match=re.escape(message)):
     build.check_config(config)
+
+
+@pytest.mark.parametrize(
+  ('name', 'leaf', 'value'),
+  [
+    ('digits', 'masked', True),
+    ('digits', 'condition_shape', (8, 8, 1)),
+    ('gaussian_fields', 'embedding_size', 4),
+  ],
+)
+def test_what_the_data_have_not_is_refused_by_its_leaf(name, leaf, value):
+  with pytest.raises(
+    ValueError, match=rf'config.data.{leaf}=.* has none; set --config.data.{leaf}='
+  ):
+    config = config_file.read_config(name, {f'data.{leaf}': value})
+    data.load(config_file.settled(config).data, 'train')
+
+
+def test_a_derived_condition_of_a_gaussian_field_has_no_exact_value():
+  own = config_file.read_config('gaussian_fields:debug', {}).data
+  assert 'exact_nats_per_dim' in data.load(own, 'eval').identity
+  other = own.copy_and_resolve_references().unlock()
+  shape = tuple(n // 2 for n in own.image_shape[:-1])
+  other.update(derive='low_resolution', condition_shape=(*shape, own.image_shape[-1]))
+  assert 'exact_nats_per_dim' not in data.load(other, 'eval').identity

@@ -110,9 +110,9 @@ def test_a_reference_reads_back_and_is_refused_for_another_extractor(tmp_path, e
   references.write(path, written)
   read = references.read(str(path), extractor, 16)
   assert read.facts == written.facts
-  np.testing.assert_allclose(
-    read.rows['features'], pictures(0).reshape(20, -1)[:, :12] / 255, rtol=1e-6
-  )
+  order = np.random.RandomState(0).permutation(20)
+  rows = pictures(0)[order].reshape(20, -1)[:, :12] / 255
+  np.testing.assert_allclose(read.rows['features'], rows, rtol=1e-6)
   np.testing.assert_allclose(read.gaussians['features'].covariance, np.cov(read.rows['features'].T))
   extractor.name = 'pixels of another kind'
   with pytest.raises(
@@ -141,6 +141,16 @@ def test_published_files_are_inceptions_and_their_images_serve_the_rest(tmp_path
   np.savez(tmp_path / 'edm.npz', mu=np.zeros(64), sigma=np.eye(64))
   with pytest.raises(ValueError, match=r'has mu \(64,\) and sigma \(64, 64\), must be \(12,\)'):
     references.read(str(tmp_path / 'edm.npz'), extractor, 16)
+
+
+def test_rows_that_are_kept_are_of_the_whole_set(tmp_path, extractor, monkeypatch):
+  """Pictures may lie class by class: here the later half is white."""
+  monkeypatch.setattr(references, 'KEPT', 10)
+  content = np.where(np.arange(20)[:, None, None, None] < 10, 0, 255)
+  content = np.broadcast_to(content, pictures(0).shape).astype(np.uint8)
+  found = references.of_source(images.load(save(tmp_path / 'real', content)), extractor, 16)
+  assert len(found.rows['features']) == 10
+  assert 0.1 < found.rows['features'].mean() < 0.9
 
 
 def test_the_training_split_is_the_reference_and_is_kept(tmp_path, monkeypatch):

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 from vdm.configs import my_folder
 
-from vdm.data import decoded, folder, kept, splits
+from vdm import data as data_module
+from vdm.data import decoded, folder, kept, settle, splits
 from vdm.system import files, progress
 from vdm.training import loop
 
@@ -481,6 +482,20 @@ def test_the_template_trains_on_pictures_without_classes(tmp_path):
   found.data.update(path=str(tmp_path / 'pictures'), train_split='[:20]', eval_split='[20:]')
   found.fid = own.fid  # what :debug leaves out
   assert loop.train(found.lock(), tmp_path / 'run') == 0
+
+
+@pytest.mark.parametrize('kind', ['low_resolution', 'inpainting'])
+def test_conditions_that_are_made_of_the_picture(plain, kind):
+  """They are the config's, and no leaf that the folder could have, or not have."""
+  masked = kind == 'inpainting'
+  data = my_folder.get_config().data.copy_and_resolve_references().unlock()
+  data.update(name='folder', path=str(plain), image_shape=(8, 8, 3), derive=kind, masked=masked)
+  data.update(condition_shape=(8, 8, 3) if masked else (4, 4, 3), num_bits=5)
+  data = settle.as_found(data)
+  assert data.num_values == 32
+  batch = data_module.load(data, 'train').fetch(np.arange(1))
+  assert batch['condition'].shape[1:] == tuple(data.condition_shape)
+  assert ('valid' in batch) == masked and batch['image'].max() < 32
 
 
 @pytest.mark.parametrize('shape', [(16, 16), (16, 16, 5)])

@@ -94,6 +94,15 @@ def test_pictures_of_named_splits(datasets, tmp_path, cached):
   assert everything(data, 'train')['image'].shape == (5, 2, 2, 1)
 
 
+def test_missing_labels_are_no_class(datasets, tmp_path, caplog):
+  label = datasets.Value('int64'), [1, None, *range(18)]
+  pictures(datasets, range(20), label=label).save_to_disk(tmp_path)
+  assert huggingface.found(config(tmp_path))['num_classes'] == 0
+  assert 'labels are ignored; example 1 has nan' in caplog.text
+  with pytest.raises(ValueError, match=r'num_classes=3 but .* has 0'):
+    huggingface.load(config(tmp_path, num_classes=3), 'train')
+
+
 def test_a_single_data_set_is_split_by_hash(datasets, tmp_path):
   pictures(datasets, range(20)).save_to_disk(tmp_path)
   parts = [everything(config(tmp_path), split)['image'] for split in ('train', 'eval')]

@@ -136,8 +136,8 @@ def test_average_halves_the_past_after_one_half_life():
   current = create({'network': jnp.float32(0.0)}, optimizer)
   current = current.replace(averages={'ema': {'network': jnp.float32(1.0)}})
   for _ in range(50):
-    decay = averages.exponential_decay(current.step, 32, halflife_images=800, rampup_ratio=0.0)
-    current = apply_gradients(current, current.params, optimizer, {'ema': decay})
+    share = averages.exponential_share(current.step, 32, halflife_images=800, rampup_ratio=0.0)
+    current = apply_gradients(current, current.params, optimizer, {'ema': share})
   np.testing.assert_allclose(current.averages['ema']['network'], 0.25, rtol=1e-4)
   assert current.step == 50
 
@@ -146,10 +146,10 @@ def test_averages_are_kept_side_by_side():
   optimizer = optax.set_to_zero()
   current = create({'network': jnp.float32(1.0)}, optimizer, averages=('ema', 'slow', 'fast'))
   current = current.replace(params={'network': jnp.float32(0.0)})
-  decays = {'ema': 0.5, 'slow': 0.9, 'fast': 0.0}
+  shares = {'ema': 0.5, 'slow': 0.1, 'fast': 1.0}
   for _ in range(2):
-    current = apply_gradients(current, current.params, optimizer, decays)
-  values = {n: float(named_params(current, n)['network']) for n in ('raw', *decays)}
+    current = apply_gradients(current, current.params, optimizer, shares)
+  values = {n: float(named_params(current, n)['network']) for n in ('raw', *shares)}
   assert values == pytest.approx({'raw': 0.0, 'ema': 0.25, 'slow': 0.81, 'fast': 0.0})
 
 

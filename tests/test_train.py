@@ -504,6 +504,15 @@ def test_reconstruction_needs_snapshots_of_the_run_whatever_the_config_given(tmp
     posthoc_ema.run(read_run(config_of(), tmp_path))
 
 
+@pytest.mark.slow
+def test_reconstruction_before_the_first_snapshot_is_refused(tmp_path):
+  config = config_of(ema__snapshot_every_steps=50, train__num_steps=2)
+  assert loop.train(config, tmp_path / 'run') == 0
+  with pytest.raises(ValueError, match=r'--step=2 must be one after a stored snapshot'):
+    posthoc_ema.run(read_run(config, tmp_path / 'run'))
+  assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+
 def test_a_signal_while_the_first_step_is_compiled_is_not_said_to_be_saved(
   tmp_path, monkeypatch, caplog
 ):

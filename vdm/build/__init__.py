@@ -3,7 +3,7 @@
 from vdm.build.checks import check_config, check_devices, check_ode, check_sampling, works_on
 from vdm.build.factories import other_schedule, sampler, schedule, threshold
 from vdm.build.model import Model, model
-from vdm.build.optimizer import ema_decays, optimizer
+from vdm.build.optimizer import ema_shares, optimizer
 from vdm.build.platform import dtype, for_platform, scan_blocks
 from vdm.build.state import InitState, init_state
 
@@ -28,7 +28,7 @@ __all__ = [
   'check_ode',
   'check_sampling',
   'dtype',
-  'ema_decays',
+  'ema_shares',
   'for_platform',
   'init_state',
   'model',

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from vdm.build.factories import decoder, other_schedule, sampler, threshold
 from vdm.build.leaves import RULES, check_numbers, one_of, value_of
-from vdm.build.optimizer import ema_decays
+from vdm.build.optimizer import ema_shares
 from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.gaussian import Schedule, is_multivariate
 from vdm.errors import require
@@ -55,7 +55,7 @@ def check_config(config: ConfigDict):
   class_conditional, dropout = config.model.class_conditional, config.train.label_dropout
   _check_conditions(class_conditional, config.data, dropout, config.likelihood.conditions)
   _check_training(config.train, config.schedule.name, config.fid.train_every_steps)
-  kept = ('raw', *ema_decays(config.ema, config.train.batch_size, 0))
+  kept = ('raw', *ema_shares(config.ema, config.train.batch_size, 0))
   for leaf in ('eval.params', 'eval.ode.params', 'sample.params'):
     _check_parameters(leaf, value_of(config, leaf), kept)
   require(
@@ -211,18 +211,18 @@ def _check_training(train: ConfigDict, schedule: str, distances_every: int):
     f'try {_multiples(train.batch_size, train.microbatches)}',
   )
   require(
-    schedule != 'adaptive' or train.num_timesteps == 0,
-    'config.train.num_timesteps',
-    train.num_timesteps,
-    "0 with config.schedule.name='adaptive': in discrete time the loss is that of the steps' place",
-    'the T of an evaluation is config.eval.num_timesteps; or choose another schedule',
-  )
-  require(
     train.second_order == 0 or train.num_timesteps == 0,
     'config.train.second_order',
     train.second_order,
     f'0 in discrete time, config.train.num_timesteps={train.num_timesteps}',
     'the ODE is that of continuous time: give config.train.num_timesteps=0',
+  )
+  require(
+    schedule != 'adaptive' or train.num_timesteps == 0,
+    'config.train.num_timesteps',
+    train.num_timesteps,
+    "0 with config.schedule.name='adaptive': in discrete time the loss is that of the steps' place",
+    'the T of an evaluation is config.eval.num_timesteps; or choose another schedule',
   )
 
 

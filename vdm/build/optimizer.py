@@ -1,4 +1,4 @@
-"""The optimizer, and the decays of the averages."""
+"""The optimizer, and what each of the averages takes of new parameters."""
 
 from typing import Any
 
@@ -10,17 +10,17 @@ from vdm.diffusion import averages
 from vdm.nn import blocks
 
 
-def ema_decays(
+def ema_shares(
   settings: ConfigDict, batch_size: int, step: jax.Array | int
 ) -> dict[str, jax.Array]:
-  """Returns the decay at `step` of each average that config.ema asks for, by name, 'ema' first."""
+  """Returns the share at `step` of the newest parameters in each average, by name, 'ema' first."""
   halflives = {'ema': settings.halflife_images}
   halflives |= {f'halflife_{images:g}': images for images in settings.extra_halflives_images}
-  decays = {
-    name: averages.exponential_decay(step, batch_size, images, settings.rampup_ratio)
+  shares = {
+    name: averages.exponential_share(step, batch_size, images, settings.rampup_ratio)
     for name, images in halflives.items()
   }
-  return decays | {f'std_{std:g}': averages.power_decay(step, std) for std in settings.power_stds}
+  return shares | {f'std_{std:g}': averages.power_share(step, std) for std in settings.power_stds}
 
 
 def kernels(params: Any) -> Any:

@@ -10,7 +10,7 @@ from flax import struct
 from ml_collections import ConfigDict
 
 from vdm.build.model import Model
-from vdm.build.optimizer import ema_decays, optimizer
+from vdm.build.optimizer import ema_shares, optimizer
 from vdm.errors import require
 
 
@@ -43,20 +43,20 @@ def create(
 
 
 def apply_gradients(
-  state: TrainState, grads: Any, optimizer: optax.GradientTransformation, decays: dict[str, Any]
+  state: TrainState, grads: Any, optimizer: optax.GradientTransformation, shares: dict[str, Any]
 ) -> TrainState:
-  """Returns the state after an update of the optimizer and one of each average, by its decay."""
+  """Returns the state after an update of the optimizer and one of each average, by its share."""
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
 
-  def average(old, decay):
-    return jax.tree.map(lambda e, p: e + (1 - decay) * (p - e), old, params)
+  def average(old, share):
+    return jax.tree.map(lambda e, p: e + share * (p - e), old, params)
 
   return dataclasses.replace(
     state,
     step=state.step + 1,
     params=params,
-    averages={name: average(old, decays[name]) for name, old in state.averages.items()},
+    averages={name: average(old, shares[name]) for name, old in state.averages.items()},
     opt_state=opt_state,
   )
 
@@ -87,7 +87,7 @@ def init_state(config: ConfigDict, model: Model) -> InitState:
   def init(params=None):
     params = model.init(jax.random.key(config.seed)) if params is None else params
     adapts = model.adaptive.init() if model.adaptive else None
-    averages = tuple(ema_decays(config.ema, config.train.batch_size, 0))
+    averages = tuple(ema_shares(config.ema, config.train.batch_size, 0))
     return create(params, optimizer(config.train.num_steps, **config.optimizer), adapts, averages)
 
   return init

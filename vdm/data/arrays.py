@@ -190,7 +190,8 @@ def _mask(path, x, column):
     return None, None
   spatial = tuple(x.shape[1:-1])
   if tuple(column.shape) in (spatial, (*spatial, 1)):
-    valid = (column.whole() != 0).reshape(1, *spatial, 1)
+    whole = _plain(path, 'mask', column.whole()[None], np.zeros(1, np.int64))
+    valid = (whole != 0).reshape(1, *spatial, 1)
     remedy = 'mark with 1 what counts'
     confirm(bool(valid.any()), PATH, path, 'has a mask of zeros alone', remedy)
     return None, valid
@@ -233,7 +234,8 @@ def _image(arrays, numbers, masked):
   if masked and arrays.valid is not None:
     valid = np.repeat(arrays.valid, len(numbers), axis=0)
   elif masked:
-    valid = (arrays.mask.rows(numbers) != 0).reshape(-1, *arrays.spatial, 1)
+    marks = _plain(arrays.path, 'mask', arrays.mask.rows(numbers), numbers)
+    valid = (marks != 0).reshape(-1, *arrays.spatial, 1)
     empty = numbers[~valid.reshape(len(numbers), -1).any(axis=1)]
     remedy = 'mark with 1 what counts, or leave the example out'
     fact = f'has a mask of zeros alone in example {empty[:1]}'

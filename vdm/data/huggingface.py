@@ -123,7 +123,13 @@ def _labels(table):
     more = "class_encode_column('label') makes classes of them"
     decoded.tell(f'{table.path}: labels of {kind} are ignored; {more}.')
     return nothing
-  labels = _column(table, 'label').whole().astype(np.int32)
+  with files.reading(table.path):
+    labels = np.asarray(table.rows.select_columns('label').with_format('numpy')[:]['label'])
+  bad = np.flatnonzero(~((labels >= 0) & (labels < 2**31)))  # a missing one is read as NaN
+  if bad.size:
+    decoded.tell(f'{table.path}: labels are ignored; example {bad[0]} has {labels[bad[0]]}.')
+    return nothing
+  labels = labels.astype(np.int32)
   return labels, getattr(feature, 'num_classes', None) or int(labels.max()) + 1
 
 

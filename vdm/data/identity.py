@@ -1,6 +1,7 @@
 """Compares what a data set is with what the config says it is."""
 
 import hashlib
+import math
 
 import numpy as np
 
@@ -31,8 +32,17 @@ def checked(data, full_name, fetch):
   Every example that is read is looked at.
   """
 
+  told = (
+    ('vector', 'embedding_size', data.embedding_size, 0),
+    ('condition', 'condition_shape', tuple(data.condition_shape), ()),
+    ('valid', 'masked', data.masked, False),
+  )
+
   def fetch_checked(indices):
     batch = fetch(indices)
+    for name, leaf, value, nothing in told:
+      fact, remedy = f'but {full_name} has none', f'set --config.data.{leaf}={nothing}'
+      confirm(not value or name in batch, f'config.data.{leaf}', value, fact, remedy)
     image, label = batch['image'], batch['label']
     require_shape(data, full_name, image.shape[1:], indices[0])
     if data.num_values:
@@ -91,7 +101,7 @@ def identify(data, split, full_name, fetch, num_images):
   confirm(value == num_images, field, value, fact, remedy)
   num_checked = num_images if data.name == 'digits' else min(CHECKED_IMAGES, num_images)
   number_of = int if data.num_values else float
-  digest, told_digest, low, high = '', '', number_of(2**31), number_of(-(2**31))
+  digest, told_digest, low, high = '', '', math.inf, -math.inf
   for start in range(0, num_checked, 64):
     batch = fetch(np.arange(start, min(start + 64, num_checked)))
     image = batch['image']

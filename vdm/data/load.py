@@ -30,7 +30,7 @@ def load(data, split: str) -> Source:
   require(split in ('train', 'eval'), 'split', split, "'train' or 'eval'", 'choose one')
 
   by_visit = data.derive in wavelet.KINDS
-  stored = wavelet.stored(data) if by_visit else data
+  stored = wavelet.stored(data) if by_visit else _stored(data)
   with wavelet.of_pixels(data) if by_visit else contextlib.nullcontext():
     loaded = KINDS.get(data.name, tfds).load(stored, split)
   fetch, labels, full_name, num_images, num_threads = loaded
@@ -49,7 +49,7 @@ def load(data, split: str) -> Source:
   identity |= {'level': data.level, 'dequantize': data.dequantize} if by_visit else {}
   fetch = checked(data, full_name, fetch)
   identity |= identify(data, split, full_name, fetch, num_images)
-  if data.name == 'gaussian_field' and not by_visit:
+  if data.name == 'gaussian_field' and not data.derive:
     identity['exact_nats_per_dim'] = gaussian_field.exact(data, split)
   return Source(fetch, identity, num_threads, labels, by_visit)
 
@@ -58,7 +58,19 @@ def found(data) -> dict[str, Any]:
   """Returns the leaves of config.data as the data have them, for config.data.as_found."""
   rule, remedy = f'False with derive={data.derive!r}', 'say the shapes of the coefficients'
   require(data.derive not in wavelet.KINDS, 'config.data.as_found', True, rule, remedy)
-  return KINDS.get(data.name, tfds).found(data)
+  made = ('condition_shape', 'masked') if data.derive else ()  # of the image, by the config
+  leaves = KINDS.get(data.name, tfds).found(_stored(data))
+  leaves |= {'num_values': 2**data.num_bits} if data.num_bits else {}
+  return {leaf: value for leaf, value in leaves.items() if leaf not in made}
+
+
+def _stored(data):
+  """Returns config.data of the images that conditions are derived from: nothing else of each."""
+  if not data.derive:
+    return data
+  stored = data.copy_and_resolve_references().unlock()
+  stored.update(condition_shape=(), masked=False)
+  return stored
 
 
 def classes(source: Source, num_classes: int) -> np.ndarray:

@@ -6,28 +6,32 @@ and then, span the others: `combination` gives the weights with which the stored
 of any length, after training.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 
-def exponential_decay(
+def exponential_share(
   step: jax.Array | int, batch_size: int, halflife_images: float, rampup_ratio: float
 ) -> jax.Array:
-  """Returns the decay per step, 0.5 ** (batch_size / halflife).
+  """Returns the share of the newest parameters, 1 - 0.5 ** (batch_size / halflife).
 
-  Early on the half-life is at most a share `rampup_ratio` of the images seen, so that the average
-  forgets the initial parameters (EDM).
+  Shares are exact where 1 less a decay would have lost its digits. Early on the half-life is at most
+  a share `rampup_ratio` of the images seen, so that the average forgets the initial parameters
+  (EDM).
   """
   halflife = jnp.float32(halflife_images)
   if rampup_ratio:
-    halflife = jnp.minimum(halflife, (step + 1) * batch_size * rampup_ratio)
-  return 0.5 ** (batch_size / halflife)
+    # as floats: a long run sees more images than an int32 can count
+    halflife = jnp.minimum(halflife, (jnp.float32(step) + 1) * (batch_size * rampup_ratio))
+  return -jnp.expm1(-math.log(2) * batch_size / halflife)
 
 
-def power_decay(step: jax.Array | int, std: float) -> jax.Array:
-  """Returns the decay of update number t = `step` + 1, (1 - 1/t)^(gamma + 1) (EDM2 eq. 127)."""
-  return (step / (step + 1)) ** (exponent(std) + 1)
+def power_share(step: jax.Array | int, std: float) -> jax.Array:
+  """Returns the share of update number t = `step` + 1, 1 - (1 - 1/t)^(gamma + 1) (EDM2 eq. 127)."""
+  return -jnp.expm1((exponent(std) + 1) * jnp.log1p(-1 / (jnp.float32(step) + 1)))
 
 
 def exponent(std: float) -> float:

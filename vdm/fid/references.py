@@ -1,5 +1,6 @@
 """Statistics of real images in an NPZ file: ours, which say what they are of; ADM's and EDM's."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -21,7 +22,7 @@ from vdm.system import files
 
 REMEDY = 'fetch or make it again: python -m vdm.fid stats'
 
-KEPT = 10_000  # images whose features a reference of ours keeps, for KID, precision and recall
+KEPT = 10_000  # random images whose features are kept, for KID, precision and recall
 FOREIGN = {'features': ('mu', 'sigma'), 'spatial': ('mu_s', 'sigma_s')}  # as ADM and EDM call them
 
 
@@ -40,9 +41,13 @@ class Reference(NamedTuple):
 
 
 def of_source(source: data.Source, extractor: Extractor, batch_size: int) -> Reference:
-  """Returns the reference of every image of a split or folder, once, as it is: no flips."""
+  """Returns the reference of every image of a split or folder, once, as it is: no flips.
+
+  They are read in a random order, always the same, so that the rows kept are drawn from all.
+  """
+  order = np.random.RandomState(0).permutation(len(source))  # by class, perhaps, as it is stored
   batches = data.eval_batches(
-    source,
+    dataclasses.replace(source, fetch=lambda numbers: source.fetch(order[numbers])),
     batch_size=extractor.batch_size(batch_size),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
@@ -153,7 +158,7 @@ def of_config(settings, data_settings, extractor: Extractor) -> Reference:
   check_reference(
     settings, f'config.data.train_split={source.identity["split"]!r}', len(source), extractor
   )
-  text = json.dumps([extractor.name, source.identity], sort_keys=True)
+  text = json.dumps([extractor.name, source.identity, 'rows of all'], sort_keys=True)
   digest = hashlib.sha256(text.encode()).hexdigest()[:16]
   path = files.cache_folder() / f'reference_{digest}.npz'
   if _on_all_hosts(path.exists()):

@@ -28,7 +28,7 @@ class Recipe(NamedTuple):
 
   model: build.Model
   optimizer: optax.GradientTransformation
-  decays: Callable[[Array], dict[str, Array]]  # step -> the decay of each average
+  shares: Callable[[Array], dict[str, Array]]  # step -> of the newest parameters in each average
   seed: int
   batch_size: int  # of the global batch
   microbatches: int
@@ -62,7 +62,7 @@ def recipe(config: ConfigDict, model: build.Model) -> Recipe:
   return Recipe(
     model=model,
     optimizer=build.optimizer(train.num_steps, **config.optimizer),
-    decays=functools.partial(build.ema_decays, config.ema, train.batch_size),
+    shares=functools.partial(build.ema_shares, config.ema, train.batch_size),
     seed=config.seed,
     batch_size=train.batch_size,
     microbatches=train.microbatches,
@@ -228,7 +228,7 @@ def train_step(
     scalars['square_reduction_predicted'] = predicted_reduction(adaptive.density(state.adaptive))
     hits = jax.tree.map(lambda a: a * recipe.batch_size, metrics.hits)
     after = state.replace(adaptive=adaptive.update(state.adaptive, hits))
-  after = apply_gradients(after, grads, recipe.optimizer, recipe.decays(state.step))
+  after = apply_gradients(after, grads, recipe.optimizer, recipe.shares(state.step))
   if recipe.skips_nan:
     good = jnp.isfinite(scalars['loss']) & jnp.isfinite(scalars['grad_norm'])
     kept = jax.tree.map(lambda new, old: jnp.where(good, new, old), after, state)

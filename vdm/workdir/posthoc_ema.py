@@ -47,6 +47,9 @@ def run(of: Run) -> int:
   names, stds = zip(*((f'std_{s:g}', s) for s in config.ema.power_stds), strict=True)
   with checkpoint.manager(workdir, folder=FOLDER) as reader:
     steps = [step for step in sorted(reader.all_steps()) if step <= int(state.step)]
+    remedy = 'train further; the first is stored at config.ema.snapshot_every_steps'
+    rule = f'one after a stored snapshot, of which there are {sorted(reader.all_steps())}'
+    require(len(steps) > 0, '--step', int(state.step), rule, remedy)
     times, lengths = np.repeat(steps, len(stds)), np.tile(stds, len(steps))
     weights = averages.combination(times, lengths, int(state.step), std).reshape(
       len(steps), len(stds)
