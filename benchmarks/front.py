@@ -139,15 +139,16 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
     files.write_table(path.with_name(f'{path.stem}_{data}_curves.csv'), CURVES, rows)
     plot_lines(metric, curves, picture)
     seeds = len({run['labels']['seed'] for run in found})
-    base, chosen = grid.base, ','.join(curves)
-    title, note = about(runs / data / ablate.folder(found[0]['labels']), data)
+    path_of_one = runs / data / ablate.folder(found[0]['labels'])
+    train, chosen = saved_config(path_of_one)['train'], ','.join(curves)
+    title, note = about(path_of_one, data)
     flag = ' --config.base.data.as_found=True' if note else ''
     lines += [
       '',
       f'## {title}',
       '',
       *note,
-      f'{base.train.num_steps:,} steps of {base.train.batch_size}, by',
+      f'{train["num_steps"]:,} steps of {train["batch_size"]}, by',
       '',
       '```bash',
       f'python -m benchmarks.front --runs=DIR --data={data} --seeds={seeds}{flag} \\',

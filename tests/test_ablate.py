@@ -14,6 +14,7 @@ from vdm.configs.ablations import loss_grid, schedules, weightings
 
 from vdm import ablate, build
 from vdm.diffusion import heads
+from vdm.workdir import config_file
 
 
 def config_of(reference=(), **axes):
@@ -112,12 +113,14 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
 
   monkeypatch.delenv('JAX_NUM_CPU_DEVICES', raising=False)
   monkeypatch.setattr(ablate.subprocess, 'Popen', Child)
-  monkeypatch.setattr(ablate.sys, 'argv', ['ablate', '--workdir=W', '--workers=3', '--index=0'])
+  argv = ['ablate', '--workdir=W', '--workers', '3', '-index=0']
+  monkeypatch.setattr(ablate.sys, 'argv', argv)
   monkeypatch.setattr(ablate, '_WORKERS', SimpleNamespace(value=3))
   assert ablate._share([1, 4, 5, 7]) == 75
   hands = [command[-1] for command in started]
   assert hands == ['--index=1,7', '--index=4', '--index=5']
-  assert all(command[:3] == ['-m', 'vdm.ablate', '--workdir=W'] for command in started)
+  for command in started:  # of a flag that is given twice the last counts
+    assert command[:3] == ['-m', 'vdm.ablate', '--workdir=W'] and command[-2] == '--workers=1'
 
 
 def test_steps_to_a_loss():
@@ -154,6 +157,7 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
       raise FloatingPointError('step 3: loss is nan')
     if trained == ['elbo+0', 'elbo+1']:
       return 75  # preempted
+    config_file.open_workdir(workdir, config)
     (workdir / 'cards').mkdir(parents=True)
     for step, loss in ((2, 5.0), (4, 3.0 + config.seed - (config.weighting.name == 'sigmoid'))):
       card = dict(step=step, value=2.0 + config.seed, training_loss=dict(value=loss))
@@ -201,6 +205,25 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   plots = 'bits_per_dim fd_pixels fd_classifier loss diffusion_cv weight density'
   for name in plots.split():
     assert (tmp_path / f'{name}.png').stat().st_size > 1000
+  other = ConfigDict(config.to_dict())
+  other.base.train.num_steps = 7
+  with pytest.raises(ValueError, match=r'elbo\+0.* has config.train.num_steps=.*, not 7; choose'):
+    ablate.run(other.lock(), epath.Path(tmp_path))
+  scores = tmp_path / 'elbo+1' / ablate.SCORES
+  scores.write_text(scores.read_text().replace('"2":', '"3":'))
+  ablate.write_results(epath.Path(tmp_path), ablate.expand(config), {})
+  first, second, _ = csv.DictReader((tmp_path / 'results.csv').read_text().splitlines())
+  two, three = (f'fd_pixels_{n}_evaluations' for n in (2, 3))
+  assert (first[two], first[three]) == ('1.0', '') and (second[two], second[three]) == ('', '1.0')
+
+
+@pytest.mark.parametrize(
+  'labels', [{'x': ('a+b', 'a'), 'y': ('c', 'b+c')}, {'x': ('x/a',)}, {'x': ('a|b',)}]
+)
+def test_labels_name_each_run_and_nothing_else(labels):
+  axes = {axis: {name: dict(seed=1) for name in names} for axis, names in labels.items()}
+  with pytest.raises(ValueError, match=r'config.axes=.* must be of labels .*; change a label'):
+    ablate.expand(config_of(**axes))
 
 
 def test_probabilities_and_densities_do_not_share_a_grid(tmp_path):

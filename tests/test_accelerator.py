@@ -147,13 +147,17 @@ def test_what_needs_a_run_follows_its_stop_and_is_made_again_when_it_goes_on(tmp
   assert found['train']['status'] == 0 and found['score']['result'] == 'again'
 
 
-def test_a_rehearsal_is_good_only_if_all_is_done(tmp_path, monkeypatch):
+def test_a_rehearsal_is_good_only_if_all_is_done(tmp_path, monkeypatch, capsys):
   given = [module(tmp_path, 'stopped', 'raise SystemExit(75)')]
   monkeypatch.setattr(accelerator, 'all_parts', lambda *_: given)
-  assert accelerator.main(['--out', str(tmp_path)]) == 0
-  assert accelerator.main(['--out', str(tmp_path), '--rehearse']) == 1
+  assert accelerator.main(['--out', str(tmp_path / 'real')]) == 0
+  rehearsed = ['--out', str(tmp_path / 'rehearsed'), '--rehearse']
+  assert accelerator.main(rehearsed) == 1
   (tmp_path / 'stopped.py').write_text('')
-  assert accelerator.main(['--out', str(tmp_path), '--rehearse']) == 0
+  assert accelerator.main(rehearsed) == 0
+  with pytest.raises(SystemExit):  # its parts are no measurements
+    accelerator.main(rehearsed[:2])
+  assert 'has the results of a rehearsal; give another folder' in capsys.readouterr().err
 
 
 def test_the_run_lasts_as_long_as_it_may_at_the_rate_that_was_measured():

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -57,6 +58,21 @@ def test_a_file_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
   assert path.read_text() == 'old'
   files.write(path, b'new')
   assert path.read_text() == 'new' and [p.name for p in path.parent.iterdir()] == ['b.txt']
+
+
+def test_two_that_write_one_file_do_not_disturb_each_other(tmp_path):
+  """A reader finds the text of one or of the other, whole."""
+  path, texts = tmp_path / 'it.txt', ['a' * 20_000, 'b' * 20_000]
+  files.write(path, texts[0])
+
+  def work(text):
+    for _ in range(300):
+      files.write(path, text)
+      assert path.read_text() in texts
+
+  with ThreadPoolExecutor(2) as pool:
+    list(pool.map(work, texts))
+  assert [p.name for p in tmp_path.iterdir()] == ['it.txt']
 
 
 def test_a_path_on_gs_is_absolute_as_it_is(bucket):

@@ -77,6 +77,7 @@ def ran(found, tmp_path, monkeypatch):
     at = lambda workdir, runs: found if workdir.name == name else []
     monkeypatch.setattr(ablate, 'collect', at)
     config = {'data': {'as_found': as_found, 'train_images': 20_000, 'eval_images': 2000}}
+    config['train'] = {'num_steps': 50, 'batch_size': 64}  # of the run, whatever the grid has
     path = tmp_path / name / ablate.folder(found[0]['labels'])
     path.mkdir(parents=True)
     (path / 'config.json').write_text(json.dumps(config))
@@ -97,7 +98,7 @@ def test_the_page_has_what_was_run_and_nothing_else(ran, tmp_path):
   ran('digits', as_found=False)
   assert front.main([f'--runs={tmp_path}']) == 0
   page = (tmp_path / 'front.md').read_text()
-  assert '## Digits' in page and '1,200 steps of 64' in page and 'CIFAR-10' not in page
+  assert '## Digits' in page and '50 steps of 64, by' in page and 'CIFAR-10' not in page
   picture = tmp_path / 'front_digits.png'
   drawn = picture.read_bytes()
   plot_curves(tmp_path / 'front_digits_curves.csv', tmp_path)  # as `benchmarks.pictures` does

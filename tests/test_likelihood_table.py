@@ -44,6 +44,11 @@ def scored(tmp_path_factory):
   return run(tmp_path_factory.mktemp('scored'))
 
 
+def test_a_schedule_that_is_not_followed_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"config.eval.schedule.name='cosine' must be 'schedule'"):
+    run(tmp_path, {'eval.schedule.name': 'cosine'})
+
+
 def columns(folder):
   rows = list(csv.DictReader((folder / 'table.csv').open()))
   return {name: np.array([float(row[name]) for row in rows]) for name in rows[0]}

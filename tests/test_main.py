@@ -158,6 +158,17 @@ BAD_INPUT = {
     'config.fid.halves=-1 must be 0 or more',
     'give 0',
   ),
+  'a grid': (['--config=configs/ablations/weightings.py'], '--config is a grid', 'vdm.ablate'),
+  'a topology without a plan': (
+    [DIGITS, '--mode=sample', '--topology=v5e:8'],
+    '--topology=v5e:8 is for --mode=plan',
+    'leave it out',
+  ),
+  'a checkpoint of the public code': (
+    [DIGITS, '--mode=eval', '--checkpoint=x/400'],
+    '--checkpoint=x/400 is for --mode=import_vdm',
+    'leave it out',
+  ),
   'on_nan': ([DIGITS, '--config.train.on_nan=go'], "config.train.on_nan='go'", "'skip'"),
   'dtype': ([DIGITS, '--config.model.dtype=float8'], "config.model.dtype='float8'", 'bfloat16'),
 }

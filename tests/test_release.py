@@ -89,6 +89,24 @@ def test_it_cannot_be_trained_on_and_has_one_step(folders):
     read_run(config_of(), folder, '2')
 
 
+@pytest.mark.slow
+def test_a_run_is_not_taken_for_a_release(folders):
+  workdir, _ = folders
+  before = {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+  with pytest.raises(ValueError, match=r'--out=.* must be a folder without checkpoints of a run'):
+    release.run(read_run(config_of(), workdir), workdir)
+  assert before == {path: path.stat().st_mtime_ns for path in workdir.rglob('*')}
+
+
+@pytest.mark.slow
+def test_a_release_has_the_cards_of_its_step_alone(folders, tmp_path):
+  workdir, _ = folders
+  for step in ('4', '2'):
+    release.run(read_run(config_of(), workdir, step), tmp_path / 'out')
+    names = [path.name for path in (tmp_path / 'out' / 'cards').glob('*.json')]
+    assert all(name.endswith(f'step0000000{step}.json') for name in names)
+
+
 def damaged(arrays, name):
   first = next(key for key in arrays if key.endswith('kernel'))
   if name == 'missing':

@@ -17,6 +17,7 @@ import itertools
 import math
 import os
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -38,6 +39,7 @@ from vdm.evaluation.curve_plots import BY_LOG_SNR, plot_curves
 from vdm.sampling.draw import make_sampler
 from vdm.system import files, hosts, logs, writers
 from vdm.training import loop
+from vdm.workdir import config_file
 from vdm.workdir.load import Run, read_run
 
 _INDEX = flags.DEFINE_list('index', None, 'Runs of the grid, for arrays of jobs: 7, or 0,2,4.')
@@ -69,6 +71,12 @@ def expand(grid: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
     with run.unlocked():
       run.name = folder(named)
     runs.append((named, run))
+  names = [run.name for _, run in runs]
+  twice = sorted({name for name in names if names.count(name) > 1})
+  rule, remedy = 'that give each run a name of its own', 'change a label'
+  require(not twice, 'config.axes', ', '.join(twice), f'of labels {rule}', remedy)
+  bad = [name for name in names if re.search(r'[/\\|]', name)]
+  require(not bad, 'config.axes', ', '.join(bad), 'of labels without / and |', remedy)
   return runs
 
 
@@ -141,6 +149,8 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
       params = config.eval.params.split(',')[-1]
       series = cards.series(path)
       bounds = [s for s in series.values() if cards.is_bound(s[0]) and s[0]['params'] == params]
+      rule, remedy = 'of which it has evaluations', 'the grid was evaluated with others'
+      require(bool(bounds), 'config.eval.params', params, rule, remedy)
       scored = max(bounds, key=len)  # what training evaluated, not somebody's look at a part of it
       metric = scored[0]['metric']  # bits_per_dim, or nats_per_dim of densities
       scalars, damaged = writers.read_scalars(path / 'tensorboard')
@@ -202,24 +212,34 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   if not found:
     return
   numbers = [numbers_of(run, found, reference) for run in found]
-  rows = [[*run['labels'].values(), *n.values()] for run, n in zip(found, numbers, strict=True)]
-  files.write_table(workdir / 'results.csv', [*found[0]['labels'], *numbers[0]], rows)
+  columns = list(dict.fromkeys(name for n in numbers for name in n))
+  rows = [
+    [*run['labels'].values(), *(n.get(name, '') for name in columns)]
+    for run, n in zip(found, numbers, strict=True)
+  ]
+  files.write_table(workdir / 'results.csv', [*found[0]['labels'], *columns], rows)
   groups = {}
   for run, n in zip(found, numbers, strict=True):
     own = tuple(v for k, v in run['labels'].items() if k != 'seed')
-    groups.setdefault(own, []).append((run, list(n.values())))
+    groups.setdefault(own, []).append((run, n))
   axes = [axis for axis in found[0]['labels'] if axis != 'seed']
-  head = [*axes, 'runs', *(name.replace('_', ' ') for name in numbers[0])]
+  head = [*axes, 'runs', *(name.replace('_', ' ') for name in columns)]
   lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
-  for own, members in sorted(groups.items(), key=lambda item: np.mean([m[1][0] for m in item[1]])):
-    columns = zip(*(numbers for _, numbers in members), strict=True)
-    cells = ['never' if np.isnan(column).any() else over_seeds(column) for column in columns]
+  best = lambda item: np.mean([n[columns[0]] for _, n in item[1]])
+  for own, members in sorted(groups.items(), key=best):
+    cells = [_cell([n[name] for _, n in members if name in n]) for name in columns]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
   files.write(workdir / 'results.md', '\n'.join(lines) + '\n')
   groups = {', '.join(own): [run for run, _ in members] for own, members in groups.items()}
   curves = workdir / 'curves.csv'
   files.write_table(curves, ('plot', 'line', 'x', 'mean', 'least', 'greatest'), curves_of(groups))
   plot_curves(curves, workdir)
+
+
+def _cell(values: list[float]) -> str:
+  if not values:  # of another number of evaluations, perhaps
+    return ''
+  return 'never' if np.isnan(values).any() else over_seeds(values)
 
 
 def over_seeds(values: Sequence[float], mean: str = '.4g', spread: str = '.2g') -> str:
@@ -283,12 +303,15 @@ def _indices(count: int) -> list[int]:
 
 def _share(indices: list[int]) -> int:
   """Deals the runs out to --workers processes; returns the first status that is not 0, or 0."""
-  argv = [arg for arg in sys.argv[1:] if not arg.startswith(('--workers', '--index'))]
   hands = (indices[k :: _WORKERS.value] for k in range(_WORKERS.value))
   env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # one core each
   children = [
     subprocess.Popen(
-      [sys.executable, '-m', 'vdm.ablate', *argv, f'--index={",".join(map(str, hand))}'], env=env
+      [
+        *(sys.executable, '-m', 'vdm.ablate', *sys.argv[1:]),
+        *('--workers=1', f'--index={",".join(map(str, hand))}'),  # the last of a flag counts
+      ],
+      env=env,
     )
     for hand in hands
     if hand
@@ -299,6 +322,20 @@ def _share(indices: list[int]) -> int:
     for child in children:  # where this process is stopped, they save and stop as well
       child.terminate()
       child.wait()
+
+
+def _check_same(path: pathlib.Path, run_config: ConfigDict):
+  """Refuses a run that is finished with other settings, which would stand beside new ones."""
+  if not (path / SCORES).exists():
+    return
+  settled = config_file.plain(config_file.settled(run_config, path))
+  before, now = map(config_file.flat, (config_file.saved_config(path), settled))
+  found = config_file.differences(before, now)
+  for leaf in ('train.num_steps', 'eval.params'):  # a run may change them, but not within a grid
+    if before.get(leaf) != now[leaf] and not any(leaf in line for line in found):
+      found.append(f'config.{leaf}={before.get(leaf)}, not {now[leaf]}')
+  rule, remedy = 'as the grid has it', 'choose another --workdir, or restore these values'
+  require(not found, 'run', str(path), f'{rule}, but it has {", and ".join(found)}', remedy)
 
 
 def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
@@ -312,6 +349,8 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   found = ' and '.join(sorted(metrics))
   remedy = 'leave decoder and data out of the axes, or give each unit a grid of its own'
   require(len(metrics) == 1, 'config.axes', found, 'of one unit', remedy)
+  for labels, run_config in runs:
+    _check_same(workdir / folder(labels), run_config)
   if _WORKERS.value > 1:
     status = _share([i for i in indices if not (workdir / folder(runs[i][0]) / SCORES).exists()])
     write_results(workdir, runs, reference)
@@ -340,7 +379,7 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
 def _main(argv):
   cli.refuse_words(argv)
   logs.set_up_logging()
-  cli.in_one_line(run, lambda config: config.base, works_on)
+  cli.in_one_line(run, is_grid=True, works_on=works_on)
 
 
 if __name__ == '__main__':

@@ -62,6 +62,7 @@ FIELDS = (
   Field('data.num_bits', '', 'other bits of the pixels'),
   Field('data.resize', '', 'pixels scaled in another way'),
   Field('data.sha256_first_64', '', 'other pixels'),
+  Field('conditions', '', 'of examples given their conditions, or of all'),
   # of a distance between samples and data
   Field('extractor', 'extractor', 'features of another network'),
   Field('extractor_sha256', '', 'features of another network'),
@@ -287,6 +288,8 @@ def facts(card: dict[str, Any]) -> dict[str, Any]:
     blank = {'num_bits': 0, 'resize': False, 'masked': False, 'condition_shape': [], 'derive': ''}
     blank |= {'level': 0, 'dequantize': 0}
     derived['data'] = blank | said('data')
+  if said('bound') and not said('conditions'):  # an evaluation is told what there is
+    derived['conditions'] = 'given'
   own, other = said('config.schedule.name'), said('config.eval.schedule.name')
   bound = str(said('bound') or '')
   if bound.startswith(ODE):

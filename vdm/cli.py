@@ -57,7 +57,7 @@ def _of_file(error: OSError) -> str:
 
 def in_one_line(
   command: Callable,
-  base: Callable[[Any], Any] = lambda config: config,
+  is_grid: bool = False,
   works_on: Callable[[Any, int], bool] | None = None,
   stops_together: bool = False,
 ):
@@ -65,7 +65,7 @@ def in_one_line(
 
   Args:
     command: returns an exit status.
-    base: the part of the config whose name is the default workdir's.
+    is_grid: whether the config is a grid of runs; the name of its base is the default workdir's.
     works_on: whether `command` can run with (config, number of devices); build.works_on if None.
     stops_together: whether `command` asks `stop.agreed`, so that a signal to one process of a job
       ends all; else it ends the one.
@@ -82,10 +82,17 @@ def in_one_line(
       _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
     )
     config = _CONFIG.value
-    if not base(config).parallel.optimize:
+    if is_grid != hasattr(config, 'axes'):
+      sys.exit(
+        '--config has no base and axes; give a grid, such as those of configs/ablations.'
+        if is_grid
+        else '--config is a grid, for python -m vdm.ablate; give the config of a run.'
+      )
+    run = config.base if is_grid else config
+    if not run.parallel.optimize:
       jax.config.update('jax_disable_most_optimizations', True)
     hosts.use_cores(functools.partial(works_on or build.works_on, config))
-    workdir = files.path_of(_WORKDIR.value or f'runs/{base(config).name}')
+    workdir = files.path_of(_WORKDIR.value or f'runs/{run.name}')
     status = command(config, workdir)
     stop.close()
     sys.exit(status)

@@ -61,6 +61,9 @@ def main(argv):
     if flag.present and not reads:
       given = f'--{flag.name}={flag.value}'
       sys.exit(f'{given} is for --mode=eval, likelihood, sample and release; leave it out.')
+  for flag, mode in ((_CHECKPOINT, 'import_vdm'), (_TOPOLOGY, 'plan')):
+    if flag.present and _MODE.value != mode:
+      sys.exit(f'--{flag.name}={flag.value} is for --mode={mode}; leave it out.')
   from vdm.system import logs  # after the flags: it imports JAX
 
   logs.set_up_logging()

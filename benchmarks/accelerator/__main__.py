@@ -2,7 +2,7 @@
 
   python -m benchmarks.accelerator --pack=fashion_mnist.npz --data_dir=DIR   # at home: the data
   python -m benchmarks.accelerator --minutes=9 --out=OUT --data=fashion_mnist.npz
-  python -m benchmarks.accelerator --rehearse --out=OUT      # the same parts, tiny, on a CPU
+  python -m benchmarks.accelerator --rehearse --out=OTHER    # the same parts, tiny, on a CPU
   python -m benchmarks.accelerator --plan                    # the minutes of every part
 
 Each part is a process of its own with a limit of its own. OUT/results.json and OUT/RESULTS.md are
@@ -29,6 +29,7 @@ import numpy as np
 
 from benchmarks.accelerator import page
 from benchmarks.accelerator.parts import EXIT_SAVED, Part, Plan, all_parts, arrays, table
+from vdm.system import files
 
 ROOT = pathlib.Path(__file__).parents[2]
 DONE = 'done'
@@ -61,6 +62,9 @@ def run(part: Part, seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired:
       os.killpg(process.pid, signal.SIGKILL)
       printed, errors = process.communicate()
+  except BaseException:  # Ctrl-C: the part has a session of its own, and would keep the device
+    os.killpg(process.pid, signal.SIGKILL)
+    raise
   lines = printed.strip().splitlines()
   try:
     value = json.loads(lines[-1]) if lines else None
@@ -154,6 +158,9 @@ def main(argv: list[str] | None = None) -> int:
   out.mkdir(parents=True, exist_ok=True)
   path = out / 'results.json'
   results = json.loads(path.read_text()) if path.exists() else {'parts': {}}
+  if results.setdefault('rehearsal', args.rehearse) != args.rehearse:
+    kind = 'a rehearsal' if results['rehearsal'] else 'a measurement'
+    parser.error(f'--out={args.out} has the results of {kind}; give another folder')
   data = str(pathlib.Path(args.data).absolute()) if args.data else ''
   if args.rehearse:
     data = str(out / 'rehearsal.npz')
@@ -179,8 +186,8 @@ def main(argv: list[str] | None = None) -> int:
         results['parts'].pop(other.name, None)
     results['parts'][part.name] = {'command': plan.shown(part)} | result
     results['written'] = datetime.datetime.now(datetime.UTC).strftime('%Y-%m-%d %H:%M UTC')
-    path.write_text(json.dumps(results, indent=1))
-    (out / 'RESULTS.md').write_text(page.markdown(results))
+    files.write(path, json.dumps(results, indent=1))
+    files.write(out / 'RESULTS.md', page.markdown(results))
     why = ''.join(result['log'].splitlines()[-1:]) if page.failed(result) else ''
     took = f'{result["seconds"]} s, {result["cpu_seconds"]} of CPU'
     print(f'  {page.status_of(result)}, {took} {why}', file=sys.stderr, flush=True)

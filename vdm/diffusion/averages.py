@@ -18,8 +18,8 @@ def exponential_share(
 ) -> jax.Array:
   """Returns the share of the newest parameters, 1 - 0.5 ** (batch_size / halflife).
 
-  Shares are exact where 1 less a decay would have lost its digits. Early on the half-life is at most
-  a share `rampup_ratio` of the images seen, so that the average forgets the initial parameters
+  A share is exact where 1 less a decay would have lost its digits. Early on the half-life is at
+  most a share `rampup_ratio` of the images seen, so that the average forgets the initial parameters
   (EDM).
   """
   halflife = jnp.float32(halflife_images)

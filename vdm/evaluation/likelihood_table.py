@@ -62,6 +62,9 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
   """
   config, model = of.config, of.model
   settings, how, takes = config.eval, config.likelihood, model.takes
+  rule = "'schedule', the model's own, in --mode=likelihood"
+  own = settings.schedule.name
+  require(own == 'schedule', 'config.eval.schedule.name', own, rule, '--mode=eval has others')
   name, step = settings.params.split(',')[-1], int(of.state.step)
   params, unit = named_params(of.state, name), model.decoder.unit
   folder = config_file.out_folder(of.workdir, out) / 'likelihood'

@@ -15,6 +15,7 @@ import pathlib
 import shutil
 import struct
 import tokenize
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -190,9 +191,13 @@ def write(path: os.PathLike | str, data: bytes | str):
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.part')
-  part.write_bytes(data.encode() if isinstance(data, str) else data)
-  part.replace(path)
+  part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}.part')  # another may write it, too
+  try:
+    part.write_bytes(data.encode() if isinstance(data, str) else data)
+    part.replace(path)
+  except BaseException:
+    part.unlink(missing_ok=True)
+    raise
 
 
 def write_table(path: os.PathLike, header: tuple[str, ...], rows: Iterable[tuple]):

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -107,7 +108,7 @@ def check_writable(folder: os.PathLike | str, flag: str, remedy: str):
     ValueError: nothing can be written there; `remedy` says what to do.
   """
   path = epath.Path(folder)
-  probe = path / f'.probe_{jax.process_index()}'
+  probe = path / f'.probe_{uuid.uuid4().hex[:12]}'
   try:
     path.mkdir(parents=True, exist_ok=True)
     probe.write_text('')
