@@ -42,7 +42,10 @@ CASES = {  # name: config file, leaves
   'adm_unet, adaptive, F': ('imagenet64', {'model.attention_resolutions': (32,)}),
   'uvit, adaptive, v': ('fashion_mnist_pp', {}),
   'dit, learned_endpoints': ('digits_dit', {}),
-  'mlp, discrete time': ('digits', {'model.name': 'mlp', 'train.num_timesteps': 100}),
+  'mlp, discrete time': (
+    'digits',
+    {'model.name': 'mlp', 'schedule.name': 'linear', 'train.num_timesteps': 100},
+  ),
 }
 PRECISIONS = {  # name: dtype of activations, precision of products
   'float32': ('float32', 'highest'),

@@ -15,7 +15,6 @@ import pathlib
 import shutil
 import struct
 import tokenize
-import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -191,13 +190,28 @@ def write(path: os.PathLike | str, data: bytes | str):
   """
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f'.{path.name}.{uuid.uuid4().hex[:12]}.part')  # another may write it, too
-  try:
+  part = path.with_name(f'.{path.name}.part')
+  with _alone_in(path.parent):
     part.write_bytes(data.encode() if isinstance(data, str) else data)
     part.replace(path)
-  except BaseException:
-    part.unlink(missing_ok=True)
-    raise
+
+
+@contextlib.contextmanager
+def _alone_in(folder: epath.Path) -> Iterator[None]:
+  """Keeps other writers of this machine out of a folder meanwhile, if it can be locked."""
+  try:
+    held = os.open(folder, os.O_RDONLY)
+  except OSError:  # on gs://
+    yield
+    return
+  try:
+    with contextlib.suppress(ImportError, OSError):  # a system, or its files, without locks
+      import fcntl
+
+      fcntl.flock(held, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(held)
 
 
 def write_table(path: os.PathLike, header: tuple[str, ...], rows: Iterable[tuple]):
