@@ -285,7 +285,9 @@ def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path, mon
     patch.setattr(build, 'model', lambda config: real(config)._replace(takes=ten))
     with pytest.raises(ValueError, match=r'guidance.checkpoint=.* with num_classes 7, not 10'):
       guidance_of(config, takes=seven)
-  with pytest.raises(ValueError, match=r'has a path for each dimension, not one level;'):
+  with pytest.raises(
+    ValueError, match=r'has a path for each dimension, not one for all dimensions;'
+  ):
     guidance_of(config, multivariate=True)
   units = build.model(config).decoder._replace(to_model=lambda u: u / 9)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* with the same config.data.shift'):

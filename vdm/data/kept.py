@@ -89,10 +89,7 @@ def _alone(path) -> Iterator[None]:
   Without them two processes do the same work, each in a file of its own.
   """
   with open(path, 'w') as file:
-    with contextlib.suppress(ImportError, OSError):
-      import fcntl
-
-      fcntl.flock(file, fcntl.LOCK_EX)
+    files.lock(file.fileno())
     yield
 
 

@@ -19,8 +19,8 @@ def random_words(key, shape):
   """Draws uniform uint32 for masks, at a tenth of the work of `jax.random.bits`.
 
   Each is a hash, by C. Wellons' `lowbias32` without its ends, of two words of `jax.random.bits`:
-  one for where the element is along the first axes, and one for where along the last. Any two are
-  independent, those of more nearly so. Only the upper bits of the results are to be used. How an
+  one says where the element is along the first axes, and one where along the last. Any two results
+  are independent, and larger sets of them nearly so. Only the upper bits are to be used. How an
   array is divided over devices has no part in it.
   """
   one = (1,) * len(shape)

@@ -205,13 +205,21 @@ def _alone_in(folder: epath.Path) -> Iterator[None]:
     yield
     return
   try:
-    with contextlib.suppress(ImportError, OSError):  # a system, or its files, without locks
-      import fcntl
-
-      fcntl.flock(held, fcntl.LOCK_EX)
+    lock(held)
     yield
   finally:
     os.close(held)
+
+
+def lock(descriptor: int):
+  """Waits until no other process or thread holds the open file; its lock ends as it is closed.
+
+  Where the system or the file system has no locks, nothing is waited for.
+  """
+  with contextlib.suppress(ImportError, OSError):
+    import fcntl
+
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
 
 
 def write_table(path: os.PathLike, header: tuple[str, ...], rows: Iterable[tuple]):

@@ -97,8 +97,9 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
   same = np.allclose(mine, its, rtol=1e-4, atol=1e-6)
   rule = 'a run with the same config.data.shift and scale'
   require(bool(same), field, workdir, rule, 'train it on the same data')
-  own, other = (f'{"a path" if m.multivariate else "one level"}' for m in (model, guide))
-  kind = f'a run whose schedule has {own} for each dimension, not {other}'
+  levels = {True: 'a path for each dimension', False: 'one for all dimensions'}
+  own, other = levels[model.multivariate], levels[guide.multivariate]
+  kind = f'a run whose schedule has {own}, not {other}'
   require(own == other, field, workdir, kind, remedy)
   for name, one, two in model.takes.differences(guide.takes):
     require(False, field, workdir, f'a run with {name} {one}, not {two}', remedy)
