@@ -72,7 +72,7 @@ def changed(card, path, value):
       'data.full_name: imagenet_resized/32x32/0.1.0 (1, 3); downsampled_imagenet/32x32/2.0.0 (2): '
       'another data set or version, with other pixels',
     ),
-    (CARD, 'conditions', 'none', 'conditions: given (1, 3); none (2): of examples given their'),
+    (CARD, 'conditions', 'none', 'conditions: given (1, 3); none (2): log p(x | y), or log p(x)'),
     (CARD, 'data.split', 'train', 'data.split: validation (1, 3); train (2): other images'),
     (CARD, 'num_images', 500, 'num_images: 10000 (1, 3); 500 (2): other images'),
     (CARD, 'data.num_values', 32, 'data.num_values: 256 (1, 3); 32 (2): another vocabulary'),

@@ -62,7 +62,7 @@ FIELDS = (
   Field('data.num_bits', '', 'other bits of the pixels'),
   Field('data.resize', '', 'pixels scaled in another way'),
   Field('data.sha256_first_64', '', 'other pixels'),
-  Field('conditions', '', 'of examples given their conditions, or of all'),
+  Field('conditions', '', 'log p(x | y), or log p(x)'),
   # of a distance between samples and data
   Field('extractor', 'extractor', 'features of another network'),
   Field('extractor_sha256', '', 'features of another network'),
