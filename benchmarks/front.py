@@ -20,15 +20,15 @@ import sys
 import numpy as np
 from vdm.configs.ablations import recipe
 
-from vdm import ablate
+from vdm.ablate import expand
 from vdm.errors import require
+from vdm.evaluation import grids
 from vdm.evaluation.curve_plots import plot_lines
 from vdm.system import files
 from vdm.workdir.config_file import saved_config
 
 DATA = {'digits': '', 'fashion_mnist': 'fashion_mnist', 'cifar10': 'cifar10'}  # recipe.py:...
 RIVALS = 'public_', 'cosine_', 'linear_'  # the public recipe tuned: rate, warm-up, decay
-CURVES = 'plot', 'line', 'x', 'mean', 'least', 'greatest'  # as of `ablate.curves_of`
 TITLES = {
   'digits': 'Digits',
   'fashion_mnist': 'Fashion-MNIST',
@@ -45,24 +45,29 @@ def indices(runs: list, recipes: list[str], seeds: int) -> list[int]:
     seeds: how many of the axis `seed`.
 
   Raises:
-    ValueError: the grid has no such recipe.
+    ValueError: the grid has no such recipe, or there is no such seed.
   """
-  known = list(dict.fromkeys(labels['recipe'] for labels, _ in runs))
-  for name in recipes:
-    require(name in known, '--recipes', name, f'one of {", ".join(known)}', 'name one')
-  wanted = recipes or known
+  check_recipes(runs, '--recipes', recipes)
+  require(seeds >= 1, '--seeds', seeds, '1 or more', 'leave it out for three')
   return [
     i
     for i, (labels, _) in enumerate(runs)
-    if labels['recipe'] in wanted and int(labels['seed']) < seeds
+    if (not recipes or labels['recipe'] in recipes) and int(labels['seed']) < seeds
   ]
+
+
+def check_recipes(runs: list, flag: str, names: list[str]):
+  """Refuses names of a flag that are not labels of the axis `recipe` of a grid's runs."""
+  known = list(dict.fromkeys(labels['recipe'] for labels, _ in runs))
+  for name in names:
+    require(name in known, flag, name, f'one of {", ".join(known)}', 'name one')
 
 
 def curves_of(found: list[dict]) -> dict[str, np.ndarray]:
   """Returns the bound of each recipe against steps, [4 N]: steps, mean, least, greatest of seeds.
 
   Args:
-    found: finished runs as `ablate.collect` yields them.
+    found: finished runs as `grids.collect` yields them.
   """
   groups: dict[str, list] = {}
   for run in found:
@@ -93,10 +98,10 @@ def table(found: list[dict], reference: str) -> list[str]:
   lines = [f'| {" | ".join(head)} |', '|' + '---|' * len(head)]
   for name, (steps, mean, *_) in curves.items():
     curve = dict(zip(steps, mean, strict=True))
-    shares = [ablate.steps_to(curve, level) / step for step, level in levels]
+    shares = [grids.steps_to(curve, level) / step for step, level in levels]
     cells = ['never' if np.isnan(share) else f'{share:.2f}' for share in shares]
     shown = f'**{name}**' if name == reference else name
-    value = ablate.over_seeds(ends[name], '.3f', '.3f')
+    value = grids.over_seeds(ends[name], '.3f', '.3f')
     lines.append(f'| {" | ".join([shown, str(len(ends[name])), value, *cells])} |')
   return lines
 
@@ -130,16 +135,16 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
   ]
   for data, argument in DATA.items():
     grid = recipe.get_config(argument)
-    found = list(ablate.collect(runs / data, ablate.expand(grid)))
+    found = list(grids.collect(runs / data, expand(grid)))
     if not found:
       continue
     metric, curves = found[0]['metric'], curves_of(found)
     picture = path.with_name(f'{path.stem}_{data}.png')
     rows = [(metric, name, *point) for name, points in curves.items() for point in points.T]
-    files.write_table(path.with_name(f'{path.stem}_{data}_curves.csv'), CURVES, rows)
+    files.write_table(path.with_name(f'{path.stem}_{data}_curves.csv'), grids.CURVES, rows)
     plot_lines(metric, curves, picture)
     seeds = len({run['labels']['seed'] for run in found})
-    path_of_one = runs / data / ablate.folder(found[0]['labels'])
+    path_of_one = runs / data / grids.folder(found[0]['labels'])
     train, chosen = saved_config(path_of_one)['train'], ','.join(curves)
     title, note = about(path_of_one, data)
     flag = ' --config.base.data.as_found=True' if note else ''
@@ -177,15 +182,16 @@ def main(argv: list[str] | None = None) -> int:
   strange = [flag for flag in overrides if not flag.startswith('--config.base.')]
   if strange:
     parser.error(f'unrecognized arguments: {" ".join(strange)}')
+  runs = expand(recipe.get_config(DATA[args.data or 'digits']))
+  try:
+    chosen = indices(runs, list(filter(None, args.recipes.split(','))), args.seeds)
+    check_recipes(runs, '--reference', [args.reference] if args.reference else [])
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
   if args.data:
     name = f'recipe.py:{DATA[args.data]}' if DATA[args.data] else 'recipe.py'
     config = pathlib.Path(recipe.__file__).with_name(name)
-    runs = ablate.expand(recipe.get_config(DATA[args.data]))
-    try:
-      chosen = indices(runs, list(filter(None, args.recipes.split(','))), args.seeds)
-    except ValueError as error:
-      print(f'error: {error}', file=sys.stderr)
-      return 1
     command = [sys.executable, '-m', 'vdm.ablate', f'--config={config}']
     command += [f'--workdir={args.runs / args.data}', f'--workers={args.workers}']
     command += [f'--index={",".join(map(str, chosen))}']

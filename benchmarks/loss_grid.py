@@ -15,7 +15,8 @@ import sys
 import numpy as np
 from PIL import Image
 
-from vdm import ablate, style
+from vdm import style
+from vdm.evaluation import grids
 from vdm.sampling.picture import save_png
 from vdm.system import files
 
@@ -44,7 +45,7 @@ def table(cells: Cells) -> list[str]:
     shown = [f'{cell[0]} x {cell[0]}', *cell[1:], str(len(cells[cell]))]
     for metric, digits in (('bits_per_dim', 2), ('fd_classifier', 0)):
       values = [float(row[metric]) for row in cells[cell]]
-      shown.append(ablate.over_seeds(values, f'.{digits}f', f'.{digits}f'))
+      shown.append(grids.over_seeds(values, f'.{digits}f', f'.{digits}f'))
     lines.append(f'| {" | ".join(shown)} |')
   return lines
 

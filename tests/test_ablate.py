@@ -14,6 +14,7 @@ from vdm.configs.ablations import loss_grid, schedules, weightings
 
 from vdm import ablate, build
 from vdm.diffusion import heads
+from vdm.evaluation import grids
 from vdm.workdir import config_file
 
 
@@ -38,7 +39,7 @@ AXES = dict(
 
 def test_runs_are_the_product_of_the_axes():
   runs = ablate.expand(config_of(**AXES))
-  assert [ablate.folder(labels) for labels, _ in runs] == ['elbo+0', 'elbo+1', 'wide+0', 'wide+1']
+  assert [grids.folder(labels) for labels, _ in runs] == ['elbo+0', 'elbo+1', 'wide+0', 'wide+1']
   labels, config = runs[3]
   assert labels == dict(weighting='wide', seed='1')
   assert config.weighting.to_dict() == dict(name='sigmoid', bias=3.0)
@@ -67,7 +68,7 @@ def test_the_shipped_grids_build(grid, arg, count):
 def test_the_grid_of_losses_is_three_heads_by_three_weightings():
   """Whose networks start alike: what is predicted is 0, whatever it is."""
   runs = ablate.expand(loss_grid.get_config())[27::3][:9]
-  assert [ablate.folder(labels) for labels, _ in runs][:2] == [
+  assert [grids.folder(labels) for labels, _ in runs][:2] == [
     'p2+eps+eps-loss+0',
     'p2+eps+v-loss+0',
   ]
@@ -125,10 +126,10 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
 
 def test_steps_to_a_loss():
   curve = {10: 4.0, 20: 2.0, 30: 3.0, 40: 1.0}
-  assert ablate.steps_to(curve, 3.0) == 15
-  assert ablate.steps_to(curve, 1.5) == 37.5
-  assert ablate.steps_to(curve, 4.5) == 10
-  assert np.isnan(ablate.steps_to(curve, 0.9))
+  assert grids.steps_to(curve, 3.0) == 15
+  assert grids.steps_to(curve, 1.5) == 37.5
+  assert grids.steps_to(curve, 4.5) == 10
+  assert np.isnan(grids.steps_to(curve, 0.9))
 
 
 def test_a_reference_that_is_not_there_is_refused():
@@ -178,14 +179,14 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
     result = dict(
       fd_pixels={2: 1.0, 4: 0.5 + config.seed}, log_snr=[3.0, 0.0, -3.0], weight=[1.0, 1.0, 1.0]
     )
-    (workdir / ablate.SCORES).write_text(json.dumps(result))
+    (workdir / grids.SCORES).write_text(json.dumps(result))
 
   monkeypatch.setattr(ablate.loop, 'train', train)
   monkeypatch.setattr(ablate, 'read_run', lambda config, workdir: (config, workdir))
   monkeypatch.setattr(ablate, 'score', score)
   curve = {1: 3.0, 2: 2.0}
   scalars = {'train/loss': curve, 'train/diffusion_cv': curve}
-  monkeypatch.setattr(ablate.writers, 'read_scalars', lambda path: (scalars, []))
+  monkeypatch.setattr(grids.writers, 'read_scalars', lambda path: (scalars, []))
   ablate.flags.FLAGS.mark_as_parsed()
   config = config_of(reference=dict(weighting='elbo'), **AXES)
   assert ablate.run(config, epath.Path(tmp_path)) == 75
@@ -209,9 +210,18 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   other.base.train.num_steps = 7
   with pytest.raises(ValueError, match=r'elbo\+0.* has config.train.num_steps=.*, not 7; choose'):
     ablate.run(other.lock(), epath.Path(tmp_path))
-  scores = tmp_path / 'elbo+1' / ablate.SCORES
+  other = ConfigDict(config.to_dict())
+  other.base.sample.num_steps += 1
+  with pytest.raises(
+    ValueError, match=r'elbo\+0.* has config.sample.num_steps=\d+, not \d+; choose'
+  ):
+    ablate.run(other.lock(), epath.Path(tmp_path))
+  other = ConfigDict(config.to_dict())
+  other.base.sample.batch_size *= 2  # makes no other figures
+  assert ablate.run(other.lock(), epath.Path(tmp_path)) == 0
+  scores = tmp_path / 'elbo+1' / grids.SCORES
   scores.write_text(scores.read_text().replace('"2":', '"3":'))
-  ablate.write_results(epath.Path(tmp_path), ablate.expand(config), {})
+  grids.write_results(epath.Path(tmp_path), ablate.expand(config), {})
   first, second, _ = csv.DictReader((tmp_path / 'results.csv').read_text().splitlines())
   two, three = (f'fd_pixels_{n}_evaluations' for n in (2, 3))
   assert (first[two], first[three]) == ('1.0', '') and (second[two], second[three]) == ('', '1.0')

@@ -6,7 +6,8 @@ import pytest
 from vdm.configs.ablations import recipe
 
 from benchmarks import front
-from vdm import ablate
+from vdm.ablate import expand
+from vdm.evaluation import grids
 from vdm.evaluation.curve_plots import plot_curves
 
 
@@ -29,12 +30,14 @@ def found():
 
 
 def test_chosen_runs_are_those_of_the_recipes_and_the_first_seeds():
-  runs = ablate.expand(recipe.get_config())
+  runs = expand(recipe.get_config())
   chosen = [runs[i][0] for i in front.indices(runs, ['muon_path', 'public_2e-4'], 2)]
   assert {labels['recipe'] for labels in chosen} == {'muon_path', 'public_2e-4'}
   assert [labels['seed'] for labels in chosen] == ['0', '1'] * 2
   with pytest.raises(ValueError, match=r"--recipes='sgd' must be one of adaptive, "):
     front.indices(runs, ['sgd'], 1)
+  with pytest.raises(ValueError, match=r'--seeds=0 must be 1 or more'):
+    front.indices(runs, [], 0)
 
 
 def test_shares_of_the_steps_of_the_best_public_recipe(found):
@@ -75,10 +78,10 @@ def ran(found, tmp_path, monkeypatch):
 
   def write(name, as_found):
     at = lambda workdir, runs: found if workdir.name == name else []
-    monkeypatch.setattr(ablate, 'collect', at)
+    monkeypatch.setattr(grids, 'collect', at)
     config = {'data': {'as_found': as_found, 'train_images': 20_000, 'eval_images': 2000}}
     config['train'] = {'num_steps': 50, 'batch_size': 64}  # of the run, whatever the grid has
-    path = tmp_path / name / ablate.folder(found[0]['labels'])
+    path = tmp_path / name / grids.folder(found[0]['labels'])
     path.mkdir(parents=True)
     (path / 'config.json').write_text(json.dumps(config))
 
@@ -108,6 +111,8 @@ def test_the_page_has_what_was_run_and_nothing_else(ran, tmp_path):
 def test_an_unknown_recipe_is_one_line(tmp_path, capsys):
   assert front.main([f'--runs={tmp_path}', '--data=digits', '--recipes=sgd']) == 1
   assert capsys.readouterr().err.startswith("error: --recipes='sgd' must be one of ")
+  assert front.main([f'--runs={tmp_path}', '--reference=sgd']) == 1
+  assert capsys.readouterr().err.startswith("error: --reference='sgd' must be one of ")
 
 
 def test_flags_of_the_base_go_on_to_the_runs_and_others_are_refused(tmp_path, monkeypatch, capsys):

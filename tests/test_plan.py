@@ -418,8 +418,9 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, capsys, rank_promoti
   small = chips.GPUS['h100']._replace(hbm_bytes=1000)
   monkeypatch.setitem(chips.GPUS, 'h100', small)
   assert plan.run(digits(**{'train.batch_size': 32}), 'h100:8', 0) == 1
-  *_, skipped, line = capsys.readouterr().out.splitlines()
+  *_, skipped, line, evaluation, sampling = capsys.readouterr().out.splitlines()
   assert skipped.startswith('--plan_search=0')
+  assert 'evaluation takes ' in evaluation and 'sampling takes ' in sampling
   for remedy in ('parallel.fsdp=8', 'model.remat=True'):
     assert f'--config.{remedy}' in line
   assert 'batch' not in line  # not one image would fit
@@ -433,6 +434,16 @@ def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
   line = plan.advice(config.train, config.model, cost, where, state_bytes=0)
   assert f'--config.train.microbatches={microbatches},' in line
   assert f'--config.train.batch_size={batch_size},' in line
+
+
+def test_advice_on_what_reads_a_run_divides_its_own_batch():
+  where = costs.target('h100:8', 1)
+  cost = costs.Cost(0, memory=3.4 * where.chip.hbm_bytes)
+  of = lambda name, images: costs.Step(name, None, (), images, 1, 1)
+  line = plan.advice_on_reading(of('sample', 64), cost, where)
+  assert line.startswith('sampling takes ') and ' try --config.sample.batch_size=16, more' in line
+  line = plan.advice_on_reading(of('eval', 16), cost, where)  # fewer than one per device
+  assert line.startswith('evaluation takes ') and ' try more devices, or larger ones.' in line
 
 
 @pytest.mark.parametrize('page', [', page 0', ''])  # libtpu 0.0.52 has pages, 0.0.42 has not

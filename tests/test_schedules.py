@@ -57,6 +57,31 @@ def test_as_exact_as_float32_allows_anywhere(name, ends):
   np.testing.assert_allclose(slope, exact_slope, rtol=5e-6)
 
 
+@pytest.mark.parametrize('name', FIXED)
+@pytest.mark.parametrize('ends', [(-26.0, 26.0), (-20.0, 20.0), (-5.0, 8.0)])
+def test_a_compiler_loses_no_end_point(name, ends):
+  """XLA adds up what is constant in a sum, and may lose the small one, which an end point is."""
+  schedule = SCHEDULES[name](*ends, **EXTRA.get(name, {}))
+  t = jnp.array([0.0, 0.25, 1.0])
+  np.testing.assert_allclose(jax.jit(schedule)(t), schedule(t), rtol=1e-5)
+  np.testing.assert_allclose(jax.jit(schedule)(t)[::2], ends[::-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+  'name, ends, leaf',
+  [
+    ('cosine', (-200.0, 10.0), 'log_snr_min=-200.0'),
+    ('cosine', (-10.0, 200.0), 'log_snr_max=200.0'),
+    ('flow_matching', (-200.0, 10.0), 'log_snr_min=-200.0'),
+    ('edm_train', (-40.0, 14.0), 'log_snr_min=-40.0'),
+    ('edm_train', (-10.0, 40.0), 'log_snr_max=40.0'),
+  ],
+)
+def test_end_points_whose_times_underflow_are_refused(name, ends, leaf):
+  with pytest.raises(ValueError, match=f'^{leaf} must be nearer to 0: '):
+    SCHEDULES[name](*ends)
+
+
 normal_cdf = norm(2.4, 2.4).cdf
 # t(log_snr) of the base schedules, and p(log_snr) up to the factor that truncation brings
 INVERSE = {

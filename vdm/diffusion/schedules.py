@@ -49,7 +49,7 @@ def _check_positive(**arguments):
 def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Schedule:
   """Returns the part of a base schedule between two end points, stretched back to t in [0, 1].
 
-  With t0 = t(log_snr_max) and t1 = t(log_snr_min) it is log_snr(t0 + (t1 - t0) t), and its
+  With t0 = t(log_snr_max) and t1 = t(log_snr_min) it is log_snr(t0 (1 - t) + t1 t), and its
   p(log_snr) is the base schedule's over t1 - t0.
 
   Args:
@@ -61,9 +61,13 @@ def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Sche
   """
   check_range(log_snr_min, log_snr_max)
   (t0, c0), (t1, c1) = inverse(log_snr_max), inverse(log_snr_min)
-  # one of these two differences has cancelled where the other one is small
-  length = t1 - t0 if t1 < 0.5 else c0 - c1
-  return lambda t: log_snr(t0 + length * t, c1 + length * (1 - t))
+  for name, end, share in (('log_snr_max', log_snr_max, t0), ('log_snr_min', log_snr_min, c1)):
+    rule = (
+      f'nearer to 0: {share:.2g} of the whole schedule lies beyond it, and float32 ends at 1e-38'
+    )
+    require(share >= 1e-38, name, end, rule, 'usual ends are -10 and 15')
+  # Not c1 + (c0 - c1) (1 - t): where c0 - c1 is 1 in float32, XLA adds up c1 + 1 and loses c1.
+  return lambda t: log_snr(t0 * (1 - t) + t1 * t, c0 * (1 - t) + c1 * t)
 
 
 def linear(log_snr_min: float, log_snr_max: float) -> Schedule:
@@ -113,7 +117,7 @@ def ddpm(
   def inverse(log_snr):
     total = math.log1p(math.exp(-log_snr))  # the integral of beta from 0 to t
     t = 2 * total / (beta_min + math.sqrt(beta_min**2 + 2 * growth * total))
-    return t, 1 - t
+    return t, 1.0  # of 1 - t nothing is made
 
   return _truncated(
     inverse,

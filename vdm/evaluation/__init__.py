@@ -11,6 +11,7 @@ ORDER = (
   'plots',
   'field_plots',
   'curve_plots',
+  'grids',
   'field_report',
   'pictures',
   'evaluate',

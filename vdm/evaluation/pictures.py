@@ -54,6 +54,23 @@ def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Arra
   return parallel.jit(denoise, mesh, out_shardings=parallel.replicated(mesh))
 
 
+def make_path(model: build.Model, mesh: Mesh) -> Callable[..., jax.Array]:
+  """Returns (params, adaptive, batch) -> log_snr at 101 equal times, of the training schedule.
+
+  It is [101], or [101 ...] of a multivariate schedule: the mean over the batch, if each example has
+  its own.
+  """
+
+  def path(params, adaptive, batch):
+    schedule = model.training_schedule(params, adaptive, data.conditions_of(batch))
+    times = jnp.linspace(0.0, 1.0, 101)
+    if model.multivariate:
+      return jax.vmap(lambda t: schedule(t[None]).mean(axis=0))(times)
+    return schedule(times)
+
+  return parallel.jit(path, mesh, out_shardings=parallel.replicated(mesh))
+
+
 def picture_of(z: np.ndarray, x_hat: np.ndarray, decoder: Decoder) -> np.ndarray:
   """Returns two rows per image, z above x_hat, from data (left) to noise, in data units.
 
@@ -61,7 +78,7 @@ def picture_of(z: np.ndarray, x_hat: np.ndarray, decoder: Decoder) -> np.ndarray
   """
   rows = np.stack([z, x_hat], axis=0)  # [2 L N H W C]
   rows = rows.transpose(2, 0, 1, *range(3, rows.ndim))
-  return np.asarray(decoder.from_model(jnp.asarray(rows))).reshape(-1, *z.shape[2:])
+  return np.asarray(jax.jit(decoder.from_model)(rows)).reshape(-1, *z.shape[2:])
 
 
 def make_pictures(
@@ -78,28 +95,20 @@ def make_pictures(
     *with_cards_of: other folders whose cards are in the history.
   """
   model, unit = of.model, of.model.decoder.unit
-  denoise = make_denoise(model, of.mesh)
+  denoise, path_at = make_denoise(model, of.mesh), make_path(model, of.mesh)
   most = SPECTRUM_VALUES // math.prod(model.image_shape)
   count = min(max(NUM_PROGRESSIVE, most), of.source.identity['num_images'])
   batch = of.source.fetch(np.arange(count))
   has_waves = math.prod(model.image_shape[:-1]) > 1
   if has_waves:
-    frequency, power = power_spectrum(
-      np.asarray(model.decoder.to_model(jnp.asarray(batch['image'])))
-    )
+    frequency, power = power_spectrum(np.asarray(jax.jit(model.decoder.to_model)(batch['image'])))
     spectrum = frequency, power.mean(axis=(0, 2))
   few = {name: array[:NUM_PROGRESSIVE] for name, array in batch.items()}
 
   def pictures(state, curves):
     levels, z, x_hat = jax.device_get(denoise(named_params(state, params), few))
-    conditions = data.conditions_of({name: jnp.asarray(array) for name, array in few.items()})
-    schedule = model.training_schedule(state.params, state.adaptive, conditions)
-    times = jnp.linspace(0.0, 1.0, 101)
-    if model.multivariate:  # the mean over these examples, if each has its own
-      each = jax.device_get(jax.vmap(lambda t: schedule(t[None]).mean(axis=0))(times))
-      log_snr = each.reshape(len(each), -1).mean(axis=1)
-    else:
-      log_snr = jax.device_get(schedule(times))
+    each = jax.device_get(path_at(state.params, state.adaptive, few))
+    log_snr = each.reshape(len(each), -1).mean(axis=1)
     if jax.process_index():
       return {}
     images = flat_pictures(model.decoder.to_pixels(picture_of(z, x_hat, model.decoder)))

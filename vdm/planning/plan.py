@@ -171,9 +171,8 @@ def advice(
     where: the devices.
     state_bytes: of the state, per device.
   """
-  limit, size, remedies = cost.limit or where.chip.hbm_bytes, train.batch_size, []
-  devices, parts = where.mesh.size, train.microbatches
-  fewer = 2 ** max(1, math.ceil(math.log2(cost.memory / limit)))  # images at a time
+  limit, fewer = _excess(cost, where.chip)
+  size, remedies, devices, parts = train.batch_size, [], where.mesh.size, train.microbatches
   if state_bytes > limit / 2 and where.mesh.shape['fsdp'] < devices:
     remedies.append(f'--config.parallel.fsdp={devices}')
   if size % (devices * parts * fewer) == 0:
@@ -183,8 +182,27 @@ def advice(
   if size >= fewer * devices * parts:
     smaller = size // (fewer * devices * parts) * devices * parts
     remedies.append(f'--config.train.batch_size={smaller}')
-  remedies.append('more devices, or larger ones')
-  return f'training takes {gib(cost.memory)} of {gib(limit)} per device; try {", ".join(remedies)}.'
+  return _too_much('training', cost, limit, remedies)
+
+
+def advice_on_reading(step: Step, cost: Cost, where: Target) -> str:
+  """Returns by how much evaluation or sampling exceeds the memory, and what to change."""
+  (limit, fewer), devices, remedies = _excess(cost, where.chip), where.mesh.size, []
+  if step.images >= fewer * devices:
+    smaller = step.images // (fewer * devices) * devices
+    remedies.append(f'--config.{step.name}.batch_size={smaller}')
+  return _too_much({'eval': 'evaluation', 'sample': 'sampling'}[step.name], cost, limit, remedies)
+
+
+def _excess(cost: Cost, chip: Chip) -> tuple[float, int]:
+  """Returns the bytes there are, and the power of two that the images have to be divided by."""
+  limit = cost.limit or chip.hbm_bytes
+  return limit, 2 ** max(1, math.ceil(math.log2(cost.memory / limit)))
+
+
+def _too_much(what: str, cost: Cost, limit: float, remedies: list[str]) -> str:
+  found = ', '.join([*remedies, 'more devices, or larger ones'])
+  return f'{what} takes {gib(cost.memory)} of {gib(limit)} per device; try {found}.'
 
 
 class Fit(NamedTuple):
@@ -275,7 +293,7 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
     fast: leaves out the generation of code for TPUs, which takes most of a compilation's time.
 
   Returns:
-    The process's exit status, 1 for a run that does not fit.
+    The process's exit status, 1 for a run of which some part does not fit.
   """
   with compilers() as pool:
     mode, remedy = config.parallel.mode, 'pmap takes the same steps, with as much memory'
@@ -308,7 +326,7 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
       return cost(step, where, program_in(changed, step))
 
     own = config.model.remat if 'remat' in config.model else False
-    columns, costs, failure = {}, {}, ''
+    columns, costs, failures = {}, {}, []
     init = build.init_state(config, build.model(config))
     planned = list(steps(config, where.mesh))
     programs = [program_in(config, step) for step in planned]
@@ -316,9 +334,12 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
       measured = [] if topology else measure(step, init, where.mesh)
       of = costs[step.name] = cost(step, where, program)
       columns[step.name] = column(step, of, where, config.model.dtype, measured)
-      if topology and step.name == 'train' and not fits(of, where.chip):
-        found = advice(config.train, config.model, of, where, bytes_per_device(step.args[0]))
-        failure = f'{config.name} does not fit {where.name}: {found}'
+      if topology and not fits(of, where.chip):
+        if step.name == 'train':
+          found = advice(config.train, config.model, of, where, bytes_per_device(step.args[0]))
+        else:
+          found = advice_on_reading(step, of, where)
+        failures.append(f'{config.name} does not fit {where.name}: {found}')
     print(f'{config.name} on {where.name}, {config.model.dtype}\n')
     print(table(columns))
     print(f'\n{notes(where, fast, not topology)}')
@@ -328,6 +349,6 @@ def run(config: ConfigDict, topology: str, budget: int, fast: bool = True) -> in
       print('\n'.join(search(cost_of, config.train, remat, state, where, budget)))
     elif topology:
       print('--plan_search=0: the largest batch that fits was not looked for.')
-    if failure:
+    for failure in failures:
       print(failure)
-    return 1 if failure else 0
+    return 1 if failures else 0

@@ -44,7 +44,15 @@ _FREE_LEAVES = (
   'model.remat',
   'ema.reconstruct_std',
 )
-
+# What the figures of a run come from; it may change them, but not beside others in one table.
+_MEASURED = (
+  'eval.',
+  'sample.',
+  'fid.',
+  'data.eval_split',
+  'train.num_steps',
+  'train.eval_every_steps',
+)
 
 CONFIG = 'config.json'
 # What a command that only reads a run takes from the config it is given: the rest is the run's own.
@@ -202,15 +210,22 @@ def flat(tree: Mapping, prefix: str = '') -> dict[str, Any]:
   return leaves
 
 
-def differences(saved: dict[str, Any], new: dict[str, Any]) -> list[str]:
-  """Says how `saved` differs from `new`, in leaves that belong to the run."""
+def differences(saved: dict[str, Any], new: dict[str, Any], measured: bool = False) -> list[str]:
+  """Says how `saved` differs from `new`, in leaves that belong to the run.
+
+  Args:
+    saved: leaves by name, as `flat` returns them.
+    new: the same of another config.
+    measured: look also at those that say how long a run is, and how it is evaluated and sampled.
+  """
   free: tuple[str, ...] = _FREE_LEAVES
   if new.get('optimizer.decay') == 'constant':
     free += ('train.num_steps',)  # a cosine is stretched to num_steps: there it belongs to the run
   defaults = flat(plain(default.get_config()))
   lines = []
   for leaf in sorted(saved.keys() | new.keys()):
-    if leaf in free or leaf.startswith(_FREE_BLOCKS):
+    matters = measured and leaf.startswith(_MEASURED) and not leaf.endswith('batch_size')
+    if not matters and (leaf in free or leaf.startswith(_FREE_BLOCKS)):
       continue
     if leaf not in new:
       lines.append(f'config.{leaf}={typed(saved[leaf])}, which this config lacks')
