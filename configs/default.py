@@ -299,8 +299,9 @@ def get_config(arg=''):
 def debug(config):
   """Shrinks any config, in place, to four steps: what a CPU spends on them is compilation.
 
-  So XLA optimizes little, and the steps are Adam's, which are quicker to compile than Muon's. Of
-  data larger than 32 x 32, which are arithmetic too, half as many are evaluated, and once.
+  So XLA optimizes little, and the steps are Adam's, which are quicker to compile than Muon's.
+  Above 32 x 32 the arithmetic counts as well: 8 examples are evaluated instead of 16, and only at
+  the end.
   """
   config.name += '_debug'
   if config.model.name in SMALL_NETWORKS:

@@ -73,6 +73,14 @@ def test_full_size_builds_and_a_step_has_the_right_shapes(name):
   assert metrics.scalars[model.decoder.metric].shape == ()
 
 
+def test_debug_evaluates_less_where_examples_are_large():
+  evaluated = {
+    name: (load(name, 'debug').eval.max_images, load(name, 'debug').train.eval_every_steps)
+    for name in ('cifar10', 'imagenet64', 'fields3d', 'signals1d')
+  }
+  assert evaluated == dict(cifar10=(16, 2), imagenet64=(8, 4), fields3d=(8, 4), signals1d=(16, 2))
+
+
 # imagenet256 and 512 shrink to what imagenet128 does, but for their images
 @pytest.mark.parametrize('name', each(n for n in NAMES if n not in ('imagenet256', 'imagenet512')))
 def test_debug_runs_a_step_an_evaluation_and_the_sampler(name):

@@ -2,11 +2,12 @@ from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from vdm.diffusion.decoders import discrete
 from vdm.diffusion.heads import to_prediction
 from vdm.diffusion.schedules import SCHEDULES
-from vdm.evaluation.pictures import NUM_LEVELS, make_denoise, picture_of
+from vdm.evaluation.pictures import NUM_LEVELS, make_denoise, make_path, picture_of
 from vdm.system import parallel
 
 
@@ -36,3 +37,21 @@ def test_columns_go_from_data_to_noise():
   rows = picture.reshape(3, 2, NUM_LEVELS, 4, 6, 1)
   assert np.all(rows[:, 1] == 96)  # x_hat, at every level, under ...
   assert np.all(np.abs(rows[:, 0, 0] - 96) <= 2) and rows[:, 0, -1].std() > 20  # ... z
+
+
+@pytest.mark.parametrize('multivariate', [False, True])
+def test_the_path_is_the_training_schedule(multivariate):
+  """Of one per example, [B 2] at each time, the mean over the examples."""
+
+  def training_schedule(params, adaptive, conditions):
+    slope = 1.0 + conditions['label'][:, None] * jnp.array([[1.0, 3.0]])  # [B 2]
+    if multivariate:
+      return lambda t: params - adaptive * slope * t[:, None]
+    return lambda t: params - adaptive * t
+
+  model = SimpleNamespace(training_schedule=training_schedule, multivariate=multivariate)
+  batch = {'image': np.zeros((2, 2), np.uint8), 'label': np.array([0, 1], np.int32)}
+  path = make_path(model, parallel.make_mesh())(jnp.float32(8), jnp.float32(2), batch)
+  t = np.linspace(0, 1, 101)
+  expected = 8 - 2 * t[:, None] * np.array([1.5, 2.5]) if multivariate else 8 - 2 * t
+  np.testing.assert_allclose(path, expected, atol=1e-5)

@@ -60,7 +60,7 @@ def test_as_exact_as_float32_allows_anywhere(name, ends):
 @pytest.mark.parametrize('name', FIXED)
 @pytest.mark.parametrize('ends', [(-26.0, 26.0), (-20.0, 20.0), (-5.0, 8.0)])
 def test_a_compiler_loses_no_end_point(name, ends):
-  """XLA adds up what is constant in a sum, and may lose the small one, which an end point is."""
+  """XLA adds up what is constant in a sum (JAX 0.11 and older), and may lose the small one."""
   schedule = SCHEDULES[name](*ends, **EXTRA.get(name, {}))
   t = jnp.array([0.0, 0.25, 1.0])
   np.testing.assert_allclose(jax.jit(schedule)(t), schedule(t), rtol=1e-5)
@@ -75,11 +75,37 @@ def test_a_compiler_loses_no_end_point(name, ends):
     ('flow_matching', (-200.0, 10.0), 'log_snr_min=-200.0'),
     ('edm_train', (-40.0, 14.0), 'log_snr_min=-40.0'),
     ('edm_train', (-10.0, 40.0), 'log_snr_max=40.0'),
+    ('ddpm', (-10.0, 89.0), 'log_snr_max=89.0'),
+    ('softplus', (-100.0, 15.0), 'log_snr_min=-100.0'),
   ],
 )
 def test_end_points_whose_times_underflow_are_refused(name, ends, leaf):
-  with pytest.raises(ValueError, match=f'^{leaf} must be nearer to 0: '):
+  with pytest.raises(ValueError, match=f'^{leaf} must be an end that the schedule reaches '):
     SCHEDULES[name](*ends)
+
+
+@pytest.mark.parametrize(
+  'name, ends',
+  [
+    ('ddpm', (-200.0, 80.0)),
+    ('softplus', (-80.0, 200.0)),
+    ('edm_train', (-26.0, 30.0)),
+    ('cosine', (-160.0, 160.0)),
+    ('flow_matching', (-160.0, 160.0)),
+  ],
+)
+def test_end_points_far_out_are_reached_with_their_slopes(name, ends):
+  t = jnp.array([0.0, 1.0])
+  log_snr, slope = jax.jit(lambda t: log_snr_and_slope(SCHEDULES[name](*ends), t))(t)
+  np.testing.assert_allclose(log_snr, ends[::-1], rtol=1e-5)
+  assert np.all(np.isfinite(slope)) and np.all(slope < 0)
+  backward = jax.vmap(jax.grad(SCHEDULES[name](*ends)))(t)
+  np.testing.assert_allclose(backward, slope, rtol=1e-4)
+
+
+def test_a_beta_that_falls_is_refused():
+  with pytest.raises(ValueError, match=r'^beta_max=0.1 must be at least beta_min=20.0; swap'):
+    SCHEDULES['ddpm'](-10.0, 10.0, beta_min=20.0, beta_max=0.1)
 
 
 normal_cdf = norm(2.4, 2.4).cdf

@@ -46,6 +46,13 @@ def _check_positive(**arguments):
     require(value > 0, name, value, 'positive', 'the docstring says what it is')
 
 
+def _check_in_float32(**ends):
+  """Refuses end points, each with what the schedule makes it of, where that is 0 in float32."""
+  for name, (end, of) in ends.items():
+    rule = f'an end that the schedule reaches in float32, but {of:.2g} of it lies beyond'
+    require(of >= 1e-37, name, end, rule, "move it nearer to the schedule's middle")
+
+
 def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Schedule:
   """Returns the part of a base schedule between two end points, stretched back to t in [0, 1].
 
@@ -61,12 +68,8 @@ def _truncated(inverse, log_snr, log_snr_min: float, log_snr_max: float) -> Sche
   """
   check_range(log_snr_min, log_snr_max)
   (t0, c0), (t1, c1) = inverse(log_snr_max), inverse(log_snr_min)
-  for name, end, share in (('log_snr_max', log_snr_max, t0), ('log_snr_min', log_snr_min, c1)):
-    rule = (
-      f'nearer to 0: {share:.2g} of the whole schedule lies beyond it, and float32 ends at 1e-38'
-    )
-    require(share >= 1e-38, name, end, rule, 'usual ends are -10 and 15')
-  # Not c1 + (c0 - c1) (1 - t): where c0 - c1 is 1 in float32, XLA adds up c1 + 1 and loses c1.
+  _check_in_float32(log_snr_max=(log_snr_max, t0), log_snr_min=(log_snr_min, c1))
+  # Not c1 + (c0 - c1) (1 - t): where c0 - c1 is 1 in float32, XLA may add up c1 + 1 and lose c1.
   return lambda t: log_snr(t0 * (1 - t) + t1 * t, c0 * (1 - t) + c1 * t)
 
 
@@ -112,19 +115,22 @@ def ddpm(
   is `weightings.ddpm`.
   """
   _check_positive(beta_min=beta_min, beta_max=beta_max)
+  require(beta_max >= beta_min, 'beta_max', beta_max, f'at least beta_min={beta_min}', 'swap them')
+  check_range(log_snr_min, log_snr_max)
   growth = beta_max - beta_min
+  total = lambda log_snr: math.log1p(math.exp(-abs(log_snr))) + max(-log_snr, 0.0)
+  _check_in_float32(log_snr_max=(log_snr_max, total(log_snr_max)))
 
   def inverse(log_snr):
-    total = math.log1p(math.exp(-log_snr))  # the integral of beta from 0 to t
-    t = 2 * total / (beta_min + math.sqrt(beta_min**2 + 2 * growth * total))
-    return t, 1.0  # of 1 - t nothing is made
+    integral = total(log_snr)  # of beta from 0 to t
+    t = 2 * integral / (beta_min + math.sqrt(beta_min**2 + 2 * growth * integral))
+    return t, 1.0  # the schedule does not use 1 - t
 
-  return _truncated(
-    inverse,
-    lambda t, c: -jnp.log(jnp.expm1(beta_min * t + growth * t**2 / 2)),
-    log_snr_min,
-    log_snr_max,
-  )
+  def log_snr(t, c):
+    integral = beta_min * t + growth * t**2 / 2
+    return -integral - jnp.log(-jnp.expm1(-integral))
+
+  return _truncated(inverse, log_snr, log_snr_min, log_snr_max)
 
 
 def edm_train(
@@ -140,7 +146,7 @@ def edm_train(
   quantile = jax.scipy.special.ndtri
   return _truncated(
     lambda log_snr: (cdf((mean - log_snr) / std), cdf((log_snr - mean) / std)),
-    lambda t, c: mean + std * jnp.where(t < c, -quantile(t), quantile(c)),
+    lambda t, c: mean + std * jnp.where(t < c, -1, 1) * quantile(jnp.where(t < c, t, c)),
     log_snr_min,
     log_snr_max,
   )
@@ -193,6 +199,7 @@ def softplus(log_snr_min: float, log_snr_max: float) -> Schedule:
   """
   check_range(log_snr_min, log_snr_max)
   start, end = (math.log1p(math.exp(-abs(a))) + max(a, 0.0) for a in (log_snr_max, log_snr_min))
+  _check_in_float32(log_snr_min=(log_snr_min, end))
 
   def schedule(t):
     value = (1 - t) * start + t * end

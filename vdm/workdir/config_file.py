@@ -44,7 +44,7 @@ _FREE_LEAVES = (
   'model.remat',
   'ema.reconstruct_std',
 )
-# What the figures of a run come from; it may change them, but not beside others in one table.
+# Leaves that change the figures of a run: it may change them, but not among others in one table.
 _MEASURED = (
   'eval.',
   'sample.',
@@ -52,7 +52,10 @@ _MEASURED = (
   'data.eval_split',
   'train.num_steps',
   'train.eval_every_steps',
+  'train.log_every_steps',
 )
+# ... but for these of their blocks, which say where things lie, and how many are done at a time.
+_NOT_MEASURED = ('batch_size', 'weights', 'embeddings', 'format')
 
 CONFIG = 'config.json'
 # What a command that only reads a run takes from the config it is given: the rest is the run's own.
@@ -224,7 +227,7 @@ def differences(saved: dict[str, Any], new: dict[str, Any], measured: bool = Fal
   defaults = flat(plain(default.get_config()))
   lines = []
   for leaf in sorted(saved.keys() | new.keys()):
-    matters = measured and leaf.startswith(_MEASURED) and not leaf.endswith('batch_size')
+    matters = measured and leaf.startswith(_MEASURED) and not leaf.endswith(_NOT_MEASURED)
     if not matters and (leaf in free or leaf.startswith(_FREE_BLOCKS)):
       continue
     if leaf not in new:
