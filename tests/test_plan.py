@@ -418,9 +418,8 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, capsys, rank_promoti
   small = chips.GPUS['h100']._replace(hbm_bytes=1000)
   monkeypatch.setitem(chips.GPUS, 'h100', small)
   assert plan.run(digits(**{'train.batch_size': 32}), 'h100:8', 0) == 1
-  *_, skipped, line, evaluation, sampling = capsys.readouterr().out.splitlines()
+  *_, skipped, line = capsys.readouterr().out.splitlines()
   assert skipped.startswith('--plan_search=0')
-  assert 'evaluation takes ' in evaluation and 'sampling takes ' in sampling
   for remedy in ('parallel.fsdp=8', 'model.remat=True'):
     assert f'--config.{remedy}' in line
   assert 'batch' not in line  # not one image would fit
