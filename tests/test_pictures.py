@@ -41,7 +41,7 @@ def test_columns_go_from_data_to_noise():
 
 @pytest.mark.parametrize('multivariate', [False, True])
 def test_the_path_is_the_training_schedule(multivariate):
-  """Of one per example, [B 2] at each time, the mean over the examples."""
+  """A schedule [B 2] that each example has one of is shown as the mean over the examples."""
 
   def training_schedule(params, adaptive, conditions):
     slope = 1.0 + conditions['label'][:, None] * jnp.array([[1.0, 3.0]])  # [B 2]

@@ -116,19 +116,16 @@ def ddpm(
   """
   _check_positive(beta_min=beta_min, beta_max=beta_max)
   require(beta_max >= beta_min, 'beta_max', beta_max, f'at least beta_min={beta_min}', 'swap them')
-  check_range(log_snr_min, log_snr_max)
   growth = beta_max - beta_min
-  total = lambda log_snr: math.log1p(math.exp(-abs(log_snr))) + max(-log_snr, 0.0)
-  _check_in_float32(log_snr_max=(log_snr_max, total(log_snr_max)))
+  _check_in_float32(log_snr_max=(log_snr_max, _softplus(-log_snr_max)))
 
   def inverse(log_snr):
-    integral = total(log_snr)  # of beta from 0 to t
+    integral = _softplus(-log_snr)  # of beta from 0 to t
     t = 2 * integral / (beta_min + math.sqrt(beta_min**2 + 2 * growth * integral))
     return t, 1.0  # the schedule does not use 1 - t
 
   def log_snr(t, c):
-    integral = beta_min * t + growth * t**2 / 2
-    return -integral - jnp.log(-jnp.expm1(-integral))
+    return -_log_expm1(beta_min * t + growth * t**2 / 2)
 
   return _truncated(inverse, log_snr, log_snr_min, log_snr_max)
 
@@ -198,14 +195,9 @@ def softplus(log_snr_min: float, log_snr_max: float) -> Schedule:
   (arXiv 2305.03935): the best there is for the bound where that error is the same at all levels.
   """
   check_range(log_snr_min, log_snr_max)
-  start, end = (math.log1p(math.exp(-abs(a))) + max(a, 0.0) for a in (log_snr_max, log_snr_min))
+  start, end = map(_softplus, (log_snr_max, log_snr_min))
   _check_in_float32(log_snr_min=(log_snr_min, end))
-
-  def schedule(t):
-    value = (1 - t) * start + t * end
-    return value + jnp.log(-jnp.expm1(-value))
-
-  return schedule
+  return lambda t: _log_expm1((1 - t) * start + t * end)
 
 
 def learned_endpoints(log_snr_min: float, log_snr_max: float) -> Learned:
@@ -276,6 +268,16 @@ def rising(interior: dict[str, Any]) -> Callable[[Any], Any]:
 def _log_sin(t):
   """Returns log sin(pi t / 2)."""
   return jnp.log(jnp.sin(math.pi / 2 * t))
+
+
+def _log_expm1(y):
+  """Returns log(e^y - 1), the inverse of softplus, for an array of y > 0; nothing overflows."""
+  return y + jnp.log(-jnp.expm1(-y))
+
+
+def _softplus(x: float) -> float:
+  """Returns log(1 + e^x); nothing overflows."""
+  return math.log1p(math.exp(-abs(x))) + max(x, 0.0)
 
 
 def inverse_softplus(y: float) -> float:

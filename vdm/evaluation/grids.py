@@ -1,4 +1,4 @@
-"""What the finished runs of a grid (`vdm.ablate`) left, side by side: tables, curves and plots."""
+"""These functions set the finished runs of a grid side by side, in tables, curves and plots."""
 
 import math
 import pathlib
