@@ -2,14 +2,16 @@
 
   python -m benchmarks.front --runs=DIR --data=digits --recipes=public_4e-3,muon_adaptive_fast
   python -m benchmarks.front --runs=DIR --data=cifar10 --config.base.data.dir=TFDS
-  python -m benchmarks.front --runs=DIR --page=docs/front.md  # the page alone, of what is there
+  python -m benchmarks.front --runs=DIR --page=docs/front.md  # no training: adds what is in DIR
 
 Runs are those of configs/ablations/recipe.py, in DIR/digits, DIR/fashion_mnist and DIR/cifar10, by
 `vdm.ablate`, which takes the flags --config.base.*: the same command goes on where it stopped. With
---config.base.data.as_found=True another set under the name will do, and the page says so. The table
-says in which share of the steps of a reference each other recipe comes down to the reference's
-value at each of its evaluations. The reference is the best of the recipes of Adam with learned end
-points that were run, the public one tuned, or --reference where a data set has it.
+--config.base.data.as_found=True another set under the name will do, and the page says so. The page
+keeps its runs beside it (front_digits.json): runs of another DIR join them.
+
+The table says in which share of the steps of a reference each other recipe comes down to the
+reference's value at each of its evaluations. The reference is the best of the recipes of Adam with
+learned end points that were run, the public one tuned, or --reference where a data set has it.
 """
 
 import argparse
@@ -29,6 +31,15 @@ from vdm.workdir.config_file import saved_config
 
 DATA = {'digits': '', 'fashion_mnist': 'fashion_mnist', 'cifar10': 'cifar10'}  # recipe.py:...
 RIVALS = 'public_', 'cosine_', 'linear_'  # the public recipe tuned: rate, warm-up, decay
+SETTINGS = (  # of a run, (block, leaf): what must be equal in all rows of a table
+  ('data', 'as_found'),
+  ('data', 'train_images'),
+  ('data', 'eval_images'),
+  ('train', 'num_steps'),
+  ('train', 'batch_size'),
+  ('eval', 'max_images'),
+  ('eval', 'draws'),
+)
 TITLES = {
   'digits': 'Digits',
   'fashion_mnist': 'Fashion-MNIST',
@@ -106,24 +117,69 @@ def table(found: list[dict], reference: str) -> list[str]:
   return lines
 
 
-def about(path: pathlib.Path, data: str) -> tuple[str, list[str]]:
-  """Returns a data set's title, and lines that say which set it was, by the config of a run.
+def records(runs: pathlib.Path, data: str) -> list[dict]:
+  """Returns what the finished runs of a data set have for the page, one dict each.
+
+  `labels`, `metric` and `bound` are as `grids.collect` has them, `settings` are SETTINGS' values.
 
   Args:
-    path: workdir of a run.
+    runs: folder of --runs.
     data: one of DATA.
   """
-  config = saved_config(path)['data']
-  if not config['as_found']:
+  found = []
+  for run in grids.collect(runs / data, expand(recipe.get_config(DATA[data]))):
+    config = saved_config(runs / data / grids.folder(run['labels']))
+    settings = {leaf: config[block][leaf] for block, leaf in SETTINGS}
+    kept = {name: run[name] for name in ('labels', 'metric', 'bound')}
+    found.append(kept | {'settings': settings})
+  return found
+
+
+def merged(path: pathlib.Path, new: list[dict]) -> list[dict]:
+  """Returns the records of a page's file with the new ones in place of those of equal labels.
+
+  Args:
+    path: a file of records as JSON, `runs`; it need not be there.
+    new: other records.
+
+  Raises:
+    ValueError: their settings differ: such runs are not to be compared.
+  """
+  known = files.read_json(path, 'remove it')['runs'] if path.exists() else []
+  for run in known:
+    run['bound'] = {int(step): value for step, value in run['bound'].items()}
+  for run in new:
+    rule = f'{known[0]["settings"]}, as in {path}' if known else ''
+    equal = not known or run['settings'] == known[0]['settings']
+    require(equal, '--runs', run['settings'], rule, 'give another --page')
+  names = [run['labels'] for run in new]
+  return [*(run for run in known if run['labels'] not in names), *new]
+
+
+def title_of(settings: dict, data: str) -> tuple[str, list[str]]:
+  """Returns a data set's title, and lines that say which set it was.
+
+  Args:
+    settings: of a record.
+    data: one of DATA.
+  """
+  if not settings['as_found']:
     return TITLES[data], []
   sizes = (
-    f'{config["train_images"]:,} pictures for training and {config["eval_images"]:,} for testing'
+    f'{settings["train_images"]:,} pictures for training and '
+    f'{settings["eval_images"]:,} for testing'
   )
   return f'Another set under the name {data}', [f'Not {TITLES[data]}: {sizes}.', '']
 
 
 def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
-  """Writes the page, and beside it the curves of each data set, as a table and as a picture."""
+  """Writes the page, and beside it of each data set its runs, their curves and a picture.
+
+  Runs that the page has already stay on it, unless `runs` has them anew.
+
+  Raises:
+    ValueError: those of a data set differ in more than recipe and seed.
+  """
   lines = [
     '# Recipes at equal steps',
     '',
@@ -133,27 +189,28 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
     'two evaluations by a straight line, and its first evaluation where that is below the level',
     'already. [recipe.md](recipe.md) says what the recipes are.',
   ]
-  for data, argument in DATA.items():
-    grid = recipe.get_config(argument)
-    found = list(grids.collect(runs / data, expand(grid)))
-    if not found:
-      continue
+  pages = {}
+  for data in DATA:
+    beside = path.with_name(f'{path.stem}_{data}.json')
+    found = merged(beside, records(runs, data))
+    if found:
+      pages[data] = beside, found
+  for data, (beside, found) in pages.items():
     metric, curves = found[0]['metric'], curves_of(found)
-    picture = path.with_name(f'{path.stem}_{data}.png')
     rows = [(metric, name, *point) for name, points in curves.items() for point in points.T]
+    files.write(beside, files.json_text({'runs': found}))
     files.write_table(path.with_name(f'{path.stem}_{data}_curves.csv'), grids.CURVES, rows)
-    plot_lines(metric, curves, picture)
+    plot_lines(metric, curves, beside.with_suffix('.png'))
     seeds = len({run['labels']['seed'] for run in found})
-    path_of_one = runs / data / grids.folder(found[0]['labels'])
-    train, chosen = saved_config(path_of_one)['train'], ','.join(curves)
-    title, note = about(path_of_one, data)
+    settings, chosen = found[0]['settings'], ','.join(curves)
+    title, note = title_of(settings, data)
     flag = ' --config.base.data.as_found=True' if note else ''
     lines += [
       '',
       f'## {title}',
       '',
       *note,
-      f'{train["num_steps"]:,} steps of {train["batch_size"]}, by',
+      f'{settings["num_steps"]:,} steps of {settings["batch_size"]}, by',
       '',
       '```bash',
       f'python -m benchmarks.front --runs=DIR --data={data} --seeds={seeds}{flag} \\',
@@ -162,7 +219,7 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
       '',
     ]
     lines += table(found, reference)
-    lines += ['', f'![The bound against training steps, by recipe]({picture.name})']
+    lines += ['', f'![The bound against training steps, by recipe]({path.stem}_{data}.png)']
   path.write_text('\n'.join(lines) + '\n')
 
 
@@ -199,7 +256,11 @@ def main(argv: list[str] | None = None) -> int:
     if status:
       return status
   page = args.page or args.runs / 'front.md'
-  write_page(page, args.runs, args.reference)
+  try:
+    write_page(page, args.runs, args.reference)
+  except ValueError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
   print(page)
   return 0
 

@@ -73,23 +73,25 @@ def test_the_reference_is_the_best_of_adam_with_learned_end_points():
 
 
 @pytest.fixture
-def ran(found, tmp_path, monkeypatch):
-  """(data, as_found) -> the runs of `found`, as if on that data set."""
+def ran(tmp_path, monkeypatch):
+  """(runs, data set, as_found, steps) -> as if `vdm.ablate` had left these and no others."""
 
-  def write(name, as_found):
-    at = lambda workdir, runs: found if workdir.name == name else []
+  def write(runs, name, as_found=False, num_steps=50):
+    at = lambda workdir, _: runs if workdir.name == name else []
     monkeypatch.setattr(grids, 'collect', at)
     config = {'data': {'as_found': as_found, 'train_images': 20_000, 'eval_images': 2000}}
-    config['train'] = {'num_steps': 50, 'batch_size': 64}  # of the run, whatever the grid has
-    path = tmp_path / name / grids.folder(found[0]['labels'])
-    path.mkdir(parents=True)
-    (path / 'config.json').write_text(json.dumps(config))
+    config |= {'eval': {'draws': 3, 'max_images': 0}}
+    config['train'] = {'num_steps': num_steps, 'batch_size': 64}  # whatever the grid has
+    for one in runs:
+      path = tmp_path / name / grids.folder(one['labels'])
+      path.mkdir(parents=True, exist_ok=True)
+      (path / 'config.json').write_text(json.dumps(config))
 
   return write
 
 
-def test_a_set_under_another_name_is_said(ran, tmp_path):
-  ran('cifar10', as_found=True)
+def test_a_set_under_another_name_is_said(ran, found, tmp_path):
+  ran(found, 'cifar10', as_found=True)
   assert front.main([f'--runs={tmp_path}', f'--page={tmp_path / "page.md"}']) == 0
   page = (tmp_path / 'page.md').read_text()
   assert '## Another set under the name cifar10\n' in page and '## CIFAR-10' not in page
@@ -97,8 +99,8 @@ def test_a_set_under_another_name_is_said(ran, tmp_path):
   assert '--seeds=2 --config.base.data.as_found=True \\\n' in page
 
 
-def test_the_page_has_what_was_run_and_nothing_else(ran, tmp_path):
-  ran('digits', as_found=False)
+def test_the_page_has_what_was_run_and_nothing_else(ran, found, tmp_path):
+  ran(found, 'digits')
   assert front.main([f'--runs={tmp_path}']) == 0
   page = (tmp_path / 'front.md').read_text()
   assert '## Digits' in page and '50 steps of 64, by' in page and 'CIFAR-10' not in page
@@ -106,6 +108,29 @@ def test_the_page_has_what_was_run_and_nothing_else(ran, tmp_path):
   drawn = picture.read_bytes()
   plot_curves(tmp_path / 'front_digits_curves.csv', tmp_path)  # as `benchmarks.pictures` does
   assert (tmp_path / 'bits_per_dim.png').read_bytes() == drawn
+
+
+def test_the_page_keeps_its_runs_and_takes_others_in(ran, found, tmp_path):
+  ran(found, 'digits')
+  assert front.main([f'--runs={tmp_path}']) == 0
+  whole = (tmp_path / 'front.md').read_text()
+  page = tmp_path / 'apart' / 'front.md'
+  page.parent.mkdir()
+  for some in ([found[2], run('fast', 1, {100: 9.0})], [], [found[3], found[0]], [found[1]]):
+    ran(some, 'digits')
+    assert front.main([f'--runs={tmp_path}', f'--page={page}']) == 0
+  assert page.read_text() == whole  # the second seed of `fast` was made anew
+
+
+def test_runs_of_other_steps_do_not_join_a_page(ran, found, tmp_path, capsys):
+  ran(found[:2], 'digits')
+  assert front.main([f'--runs={tmp_path}']) == 0
+  before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+  ran(found[2:], 'digits', num_steps=60)
+  assert front.main([f'--runs={tmp_path}']) == 1
+  error = capsys.readouterr().err
+  assert "error: --runs={'as_found': False," in error and "'num_steps': 60" in error
+  assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
 
 
 def test_an_unknown_recipe_is_one_line(tmp_path, capsys):

@@ -7,7 +7,7 @@ from vdm.configs import digits
 
 from vdm import build
 from vdm.diffusion.elbo import diffusion_loss
-from vdm.diffusion.heads import loss_ratio, to_prediction
+from vdm.diffusion.heads import HEADS, loss_ratio, to_prediction
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.diffusion.weightings import WEIGHTINGS, is_monotone, shifted
 
@@ -45,6 +45,18 @@ def test_positive_finite_and_differentiable_in_float32(name):
   with jax.enable_x64(True):
     exact = weighting(jnp.float64(np.float64(LOG_SNR)))
   np.testing.assert_allclose(w, exact, rtol=3e-5)
+
+
+@pytest.mark.parametrize('name', WEIGHTINGS)
+def test_far_from_the_data_w_is_that_of_double_precision(name):
+  log_snr = [-170.0, -120.0, -100.0, -90.0, -60.0, 60.0, 90.0]  # e^90 is beyond float32
+  heads = [{'head': head} for head in HEADS] if name == 'sd3' else [{}]
+  for arguments in heads:
+    weighting = WEIGHTINGS[name](**arguments)
+    w = weighting(jnp.float32(log_snr))
+    with jax.enable_x64(True):
+      exact = weighting(jnp.float64(log_snr))
+    np.testing.assert_allclose(w, exact, rtol=1e-4, atol=1e-37, err_msg=f'{arguments}')
 
 
 # Every method's own loss of a scalar x = 0.3, as its authors wrote it: log_snr of its own variable,

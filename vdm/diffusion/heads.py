@@ -1,5 +1,6 @@
 """Says what a network's output means for the data and the noise in z: one table of heads."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -54,8 +55,15 @@ def loss_ratio(head: str, log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
   1 + e^log_snr for score; e^-log_snr / sigma_data^2 + 1 for F. A head is affine in its output, so r
   is what one unit of output does to eps_hat, to the power of -2.
   """
-  one = jnp.ones_like(log_snr)
-  return HEADS[head](one, jnp.zeros_like(one), alpha(log_snr), sigma(log_snr)).eps ** -2
+  return jnp.exp(log_loss_ratio(head, log_snr))
+
+
+def log_loss_ratio(head: str, log_snr: Float[Array, '*b']) -> Float[Array, '*b']:
+  """Returns log r(log_snr), the logarithm of `loss_ratio`, also where r is beyond float32."""
+  one, root = jnp.ones_like(log_snr), lambda a: jnp.exp(jax.nn.log_sigmoid(a) / 2)
+  # alpha and sigma by these roots, whose squares may be below float32
+  of_eps = HEADS[head](one, jnp.zeros_like(one), root(log_snr), root(-log_snr)).eps
+  return -2 * jnp.log(jnp.abs(of_eps))
 
 
 def to_prediction(

@@ -39,7 +39,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from scipy import special
 
-from vdm.diffusion.heads import HEADS, loss_ratio
+from vdm.diffusion.heads import HEADS, log_loss_ratio
 from vdm.errors import require
 
 Weighting = Callable[[Float[Array, '*b']], Float[Array, '*b']]
@@ -118,7 +118,13 @@ def indi() -> Weighting:
 
   It is that of InDI's loss, the loss of x at uniform t, for z = (1 - t) x + t eps.
   """
-  return lambda log_snr: jnp.exp(-log_snr) * _sech(log_snr / 4) ** 2
+
+  def w(log_snr):
+    half = jnp.abs(log_snr) / 2
+    # one exponent: e^-log_snr is large where sech is small
+    return 4 * jnp.exp(-log_snr - half) / (1 + jnp.exp(-half)) ** 2
+
+  return w
 
 
 def p2(gamma: float = 1.0) -> Weighting:
@@ -157,9 +163,7 @@ def sd3(mean: float = 0.0, std: float = 2.0, head: str = 'o') -> Weighting:
   """
   _check_positive(std=std)
   require(head in HEADS, 'head', head, f'one of {", ".join(HEADS)}', 'choose one of these')
-  return lambda log_snr: jnp.exp(
-    _log_normal(log_snr, mean, std) + jnp.log(loss_ratio(head, log_snr))
-  )
+  return lambda log_snr: jnp.exp(_log_normal(log_snr, mean, std) + log_loss_ratio(head, log_snr))
 
 
 def shifted(weighting: Weighting, image_size: int, noise_size: int = 64) -> Weighting:
