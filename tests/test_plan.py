@@ -19,7 +19,7 @@ import pytest
 from vdm import build
 from vdm.nn.attention import softmax_attention
 from vdm.nn.convolution import conv3
-from vdm.planning import chips, costs, hlo, plan, programs
+from vdm.planning import chips, costs, fit, hlo, plan, programs
 from vdm.planning.flops import matmuls
 from vdm.system import parallel
 
@@ -338,15 +338,15 @@ def test_largest_batch_is_found_from_either_side(first, expected):
     tried.append(size)
     return costs.Cost(0, memory=100 + 10 * size)
 
-  best, number = plan.largest_batch(cost_of, first, 8, 100, chip, 4)
+  best, number = fit.largest_batch(cost_of, first, 8, 100, chip, 4)
   assert best == (expected, 100 + 10 * expected) and number == len(tried) <= 3
 
 
 def test_largest_batch_keeps_to_its_budget_and_may_find_none():
   chip = chips.TPUS['v5e']._replace(hbm_bytes=1000)
   never = lambda size: costs.Cost(0, memory=1001)
-  assert plan.largest_batch(never, 64, 8, 900, chip, 2) == (None, 2)
-  assert plan.largest_batch(never, 64, 8, 900, chip, 9) == (None, 4)  # 64, 32, 16, 8
+  assert fit.largest_batch(never, 64, 8, 900, chip, 2) == (None, 2)
+  assert fit.largest_batch(never, 64, 8, 900, chip, 9) == (None, 4)  # 64, 32, 16, 8
 
 
 def digits(**leaves):
@@ -430,7 +430,7 @@ def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
   config = digits(**{'train.batch_size': 64})
   where = costs.target('h100:8', 1)
   cost = costs.Cost(0, memory=excess * where.chip.hbm_bytes)
-  line = plan.advice(config.train, config.model, cost, where, state_bytes=0)
+  line = fit.advice(config.train, config.model, cost, where, state_bytes=0)
   assert f'--config.train.microbatches={microbatches},' in line
   assert f'--config.train.batch_size={batch_size},' in line
 
@@ -439,9 +439,9 @@ def test_advice_on_what_reads_a_run_divides_its_own_batch():
   where = costs.target('h100:8', 1)
   cost = costs.Cost(0, memory=3.4 * where.chip.hbm_bytes)
   of = lambda name, images: costs.Step(name, None, (), images, 1, 1)
-  line = plan.advice_on_reading(of('sample', 64), cost, where)
+  line = fit.advice_on_reading(of('sample', 64), cost, where)
   assert line.startswith('sampling takes ') and ' try --config.sample.batch_size=16, more' in line
-  line = plan.advice_on_reading(of('eval', 16), cost, where)  # fewer than one per device
+  line = fit.advice_on_reading(of('eval', 16), cost, where)  # fewer than one per device
   assert line.startswith('evaluation takes ') and ' try more devices, or larger ones.' in line
 
 
