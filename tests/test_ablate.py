@@ -203,6 +203,7 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   table = (tmp_path / 'results.md').read_text()
   means = '2.5 ± 0.71 | 3.5 ± 0.71 | 2 ± 0 | 2.25 ± 0 | 4 ± 0 | 1 ± 0 | 1 ± 0.71'
   assert f'| elbo | 2 | {means} |' in table and '±' not in table.partition('| wide |')[2]
+  assert table.endswith('\n\nWithout a result: 1 of 4 runs, wide+0.\n')
   plots = 'bits_per_dim fd_pixels fd_classifier loss diffusion_cv weight density'
   for name in plots.split():
     assert (tmp_path / f'{name}.png').stat().st_size > 1000

@@ -92,7 +92,10 @@ def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]
 
 
 def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
-  """Writes results.csv, one line per run; results.md, one per group of seeds; curves.csv; plots."""
+  """Writes results.csv, one line per run; results.md, one per group of seeds; curves.csv; plots.
+
+  results.md names the runs that have no result: of a grid that is under way, or those that failed.
+  """
   found = list(collect(workdir, runs))
   if not found:
     return
@@ -114,6 +117,10 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   for own, members in sorted(groups.items(), key=best):
     cells = [_cell([n[name] for _, n in members if name in n]) for name in columns]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
+  missing = [folder(labels) for labels, _ in runs if labels not in [run['labels'] for run in found]]
+  if missing:  # to come, or failed
+    named = f'{", ".join(missing[:8])}{", ..." if missing[8:] else ""}'
+    lines += ['', f'Without a result: {len(missing)} of {len(runs)} runs, {named}.']
   files.write(workdir / 'results.md', '\n'.join(lines) + '\n')
   groups = {', '.join(own): [run for run, _ in members] for own, members in groups.items()}
   curves = workdir / 'curves.csv'
