@@ -46,6 +46,35 @@ def test_a_second_job_is_refused_and_told_of_the_first(holder, tmp_path):
   assert not (tmp_path / lock.FILE).exists()
 
 
+def test_of_jobs_that_start_at_once_one_has_the_workdir(tmp_path, monkeypatch):
+  together, read = threading.Barrier(8), lock._read
+  waiting = threading.local()
+
+  def read_together(path):
+    found = read(path)
+    if not hasattr(waiting, 'over'):
+      waiting.over = True
+      together.wait()  # all have seen that there is no lock
+    return found
+
+  monkeypatch.setattr(lock, '_read', read_together)
+  ended = []
+
+  def claim():
+    try:
+      lock._claim(tmp_path / lock.FILE, lock._own(), tmp_path)
+      ended.append('held')
+    except ValueError as error:
+      ended.append(str(error).partition('is being')[0])
+
+  threads = [threading.Thread(target=claim) for _ in range(8)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(ended) == sorted(['held', *[f'--workdir={tmp_path} '] * 7])
+
+
 @pytest.mark.parametrize('content', ['', '{', '[]', '{"pid": 1}', 'null'])
 def test_a_damaged_lock_keeps_nobody_out(content, tmp_path):
   (tmp_path / lock.FILE).write_text(content)

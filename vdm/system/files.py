@@ -188,12 +188,20 @@ def write(path: os.PathLike | str, data: bytes | str):
 
   A reader finds the old file or the new one, never half of one.
   """
+  write_if(lambda: True, path, data)
+
+
+def write_if(free: Callable[[], bool], path: os.PathLike | str, data: bytes | str) -> bool:
+  """Does what `write` does if `free()`, asked while no other writer is at it; returns whether."""
   path = epath.Path(path)
   path.parent.mkdir(parents=True, exist_ok=True)
   part = path.with_name(f'.{path.name}.part')
   with _alone_in(path.parent):
+    if not free():
+      return False
     part.write_bytes(data.encode() if isinstance(data, str) else data)
     part.replace(path)
+  return True
 
 
 @contextlib.contextmanager

@@ -72,15 +72,17 @@ def _own() -> dict[str, Any]:
 
 def _claim(path: epath.Path, own: dict[str, Any], workdir: os.PathLike | str):
   """Writes the lock, once the job that holds it, if any, is known to be gone."""
-  found = _read(path)
-  if found and not _is_gone(path, found):
-    raise ValueError(
-      f'--workdir={workdir} is being written by process {found["pid"]} of {found["host"]} since '
-      f'{found["since"]}; choose another --workdir, or stop that job.'
-    )
-  if found:
-    logging.info('%s: process %d of %s has ended', path, found['pid'], found['host'])
-  files.write(path, json.dumps(own))
+  ours = False
+  while not ours:  # unless another job was faster
+    found = _read(path)
+    if found and not _is_gone(path, found):
+      raise ValueError(
+        f'--workdir={workdir} is being written by process {found["pid"]} of {found["host"]} since '
+        f'{found["since"]}; choose another --workdir, or stop that job.'
+      )
+    if found:
+      logging.info('%s: process %d of %s has ended', path, found['pid'], found['host'])
+    ours = files.write_if(lambda found=found: _read(path) == found, path, json.dumps(own))
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
