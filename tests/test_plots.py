@@ -288,7 +288,10 @@ def test_the_schedule_has_no_empty_panel_and_shows_constant_densities_whole(monk
   monkeypatch.setattr(style, 'save', lambda figure, path: seen.append(figure))
   plots.plot_schedule({}, log_snr, None)
   plots.plot_schedule({'a': [CARD]}, log_snr, None)
-  assert [len(figure.axes) for figure in seen] == [2, 3]
+  unknown = CARD | {'diffusion_cv_linear': None}  # a negative square, by importance of few draws
+  plots.plot_schedule({'a': [unknown, CARD | {'step': 5}]}, log_snr, None)
+  plots.plot_schedule({'a': [unknown]}, log_snr, None)
+  assert [len(figure.axes) for figure in seen] == [2, 3, 3, 2]
   assert seen[0].axes[1].get_ylim()[1] > 1.05 / 13
 
 

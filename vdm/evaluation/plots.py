@@ -261,7 +261,8 @@ def plot_schedule(
   which for an adaptive one is linear. Returns the picture.
   """
   bounds = [s for s in found.values() if cards.is_bound(s[0]) and s[0]['params'] == 'ema']
-  series = max(bounds, key=len, default=[])
+  measures = 'diffusion_cv_linear', 'diffusion_cv'  # of few draws they may not have been estimated
+  series = [c for c in max(bounds, key=len, default=[]) if None not in (c[k] for k in measures)]
   count = 3 if series else 2
   figure, (left, middle, *rest) = style.figure(count, (2.8 * count, 2.6))
   linear = {'color': style.REFERENCE, 'linestyle': '--', 'linewidth': 1.2}
@@ -278,8 +279,8 @@ def plot_schedule(
   for axes in rest:
     steps = [card['step'] for card in series]
     lines = {
-      'linear': axes.plot(steps, [c['diffusion_cv_linear'] for c in series], marker='.', **linear),
-      'as evaluated': axes.plot(steps, [c['diffusion_cv'] for c in series], marker='.', **own),
+      name: axes.plot(steps, [card[key] for card in series], marker='.', **line)
+      for name, key, line in zip(('linear', 'as evaluated'), measures, (linear, own), strict=True)
     }
     axes.set(xlabel='training steps', ylabel='std / mean of the diffusion loss')
     axes.set_ylim(0, 1.15 * max(line.get_ydata().max() for (line,) in lines.values()))
