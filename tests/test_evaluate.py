@@ -1,9 +1,11 @@
 import json
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from absl import logging
 from vdm.configs import default
 
 from vdm import build, cards, data
@@ -12,6 +14,7 @@ from vdm.diffusion.elbo import DiffusionTerm
 from vdm.diffusion.gaussian import Prediction, alpha, sigma
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.diffusion.weightings import WEIGHTINGS
+from vdm.evaluation import evaluate
 from vdm.evaluation.bound import (
   NUM_BINS,
   BitsPerDim,
@@ -23,7 +26,7 @@ from vdm.evaluation.bound import (
 )
 from vdm.sampling.draw import make_sampler
 from vdm.sampling.picture import image_grid
-from vdm.system import parallel
+from vdm.system import parallel, stopping
 
 SHAPE, VALUES = (2, 3, 1), 256
 # To sigma_0 = 1.1 cells of the grid: with less noise a denoiser that does not know that the data is
@@ -334,3 +337,23 @@ def test_a_uniform_predictor_costs_log2_of_the_number_of_values(
   np.testing.assert_allclose(result.value, np.log2(num_values), rtol=3e-6)
   terms = {name: term['value'] for name, term in result.terms.items()}
   assert terms['prior'] < 1e-6 and terms['diffusion'] < 1e-6
+
+
+def test_training_goes_on_after_a_plot_that_fails_but_not_after_a_signal(caplog):
+  state, found = types.SimpleNamespace(step=np.int32(7)), evaluate.Result(scalars={'a': 1.0})
+
+  def failing(state, found):
+    raise TypeError('no number')
+
+  def stopped(state, found):
+    raise stopping.Stopped(75)
+
+  logging.set_verbosity('info')
+  with caplog.at_level('ERROR', logger='absl'):
+    assert evaluate.going_on(failing)(state, found) is found
+  assert 'step 7: the plots could not be drawn; the run goes on' in caplog.text
+  assert 'TypeError: no number' in caplog.text
+  more = evaluate.going_on(lambda state, found: found.plus(scalars={'b': 2.0}))
+  assert more(state, found).scalars == {'a': 1.0, 'b': 2.0}
+  with pytest.raises(stopping.Stopped):
+    evaluate.going_on(stopped)(state, found)

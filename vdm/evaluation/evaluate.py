@@ -177,6 +177,22 @@ def of_pictures(of: Study, params: str, *with_cards_of: pathlib.Path) -> Evaluat
   return lambda state, found: found.plus(pictures=pictures(state, found.curves))
 
 
+def going_on(evaluation: Evaluation) -> Evaluation:
+  """Returns an evaluation that says, with the traceback, what failed in it, and has found nothing.
+
+  A picture that cannot be drawn is no reason to end a run.
+  """
+
+  def tried(state, found):
+    try:
+      return evaluation(state, found)
+    except Exception:
+      logging.exception('step %d: the plots could not be drawn; the run goes on', int(state.step))
+      return found
+
+  return tried
+
+
 def of_noisy_data(of: Study, settings: ConfigDict, weighting: str) -> Evaluation:
   """Returns the evaluation that reads the weighted loss as a mixture of bounds of noisy data."""
 
@@ -201,7 +217,7 @@ def in_training(
     shown = min(how.preview_images, len(of.source))
     draw = make_sampler(config, model, mesh, shown)
     samples = of_fields(of, how, draw, shown, 1)
-    return of_bound(of, config.eval), samples, of_pictures(of, how.params)
+    return of_bound(of, config.eval), samples, going_on(of_pictures(of, how.params))
   scorer, scored = None, config.fid.train_images if every else 0
   if every:
     scorer = distances.make_scorer(of, config.fid, how, config.data, scored)
@@ -211,7 +227,7 @@ def in_training(
   return (
     of_bound(of, config.eval),
     of_samples(of, how, draw, how.preview_images, conditions, scorer, scored, every or 1),
-    of_pictures(of, how.params),
+    going_on(of_pictures(of, how.params)),
   )
 
 
