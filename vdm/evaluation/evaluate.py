@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import pathlib
 import time
+import traceback
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -187,7 +188,8 @@ def going_on(evaluation: Evaluation) -> Evaluation:
     try:
       return evaluation(state, found)
     except Exception:
-      logging.exception('step %d: the plots could not be drawn; the run goes on', int(state.step))
+      what, why = 'the plots could not be drawn; the run goes on', traceback.format_exc()
+      logging.error('step %d: %s\n%s', state.step, what, why)
       return found
 
   return tried
