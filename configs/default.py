@@ -48,6 +48,7 @@ def get_config(arg=''):
       # What the data must be. The run stops when what was loaded differs; with as_found=True these
       # leaves, down to `masked`, are taken from the data instead, once, and kept with the run.
       as_found=False,
+      ignore='',  # of what is found then: 'label,vector,condition,mask', those not to be used
       train_images=1437,
       eval_images=360,
       image_shape=(8, 8, 1),  # one, two or three spatial axes, and channels

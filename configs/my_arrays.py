@@ -2,8 +2,10 @@
 
 python -m vdm.main --config=configs/my_arrays.py --config.data.path=FILE
 
-The file has `x` [N *spatial C] and, if you have them, `condition`, `vector`, `label` and `mask`:
-each that is there is used. python -m vdm.data show --name=arrays --path=FILE says what is found.
+The file has `x` [N *spatial C] and, if you have them, `condition`, `vector`, `mask` and `label`:
+each that is there is used, but for --config.data.ignore=mask and the like, and labels only with
+--config.model.class_conditional=True. python -m vdm.data show --name=arrays --path=FILE says what
+is found.
 """
 
 from vdm.configs import default, gaussian_fields

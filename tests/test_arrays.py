@@ -56,6 +56,7 @@ def fields(**changes):
   return {name: value for name, value in (known | changes).items() if value is not None}
 
 
+NAMED = 'x, condition, vector, label, mask'
 ALL = {'condition_shape': (2, 3, 5), 'embedding_size': 7, 'num_classes': 3, 'masked': True}
 
 
@@ -228,6 +229,32 @@ def test_chunks_of_several_examples_are_told_once(tmp_path, kind, caplog):
   np.testing.assert_array_equal(batch['image'], content['x'][[11, 10]])
   (line,) = [record.getMessage() for record in caplog.records]
   assert line.startswith(f'chunked.{kind}: x is stored in chunks of 5 examples: reading one')
+
+
+def test_arrays_of_other_names_are_told(tmp_path, caplog):
+  path = write(tmp_path, 'npz', fields(labels=np.arange(COUNT), conditions=np.zeros(3)))
+  with caplog.at_level(logging.INFO):
+    arrays.found(config(path, **ALL))
+  (line,) = [record.getMessage() for record in caplog.records]
+  assert line == f'{path}: labels, conditions not read, for arrays are called {NAMED}'
+
+
+@pytest.mark.parametrize(
+  ('shape', 'told'),
+  [
+    ((20, 12, 12), 'is read as examples of 12 with 12 channels'),
+    ((20, 3, 16, 16), 'is read as examples of 3 x 16 with 16 channels'),
+    ((20, 16, 16, 3), ''),
+    ((20, 40, 5), ''),
+    ((20, 2, 2, 4), ''),
+  ],
+)
+def test_channels_that_may_be_an_axis_of_space_are_told(tmp_path, shape, told, caplog):
+  path = write(tmp_path, 'npy', {'x': np.zeros(shape, np.float32)})
+  with caplog.at_level(logging.INFO):
+    assert arrays.found(config(path))['image_shape'] == shape[1:]
+  lines = [record.getMessage() for record in caplog.records]
+  assert [told in line for line in lines] == [True] * bool(told)
 
 
 def test_a_name_tells_arrays_from_others(tmp_path):

@@ -300,6 +300,26 @@ def test_an_unknown_setting_is_refused_by_name(exp, trained):
       lambda exp, state, u: next(exp.fit(state, 1, source=data.of_arrays(u / 16))),
       'must be integers 0 .. 16',
     ),
+    (
+      lambda exp, state, u: exp.bits_per_dim(state, split=u),
+      "source='ndarray' must be 'train', 'eval' or a vdm.data.Source; vdm.data.of_arrays(images)",
+    ),
+    (
+      lambda exp, state, u: next(exp.fit(state, 1, source=u)),
+      "source='ndarray' must be 'train', 'eval' or a vdm.data.Source",
+    ),
+    (
+      lambda exp, state, u: exp.bits_per_dim(state, split=data.of_arrays(u, condition=u)),
+      'condition=(1, 8, 8, 1) must be left out',
+    ),
+    (
+      lambda exp, state, u: exp.bits_per_dim(state, split=data.of_arrays(u, valid=u[..., :1] > 0)),
+      'mask=(1, 8, 8, 1) must be left out',
+    ),
+    (
+      lambda exp, state, u: data.of_arrays(u, label=np.zeros((16, 1), int)),
+      'label=(16, 1) must be of shape (16,)',
+    ),
   ],
 )
 def test_arguments_that_no_config_could_have_are_refused(exp, trained, call, message):
@@ -318,6 +338,42 @@ def test_a_mask_of_any_numbers_is_a_mask(rank_promotion_allowed):
     for mask in (batch['valid'], 255 * batch['valid'].astype(np.uint8))
   ]
   np.testing.assert_array_equal(*nats)
+
+
+CONDITIONAL = {'data.derive': 'low_resolution', 'data.condition_shape': (4, 4, 1)}
+
+
+@pytest.mark.parametrize(('absent', 'shown'), [(None, 'None'), (np.nan, "'none for image 0'")])
+def test_a_model_that_knows_no_lack_of_conditions_is_given_them(absent, shown):
+  exp = vdm.Experiment('digits:debug', SMALL | CONDITIONAL)
+  learned = vdm.Experiment('digits:debug', SMALL | CONDITIONAL | {'train.label_dropout': 0.1})
+  state, batch = moved(exp.init()), exp.source('eval').fetch(np.arange(4))
+  images = batch['image']
+  none = absent and np.full((4, 4, 4, 1), absent)
+  message = rf'^condition={shown} must be given for each image: .*; give it, or train'
+  with pytest.raises(ValueError, match=message):
+    exp.log_prob(state, images, draws=1, condition=none)
+  with pytest.raises(ValueError, match=r"^condition='none for image 3' must be given"):
+    some = np.concatenate([batch['condition'][:3], np.full((1, 4, 4, 1), np.nan)])
+    exp.sample(state, 4, condition=some)
+  assert np.isfinite(learned.log_prob(state, images, draws=1, condition=none).value).all()
+
+
+@pytest.mark.parametrize(
+  ('name', 'bad', 'message'),
+  [('condition', np.nan, 'must be finite'), ('valid', 0, 'must be nonzero somewhere')],
+)
+def test_a_source_by_hand_is_looked_at_as_files_are(name, bad, message):
+  changes = {'data.derive': 'inpainting', 'data.masked': True, 'data.condition_shape': (8, 8, 1)}
+  exp = vdm.Experiment('digits:debug', SMALL | changes)
+  batch = dict(exp.source('eval').fetch(np.arange(4)))
+  images, rows = batch.pop('image'), batch[name].astype(np.float32)
+  rows[1, :4] = bad
+  if name == 'valid':
+    rows[1] = bad
+  source = data.of_arrays(images, **batch | {name: rows})
+  with pytest.raises(ValueError, match=message):
+    exp.bits_per_dim(exp.init(), split=source, draws=1)
 
 
 def test_a_config_given_is_not_changed(exp):

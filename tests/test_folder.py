@@ -207,6 +207,17 @@ def test_what_is_not_read_is_told_in_one_line(plain, caplog):
   assert '1 not named as a picture' in line and 'hidden' not in line
 
 
+def test_of_several_pages_none_is_taken_for_the_picture(plain, caplog):
+  pages = [Image.fromarray(pixels(number)) for number in range(3)]
+  for name in ('stack.tif', 'film.gif', 'film.webp'):
+    pages[0].save(plain / name, save_all=True, append_images=pages[1:])
+  Image.fromarray(pixels(10)).save(plain / 'single.tif')
+  with caplog.at_level(logging.INFO):
+    image = everything(config(plain))['image']
+  assert len(image) == 11
+  assert '3 of several pages (film.gif, film.webp, stack.tif)' in lines(caplog)[0]
+
+
 def test_without_a_cache_a_broken_picture_stops_and_names_itself(plain, caplog):
   make_bad(plain)
   data = config(plain, cache=False)

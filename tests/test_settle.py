@@ -13,6 +13,7 @@ from vdm.data.settle import measure, settle
 from vdm.data.source import of_arrays
 from vdm.sampling.labels import embeddings_of
 from vdm.system import files, parallel
+from vdm.training import loop
 from vdm.workdir import config_file
 from vdm.workdir.load import read_guide
 
@@ -85,6 +86,59 @@ def test_a_run_that_goes_on_measures_nothing_again(tmp_path, monkeypatch):
     ValueError, match=r'holds a run with config\.data\.scale=.*not \(1\.0, 1\.0\)'
   ):
     config_file.open_workdir(workdir, config_file.settled(other, workdir))
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path):
+  rng, workdir = np.random.default_rng(0), tmp_path / 'run'
+  vector = rng.normal(size=(40, 5))
+  x = rng.normal(size=(40, 6, 4, 2))
+
+  def start(x, vector, **changes):
+    np.savez(tmp_path / 'a.npz', x=x, vector=vector)
+    splits = dict(train_split='[:75%]', eval_split='[75%:]')
+    config = config_of(tmp_path / 'a.npz', **splits, **changes)
+    before = {path: path.read_bytes() for path in workdir.glob('*.json')}
+    if before:
+      with pytest.raises(ValueError) as error:
+        loop.train(config, workdir)
+      assert {path: path.read_bytes() for path in workdir.glob('*.json')} == before
+      return str(error.value)
+    config = config_file.settled(config)
+    identity = vdm.data.load(config.data, 'train').identity
+    config_file.open_workdir(workdir, config, identity)
+    return config, identity
+
+  config, identity = start(x, vector)
+  begin = f'--workdir={workdir} holds a run '
+  text = start(x + 1, vector)
+  assert text.startswith(f'{begin}on other data: the first examples had the hash ')
+  assert text.count('; ') == 1 and 'choose another --workdir, or remove ' in text
+  text = start(x, vector + 1)
+  assert text.startswith(f'{begin}on other data: the first conditions had the hash ')
+  text = start(x[:24], vector[:24])
+  assert text.startswith(f'{begin}on other data: config.data.train_images=30 but arrays/a.npz')
+  assert text.endswith('; choose another --workdir.')
+  text = start(x, vector, name='folder')
+  assert text.startswith(f'{begin}with config.data.name=arrays, not folder')
+  start_again = lambda: config_file.open_workdir(workdir, config, identity)
+  start_again()  # the same
+  (workdir / config_file.DATA).unlink()
+  start_again()  # of a run that is older than the file
+
+
+def test_what_is_ignored_is_not_found(tmp_path):
+  more = dict(condition=np.ones((40, 3, 2, 1)), vector=np.ones((40, 5)), label=np.arange(40) % 3)
+  path, _ = fields(tmp_path, mask=np.ones((6, 4)), **more)
+  of = lambda ignore: settle_lib.as_found(config_of(path, ignore=ignore).data)
+  names = 'num_classes', 'embedding_size', 'condition_shape', 'masked'
+  leaves = lambda ignore: tuple(of(ignore)[name] for name in names)
+  assert leaves('') == (3, 5, (3, 2, 1), True)
+  assert leaves('condition,mask') == (3, 5, (), False)
+  assert leaves('label,vector') == (0, 0, (3, 2, 1), True)
+  batch = vdm.data.load(of('condition,vector,mask'), 'eval').fetch(np.arange(2))
+  assert set(batch) == {'image', 'label'}
+  with pytest.raises(ValueError, match=r"^config.data.ignore='masks' must be of label, vector, "):
+    of('masks')
 
 
 def test_another_evaluation_split_is_counted_again(tmp_path):

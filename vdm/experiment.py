@@ -103,7 +103,7 @@ class Experiment:
     config, start = self.config, int(state.step)
     steps = config.train.num_steps - start if steps is None else steps
     require(steps >= 0, 'steps', steps, 'zero or more', 'raise config.train.num_steps')
-    runner, source = self._runner, self._source(source or 'train')
+    runner, source = self._runner, self._source('train' if source is None else source)
     batches = loop.train_batches(source, config.train.batch_size, config.seed, start)
     placed = parallel.prefetch(batches, runner.put_batch)
     for _ in range(steps):
@@ -156,9 +156,10 @@ class Experiment:
       images: [N *spatial C], in the data's units.
       draws: estimates of each image: of the bound at times in as many strata, or solves of the ODE.
       seed: of the draws.
-      label: classes [N]; None: the null label, for a model by class.
-      vector: conditions [N E]; None: what stands for none.
-      condition: fields [N *spatial' Cc]; None: what stands for none.
+      label: classes [N], for a model by class. Of these three, None is what stands for none, for a
+        model that learned it (config.train.label_dropout).
+      vector: conditions [N E].
+      condition: fields [N *spatial' Cc].
       mask: [N *spatial 1], nonzero in the dimensions that count; None: all.
       bound: 'elbo', the variational bound, or 'ode', the probability-flow ODE.
       params: as in `bits_per_dim`.
@@ -173,7 +174,7 @@ class Experiment:
     if bound == 'ode':
       build.check_ode(self.model.decoder, solver.dequantization, 'bound', bound)
     told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
-    given = self.model.takes.given(self.model.image_shape, len(images), **told)
+    given = self._given(len(images), **told)
     values = self.config.data.num_values
     images = by_hand.images_of(self.model, values, images, given.get('valid'))
     source = data.of_arrays(images, 'log_prob', **given)
@@ -261,7 +262,7 @@ class Experiment:
     if all(value is None for value in told.values()):
       conditions = conditions_of(config.sample, config.data, config.model.class_conditional)
     else:
-      rows = self.model.takes.given(self.model.image_shape, num_images, **told)
+      rows = self._given(num_images, **told)
       last = num_images - 1  # the last batch is filled up
       conditions = lambda index: {k: v[np.minimum(index, last)] for k, v in rows.items()}
     made = make_guidance(config.sample.guidance, config.schedule, self.model, self.mesh)
@@ -342,6 +343,19 @@ class Experiment:
     step = make_train_step(self.config, self.model)
     return runners.jit_runner(step, self.mesh, abstract, donate=False)
 
+  def _given(self, count: int, **told: Any) -> dict[str, np.ndarray]:
+    """Returns conditions as `Takes.given` does; none may lack that the model never did without."""
+    given = self.model.takes.given(self.model.image_shape, count, **told)
+    if not self.config.train.label_dropout:
+      rule = 'given for each image: in training it never was absent'
+      remedy = 'give it, or train with config.train.label_dropout=0.1'
+      for name in told.keys() & given.keys():
+        each = given[name].reshape(count, -1)
+        absent = (each == -1 if name == 'label' else np.isnan(each)).all(axis=1)
+        shown = None if told[name] is None else f'none for image {absent.argmax()}'
+        require(not absent.any(), name, shown, rule, remedy)
+    return given
+
   def _told(self, **given: Any) -> dict[str, jax.Array]:
     """Returns conditions by the names that the model has for them, and refuses other shapes."""
     named = {name: jnp.asarray(value) for name, value in given.items() if value is not None}
@@ -376,6 +390,8 @@ class Experiment:
     """Returns a split of the config's data, or a source of the same shapes that is given."""
     if isinstance(split, str):
       return self.source(split)
+    rule, remedy = "'train', 'eval' or a vdm.data.Source", 'vdm.data.of_arrays(images) makes one'
+    require(isinstance(split, data.Source), 'source', type(split).__name__, rule, remedy)
     by_hand.require_rows(self.model, cast(dict, split.fetch(np.zeros(1, np.int64))))
     fetch = by_hand.checked(self.model, self.config.data.num_values, split.fetch)
     return dataclasses.replace(split, fetch=fetch)

@@ -51,11 +51,11 @@ def require_rows(model: Model, row: dict[str, Any]):
   for name, taken in names.items():
     remedy = f'the model takes a {name} for each image'
     require(own[name] is not None or not taken, 'source', name, 'with it', remedy)
-  takes.require_shapes(model.image_shape, 1, {k: v for k, v in own.items() if names[k]})
+  takes.require_shapes(model.image_shape, 1, own)
 
 
 def checked(model: Model, num_values: int, fetch: Callable) -> Callable:
-  """Returns `fetch` of a source, which refuses images and classes that the model does not know.
+  """Returns `fetch` of a source, which refuses images and conditions that the model cannot take.
 
   Args:
     model: that reads it.
@@ -66,8 +66,9 @@ def checked(model: Model, num_values: int, fetch: Callable) -> Callable:
   def fetch_checked(indices):
     batch = fetch(indices)
     images_of(model, num_values, batch['image'], batch.get('valid'))
-    if model.takes.num_classes:
-      model.takes.require_classes(batch['label'])
+    told = {name: batch.get(name) for name in ('vector', 'condition')}
+    told['label'] = batch['label'] if model.takes.num_classes else None
+    model.takes.given(model.image_shape, len(indices), mask=batch.get('valid'), **told)
     return batch
 
   return fetch_checked

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vdm.data.columns import PATH, Column, open_columns
+from vdm.data.columns import NAMES, PATH, Column, open_columns
 from vdm.data.decoded import tell
 from vdm.data.splits import Split, hashes_of_rows, rows_of
 from vdm.errors import confirm
@@ -146,10 +146,14 @@ def arrays_of(
     good = column.dtype.kind in 'biuf' or column.dtype.name == 'bfloat16'
     fact, remedy = f'has {name} of {column.dtype}', 'write integers or floats'
     confirm(good, PATH, path, fact, remedy)
+  unread = [name for name in names if name not in columns]
+  if unread:
+    tell(f'{path}: {", ".join(unread)} not read, for arrays are called {", ".join(NAMES)}')
   x, condition, vector = columns['x'], columns.get('condition'), columns.get('vector')
   fact = f'has x of shape {x.shape}'
   remedy = 'write [examples, one to three axes of space, channels], each at least 1'
   confirm(3 <= len(x.shape) <= 5 and min(x.shape) > 0, PATH, path, fact, remedy)
+  _say_axes(path, x.shape)
   labels = _labels(path, columns['label']) if 'label' in columns else np.zeros(x.shape[0], np.int32)
   mask, valid = _mask(path, x, columns.get('mask'))
   lengths = {
@@ -170,6 +174,15 @@ def arrays_of(
     confirm(good and all(a % b == 0 for a, b in axes), PATH, path, fact, remedy)
   num_classes = int(labels.max()) + 1 if 'label' in columns else 0
   return Arrays(path, x, condition, vector, labels, num_classes, mask, valid, named)
+
+
+def _say_axes(path, shape):
+  """Says how an x is read whose channels may be an axis of space."""
+  *space, channels = shape[1:]
+  if channels >= max(min(space), 5):
+    sizes = ' x '.join(map(str, space))
+    line = f'{path}: x of shape {shape} is read as examples of {sizes} with {channels} channels'
+    tell(f'{line}; if they are not: add an axis of one, x[..., None], or move channels to the end')
 
 
 def _labels(path, column):

@@ -18,7 +18,7 @@ from vdm.data.splits import Split, rows_of
 from vdm.errors import confirm
 from vdm.system import files
 
-VERSION = 1  # of what becomes of a picture: those that another version decoded are decoded again
+VERSION = 2  # of what becomes of a picture: those that another version decoded are decoded again
 IN_MEMORY = 2**30  # bytes of a mapped file that need no threads to read ahead
 NAMED = 3  # pictures that are named, of each kind of those left out
 SLOW = 'its pictures are decoded whenever they are read.'

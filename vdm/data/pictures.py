@@ -80,6 +80,8 @@ def _channels(kind):
 def _kind(picture):
   """Returns the kind of a picture's pixels, and why 8 bits would not hold them, if so."""
   kind, deep = picture.mode, False
+  if picture.format != 'MPO' and getattr(picture, 'is_animated', False):  # MPO: with a preview
+    return kind, 'of several pages'
   if picture.format == 'PPM':
     arguments = picture.tile[0][3]
     deep = not isinstance(arguments, str) and arguments[-1] > 255

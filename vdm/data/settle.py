@@ -24,6 +24,13 @@ FOUND = (
   'condition_shape',
   'masked',
 )
+# by the name in config.data.ignore: the leaf that says that it is not used, and its value then
+IGNORED: dict[str, tuple[str, Any]] = {
+  'label': ('num_classes', 0),
+  'vector': ('embedding_size', 0),
+  'condition': ('condition_shape', ()),
+  'mask': ('masked', False),
+}
 # by the name in a batch: the leaves that hold the mean and standard deviation of each channel
 STATISTICS = {
   'image': ('shift', 'scale'),
@@ -83,7 +90,11 @@ def as_found(data: ConfigDict) -> ConfigDict:
   """Returns config.data with what it leaves to the data to be found; nothing is measured."""
   data = data.copy_and_resolve_references().unlock()
   if data.as_found:
-    data.update(found_in(data))
+    left_out = [name for name in data.ignore.split(',') if name]
+    for name in left_out:
+      rule, remedy = f'of {", ".join(IGNORED)}', 'name what is not to be used'
+      require(name in IGNORED, 'config.data.ignore', data.ignore, rule, remedy)
+    data.update(found_in(data) | dict(IGNORED[name] for name in left_out))
   return data.lock()
 
 

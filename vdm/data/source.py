@@ -86,6 +86,8 @@ def of_arrays(
   for key, array in arrays.items():
     rows = array.shape[:1] == (len(images),)
     require(rows, key, array.shape, f'{len(images)} rows', 'give one for each image')
+  shape = arrays['label'].shape
+  require(len(shape) == 1, 'label', shape, f'of shape ({len(images)},)', 'give one class for each')
   kind, rule = arrays['label'].dtype, 'integers'
   require(kind.kind in 'iu', 'label', kind, rule, 'number the classes from 0')
   if 'valid' in arrays:

@@ -77,12 +77,14 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   Returns:
     The process's exit status: 0 when done, EXIT_PREEMPTED when stopped and saved before.
   """
+  config_file.check_run(workdir, config_file.flat(config_file.plain(config)))
   config = config_file.settled(config, workdir)
   model = build.model(config)
   build.check_devices(config, jax.device_count())
   settings, num_steps = config.train, config.train.num_steps
   traced = profile.steps(config.profile, num_steps)
-  source = data.load(config.data, 'train')
+  with config_file.of_run(workdir, config.data):
+    source = data.load(config.data, 'train')
   mesh = parallel.make_mesh(config.parallel.fsdp)
   evaluations = evaluate.in_training(config, model, mesh, workdir)
   if settings.start_from and not load.holds_run(workdir):
@@ -91,7 +93,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     stack.enter_context(stop.listening())
     config_file.check_writable(workdir, '--workdir', 'choose another --workdir')
     stack.enter_context(lock.hold(workdir))
-    config_file.open_workdir(workdir, config)  # the first thing that is written
+    config_file.open_workdir(workdir, config, source.identity)  # the first thing that is written
     manager = stack.enter_context(checkpoint.manager(workdir, config.checkpoint.keep))
     init = build.init_state(config, model)
     abstract = parallel.abstract_state(mesh, init)

@@ -1,6 +1,7 @@
 """One job per workdir: a file that says who writes there, with a sign of life."""
 
 import contextlib
+import functools
 import json
 import os
 import socket
@@ -82,7 +83,8 @@ def _claim(path: epath.Path, own: dict[str, Any], workdir: os.PathLike | str):
       )
     if found:
       logging.info('%s: process %d of %s has ended', path, found['pid'], found['host'])
-    ours = files.write_if(lambda found=found: _read(path) == found, path, json.dumps(own))
+    still_so = functools.partial(_has, path, found)
+    ours = files.write_if(still_so, path, json.dumps(own))
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
@@ -92,6 +94,10 @@ def _read(path: epath.Path) -> dict[str, Any]:
   except ValueError:
     return {}
   return found if _own().keys() <= found.keys() else {}
+
+
+def _has(path: epath.Path, content: dict[str, Any]) -> bool:
+  return _read(path) == content
 
 
 def _is_gone(path: epath.Path, found: dict[str, Any]) -> bool:
