@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from scipy import integrate, stats
 
+from vdm import build
 from vdm.diffusion.continuous import censored, normal
 from vdm.diffusion.decoders import prior_loss
 from vdm.diffusion.elbo import diffusion_loss
@@ -83,6 +85,21 @@ def test_normal_beside_scipy_and_censored_inside_its_bounds():
     np.testing.assert_allclose(made(kind).log_prob(u, z_0, log_snr_max), exact, rtol=1e-5)
     inside = made(kind.replace('normal', 'censored')).log_prob(u, z_0, log_snr_max)
     np.testing.assert_allclose(inside, exact, rtol=1e-5)
+
+
+def test_a_value_beyond_its_bounds_has_no_probability():
+  decoder, z_0 = made('censored'), jnp.zeros((5, 1, 2))
+  u = jnp.tile(jnp.float32([-1.3, -1.2, 0.0, 4.0, 4.1])[:, None, None], (1, 1, 2))
+  found = decoder.log_prob(u, z_0, jnp.float32(2.0))
+  np.testing.assert_array_equal(np.isfinite(found), [False, True, True, True, False])
+  assert (np.asarray(found)[[0, -1]] == -np.inf).all()
+  ends = ConfigDict(dict(name='censored', low=-1.2, high=0.1))
+  identity = dict(value_min=-1.2, value_max=float(np.float32(0.1)))  # as float32 has it
+  build.check_bounds(ends, identity)
+  for name, value in (('low', 'value_min'), ('high', 'value_max')):
+    beyond = identity | {value: identity[value] * 1.01}
+    with pytest.raises(ValueError, match=rf'^config.decoder.{name}=.* which reach from -1.2'):
+      build.check_bounds(ends, beyond)
 
 
 @pytest.mark.parametrize('kind', KINDS)

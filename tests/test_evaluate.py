@@ -44,7 +44,8 @@ LOG_SNR_MIN, LOG_SNR_MAX = -12.0, 9.5
 )
 def test_the_sentence_of_a_bound(split, total, which):
   """The last parameters, which rank checkpoints, come first."""
-  made = lambda value: BitsPerDim(value, 0.0083, 31, None, {}, 360, (1.0, None), None, (1.0, 1.0))
+  of = lambda value: (value, 0.0083, 31, None, {}, 360, (1.0, None), None, (8.0, -5.0), (1.0, 1.0))
+  made = lambda value: BitsPerDim(*of(value))
   bounds = {'raw': made(2.30123), 'ema': made(2.26789)}
   text = sentence(bounds, {'split': split, 'num_images': total})
   assert text == f'2.268 +- 0.008 bits/dim on {which} (ema), 2.301 +- 0.008 (raw)'
@@ -215,7 +216,7 @@ def test_the_interval_covers_with_two_draws(count, groups):
     terms = np.zeros((draws, count, 3))
     terms[..., 2] = common[block].T
     part = {'terms': terms, 'loss': terms[..., 2], 'index': np.arange(count)}
-    part |= {'mask': np.ones(count), 'moments': np.ones(3)}
+    part |= {'mask': np.ones(count), 'moments': np.ones(3), 'ends': np.array([8.0, -5.0])}
     part |= {'bins': {'sum': np.ones(1), 'count': np.ones(1)}}
     result = summarize([part])
     low, high = cards.error_fields(result.value, result.stderr, result.dof)['interval_95']

@@ -13,9 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 import vdm
 from vdm import data
+from vdm.evaluation.bound import elbo_fields
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = {'train.num_steps': 6, 'train.eval_every_steps': 6, 'model.dropout': 0.0}
@@ -338,6 +340,19 @@ def test_a_mask_of_any_numbers_is_a_mask(rank_promotion_allowed):
     for mask in (batch['valid'], 255 * batch['valid'].astype(np.uint8))
   ]
   np.testing.assert_array_equal(*nats)
+
+
+def test_bins_lie_between_the_ends_of_the_evaluation(exp, trained):
+  """What is spent in the bins is the diffusion term, whatever schedule it was measured with."""
+  narrow = ConfigDict(dict(name='linear', log_snr_min=-3.0, log_snr_max=2.0))
+  for settings, width in (({}, 13.0), ({'schedule': narrow}, 5.0)):
+    found = exp.bits_per_dim(trained, draws=16, max_images=360, **settings)
+    assert found.ends[0] - found.ends[1] == pytest.approx(width, abs=0.1)
+    assert np.isfinite(found.bins).all()
+    spent = found.bins.mean() * (found.ends[0] - found.ends[1])
+    assert spent == pytest.approx(found.terms['diffusion']['value'], rel=0.03)
+    fields = elbo_fields(exp.config.eval, found)
+    assert (fields['log_snr_max'], fields['log_snr_min']) == found.ends
 
 
 CONDITIONAL = {'data.derive': 'low_resolution', 'data.condition_shape': (4, 4, 1)}

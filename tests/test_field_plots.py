@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from vdm import style
-from vdm.evaluation import field_plots
+from vdm.evaluation import field_plots, fields
 
 
 @pytest.fixture(params=[(31,), (12, 9), (6, 4, 8)], ids=str)
@@ -35,7 +35,8 @@ def is_picture(picture, path):
 def test_plots_of_statistics_are_pictures_with_units(shape, figures, tmp_path):
   data, samples = noise(2, 20, *shape, 2)
   path = tmp_path / 'plots' / 'plot.png'
-  assert is_picture(field_plots.plot_power(samples, data, path, ('one', 'two')), path)
+  table = fields.compare_power(samples, data)
+  assert is_picture(field_plots.plot_power(table, path, ('one', 'two')), path)
   assert is_picture(field_plots.plot_histogram(samples, data, path), path)
   assert is_picture(field_plots.plot_cross_correlation({'sample': samples}, data, path), path)
   power, pixels, correlation = figures

@@ -157,14 +157,44 @@ def test_a_wrong_scale_shows_in_modes_where_pixels_are_right():
   assert (np.abs(found.modes.value - [0.68, 0.95]) > 10 * found.modes.stderr).any()
 
 
-def test_one_example_has_a_coverage_without_an_error_and_ties_count_half():
+@pytest.mark.parametrize(
+  'measured', [lambda u: np.maximum(u, 0), lambda u: np.clip(np.round(u), -1, 1), np.sign]
+)
+def test_values_that_tie_are_covered_as_often_as_others(measured):
+  """Rain that does not fall, or pixels of few values, are no merit of the samples."""
+  mean = np.random.default_rng(1).normal(0, 1, (300, 6, 6, 1))
+  samples, truth = (
+    measured(mean + noise(16, *mean.shape)),
+    measured(mean + noise(*mean.shape, seed=2)),
+  )
+  assert (samples == truth).mean() > 0.1
+  found = fields.coverage(samples, truth)
+  assert (np.abs(found.pixels.value - [0.68, 0.95]) < 4 * found.pixels.stderr).all()
+
+
+def test_one_example_has_a_coverage_without_an_error_and_ties_tell_nothing():
   found = fields.coverage(np.zeros((9, 1, 4, 1)), np.zeros((1, 4, 1)))
-  np.testing.assert_allclose(found.pixels.value, 1)
+  np.testing.assert_allclose(found.pixels.value, [0.68, 0.95])
   assert np.isnan(found.pixels.stderr).all()
   with pytest.raises(ValueError, match=r'^samples='):
     fields.coverage(np.zeros((9, 2, 4, 1)), np.zeros((1, 4, 1)))
   with pytest.raises(ValueError, match=r'^levels='):
     fields.coverage(np.zeros((9, 1, 4, 1)), np.zeros((1, 4, 1)), (68,))
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_the_error_of_the_power_ratio_is_its_scatter(shared):
+  """Samples of an example are alike; those of the data's own conditions vary with the data."""
+  found, rng, each = [], np.random.default_rng(0), 8
+  for _ in range(200):
+    scale = rng.gamma(4, size=(40, 1, 1)) if shared else 1
+    of = lambda *shape, scale=scale: scale * rng.normal(size=(*shape, 40, 12, 1))
+    data, samples = of(), 1.1 * of(each)
+    table = fields.compare_power(samples.reshape(-1, 12, 1), data, each=each * shared)
+    found.append((table['power_ratio'][2, 0], table['power_ratio_stderr'][2, 0]))
+  ratio, error = np.array(found).T
+  assert ratio.mean() == pytest.approx(1.21, abs=4 * ratio.std() / np.sqrt(200))
+  assert np.sqrt((error**2).mean()) == pytest.approx(ratio.std(), rel=0.15)
 
 
 def test_the_table_compares_samples_with_data():

@@ -3,6 +3,7 @@
 import csv
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from sklearn.metrics import roc_auc_score
@@ -47,6 +48,22 @@ def scored(tmp_path_factory):
 def test_a_schedule_that_is_not_followed_is_refused(tmp_path):
   with pytest.raises(ValueError, match=r"config.eval.schedule.name='cosine' must be 'schedule'"):
     run(tmp_path, {'eval.schedule.name': 'cosine'})
+
+
+def test_each_likelihood_has_its_own_parameters(tmp_path, monkeypatch):
+  seen = {}
+
+  def scorer(of, settings, how, kind):
+    return lambda params, made_of: (seen.update({kind: (params, made_of)}), None)
+
+  monkeypatch.setattr(likelihood_table, 'make_scorer', scorer)
+  monkeypatch.setattr(likelihood_table, 'named_params', lambda state, name: {name: jnp.zeros(3)})
+  changes = {'eval.likelihood': 'elbo,ode', 'eval.params': 'raw,ema', 'eval.ode.params': 'raw'}
+  run(tmp_path, changes | {'likelihood.maps': 0})
+  assert {kind: (*params, made_of['params']) for kind, (params, made_of) in seen.items()} == {
+    'elbo': ('ema', 'ema'),
+    'ode': ('raw', 'raw'),
+  }
 
 
 def columns(folder):

@@ -1,6 +1,7 @@
 """The probability-flow ODE against closed forms, and the bound and its dequantisers."""
 
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -277,6 +278,13 @@ def test_evaluation_counts_every_image_once_whatever_the_batch_size(exact):
   assert small.evaluations == large.evaluations <= small.max_evaluations == large.max_evaluations
   assert -0.01 < small.value - bits.mean() < 0.1
   np.testing.assert_allclose(small.stderr, bits.std(ddof=1) / math.sqrt(40), rtol=0.3)
+
+
+def test_no_draw_of_a_seed_is_one_of_another():
+  drawn = [evaluation_ode.seeds_of(seed, 8) for seed in range(50)]
+  assert [seeds[0] for seeds in drawn] == list(range(50))
+  assert len(set(itertools.chain(*drawn))) == 400 and max(itertools.chain(*drawn)) < 2**31
+  assert drawn[3] == evaluation_ode.seeds_of(3, 9)[:8]
 
 
 def test_too_few_steps_stop_the_evaluation_with_the_remedy(exact):

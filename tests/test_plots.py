@@ -166,8 +166,8 @@ def test_only_warnings_of_other_packages_are_shown():
 
 
 def test_plots_are_pictures(tmp_path):
-  bins = {'ema': np.array([0.1, np.nan, 0.4])}
-  picture = plots.plot_bins(bins, (8.0, -5.0), tmp_path / 'plots' / 'bins.png', 'bits/dim')
+  bins = {'ema': (np.array([0.1, np.nan, 0.4]), (8.0, -5.0))}
+  picture = plots.plot_bins(bins, tmp_path / 'plots' / 'bins.png', 'bits/dim')
   assert picture.dtype == np.uint8 and picture.std() > 5
   with Image.open(tmp_path / 'plots' / 'bins.png') as image:
     assert image.size == picture.shape[1::-1]

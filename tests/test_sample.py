@@ -14,9 +14,11 @@ from PIL import Image
 from vdm.configs import default
 
 from vdm import build, data, style
+from vdm.data import settle
 from vdm.diffusion.decoders import discrete
 from vdm.diffusion.gaussian import Prediction, expand_to, fold_in
 from vdm.diffusion.schedules import SCHEDULES
+from vdm.sampling import draw
 from vdm.sampling import run as run_lib
 from vdm.sampling.draw import make_sampler
 from vdm.sampling.folder import check_format, read_shards, write_shard
@@ -88,6 +90,28 @@ def test_embeddings_are_taken_in_turn(tmp_path):
   config.sample.embeddings = str(tmp_path / 'none.npy')
   with pytest.raises(ValueError, match=r'sample.embeddings=.*none.npy.* cannot be read'):
     all_labels(config)
+
+
+def test_samples_of_examples_have_the_conditions_of_these(tmp_path, monkeypatch):
+  vector = np.arange(20.0).reshape(10, 2)
+  rng = np.random.default_rng(0)
+  np.savez(tmp_path / 'a.npz', x=rng.normal(size=(10, 4, 4, 1)), vector=vector, label=np.arange(10))
+  np.save(tmp_path / 'e.npy', -vector)
+  config = config_of(embeddings=str(tmp_path / 'e.npy'), label=3)
+  config.data.update(dict(name='arrays', path=str(tmp_path / 'a.npz'), as_found=True))
+  config.data.update(train_split='[:4]', eval_split='[4:]')
+  config.data = settle.as_found(config.data)
+  seen = []
+  monkeypatch.setattr(draw, 'make_guidance', lambda *args: None)
+  monkeypatch.setattr(draw, 'make_draw', lambda model, mesh, how, of, guidance: seen.append(of))
+  draw.make_sampler(config, None, None, num_examples=5)
+  draw.make_sampler(config, None, None)
+  of_examples, of_config = (of(np.arange(7)) for of in seen)
+  examples = [4, 5, 6, 7, 8, 4, 5]
+  np.testing.assert_array_equal(of_examples['vector'], vector[examples])
+  np.testing.assert_array_equal(of_examples['label'], examples)
+  np.testing.assert_array_equal(of_config['vector'], -vector[:7])
+  np.testing.assert_array_equal(of_config['label'], [3] * 7)
 
 
 class Killed(BaseException):

@@ -78,6 +78,7 @@ class Experiment:
     """Returns a split of the config's data, 'train' or 'eval'."""
     if split not in self._sources:
       self._sources[split] = data.load(self.config.data, split)
+      build.check_bounds(self.config.decoder, self._sources[split].identity)
     return self._sources[split]
 
   def init(self) -> TrainState:

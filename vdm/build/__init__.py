@@ -1,6 +1,13 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
-from vdm.build.checks import check_config, check_devices, check_ode, check_sampling, works_on
+from vdm.build.checks import (
+  check_bounds,
+  check_config,
+  check_devices,
+  check_ode,
+  check_sampling,
+  works_on,
+)
 from vdm.build.factories import other_schedule, sampler, schedule, threshold
 from vdm.build.model import Model, model
 from vdm.build.optimizer import ema_shares, optimizer
@@ -23,6 +30,7 @@ ORDER = (
 __all__ = [
   'InitState',
   'Model',
+  'check_bounds',
   'check_config',
   'check_devices',
   'check_ode',

@@ -3,6 +3,10 @@
 What one leaf must be by itself is in `leaves`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
 from ml_collections import ConfigDict
 
 from vdm.build.factories import decoder, other_schedule, sampler, threshold
@@ -64,6 +68,13 @@ def check_config(config: ConfigDict):
     config.decoder.name,
     "'normal' or 'censored' for real values, config.data.num_values=0",
     'choose one',
+  )
+  require(
+    not config.data.masked or config.sample.threshold.name != 'dynamic',
+    'config.sample.threshold.name',
+    config.sample.threshold.name,
+    "'static' or 'none' for data with masks, whose percentiles it does not know",
+    'change it',
   )
   made = decoder(config.decoder, config.data, config.schedule.log_snr_max)
   _check_decoder(made, config.eval)
@@ -281,6 +292,22 @@ def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):
     'the workdir of the guiding run',
     'train a smaller or shorter run and name its --workdir',
   )
+
+
+def check_bounds(settings: ConfigDict, identity: Mapping[str, Any]):
+  """Refuses bounds of config.decoder that the data go beyond.
+
+  Args:
+    settings: config.decoder.
+    identity: `Source.identity` of a split.
+  """
+  if settings.name == 'censored':
+    found = identity['value_min'], identity['value_max']
+    low, high = map(np.float32, (settings.low, settings.high))
+    rule = f'that of all values, which reach from {found[0]:g} to {found[1]:g}'
+    remedy = 'give the bounds of the quantity itself'
+    require(low <= found[0], 'config.decoder.low', settings.low, rule, remedy)
+    require(found[1] <= high, 'config.decoder.high', settings.high, rule, remedy)
 
 
 def check_devices(config: ConfigDict, num_devices: int):

@@ -53,7 +53,7 @@ def make(log_snr: np.ndarray, cells: float) -> Grid:
     ValueError: there are fewer than two levels, or log_snr does not fall strictly.
   """
   log_snr = np.asarray(log_snr, np.float64)
-  require(cells >= 1, 'cells', cells, '1 or more', 'try 2')
+  require(1 <= cells <= 1024, 'cells', cells, 'from 1 to 1024', 'try 2')
   steps = len(log_snr) - 1
   require(steps >= 1, 'num_timesteps', steps, '1 or more', 'try 200')
   falls = bool((np.diff(log_snr, axis=0) < 0).all())

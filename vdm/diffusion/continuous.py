@@ -62,7 +62,7 @@ def censored(
 
   At a bound it is the probability that a normal value lies beyond, log Phi((low - y) / s) and
   log Phi((y - high) / s), and a density between: the likelihood is mixed, and not comparable with
-  one of densities alone.
+  one of densities alone. Beyond the bounds it is 0.
 
   Args:
     shift: of each channel, in the data's units.
@@ -82,7 +82,8 @@ def censored(
     between = _log_normal(offset / std, std) - jnp.log(unit)
     y, least, most = x + offset, (low - zero) / unit, (high - zero) / unit
     below, above = norm.logcdf((least - y) / std), norm.logcdf((y - most) / std)
-    return jnp.where(u <= low, below, jnp.where(u >= high, above, between))
+    inside = jnp.where(u <= low, below, jnp.where(u >= high, above, between))
+    return jnp.where((low <= u) & (u <= high), inside, -jnp.inf)
 
   units = f'values in [{low:g}, {high:g}], censored'
   how = shift, scale, log_snr_max, learned_std, to_data, log_likelihood, units

@@ -90,6 +90,7 @@ def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
       'mask': mask,
       'bins': jax.tree.map(lambda a: a.sum(axis=0), bins),
       'moments': spread.mean(axis=0),
+      'ends': jnp.stack(ends),
     }
 
   return step
@@ -114,6 +115,7 @@ class BitsPerDim(NamedTuple):
   # the training loss on these images, nats/dim, and its Monte Carlo error
   loss: tuple[float, float | None]
   bins: np.ndarray  # [NUM_BINS] spent per unit of log-SNR, nan where none fell
+  ends: tuple[float, float]  # log_snr_max and log_snr_min, between which the bins are
   cv: tuple[float, float]
   unit: str = 'bits/dim'
 
@@ -168,6 +170,7 @@ def summarize(parts: list[dict]) -> BitsPerDim:
     num_images=num_images,
     loss=mean_and_error(loss),
     bins=bins,
+    ends=(float(parts[0]['ends'][0]), float(parts[0]['ends'][1])),
     cv=coefficients_of_variation(moments),
   )
 
@@ -176,9 +179,8 @@ def jit_step(model: build.Model, mesh: Mesh, settings: ConfigDict) -> Callable:
   """Returns `make_eval_step`, jitted: what each image has stays on its device."""
   by_image, sums = parallel.batch_sharding(mesh), parallel.replicated(mesh)
   by_draw = parallel.batch_sharding(mesh, axis=1)
-  shardings = dict(
-    terms=by_draw, loss=by_draw, index=by_image, mask=by_image, bins=sums, moments=sums
-  )
+  each = dict(terms=by_draw, loss=by_draw, index=by_image, mask=by_image)
+  shardings = each | dict(bins=sums, moments=sums, ends=sums)
   return parallel.jit(make_eval_step(model, settings), mesh, out_shardings=shardings)
 
 
@@ -277,6 +279,8 @@ def elbo_fields(settings: ConfigDict, result: BitsPerDim) -> dict[str, Any]:
     'diffusion_cv': _or_none(result.cv[0]),
     'diffusion_cv_linear': _or_none(result.cv[1]),
     f'{result.metric}_per_log_snr': list(map(_or_none, result.bins)),
+    'log_snr_max': result.ends[0],
+    'log_snr_min': result.ends[1],
   }
 
 

@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from vdm import build, cards, fid
 from vdm.diffusion.samplers import num_evaluations
+from vdm.errors import require
 from vdm.evaluation.study import Study
 
 
@@ -36,6 +37,8 @@ def make_scorer(
     'dtype': of.model.dtype,
     'config': of.config,
   }
+  rule, remedy = '256 at most for distances of samples', 'set config.fid.train_every_steps=0'
+  require(data.num_values <= 256, 'config.data.num_values', data.num_values, rule, remedy)
   extractor = fid.make(settings, data, of.mesh)
   fid.check_count(settings, num_images, extractor)
   reference = fid.of_config(settings, data, extractor)

@@ -23,7 +23,7 @@ from vdm.build.state import TrainState, named_params
 from vdm.evaluation import bound, distances, field_report, ode
 from vdm.evaluation.bound import BitsPerDim
 from vdm.evaluation.pictures import make_pictures, write_augmented
-from vdm.evaluation.study import Study, ends_of
+from vdm.evaluation.study import Study
 from vdm.sampling.draw import make_sampler
 from vdm.sampling.labels import Conditions, conditions_of
 from vdm.sampling.picture import class_grid, flat_pictures, image_grid, save_png
@@ -39,8 +39,11 @@ class Result:
   # uint8 [H W C], by TensorBoard's tag; on the first process alone
   pictures: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
   bounds: dict[str, BitsPerDim] = dataclasses.field(default_factory=dict)  # by name of parameters
-  # bits or nats per dimension per unit of log-SNR by bin, by name
-  curves: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  # bits or nats per dimension per unit of log-SNR by bin, and the ends of the bins, None: those of
+  # training's schedule; by name
+  curves: dict[str, tuple[np.ndarray, tuple[float, float] | None]] = dataclasses.field(
+    default_factory=dict
+  )
   said: dict[str, str] = dataclasses.field(default_factory=dict)  # by evaluation, for the log
 
   def plus(self, **found: dict) -> 'Result':
@@ -86,7 +89,7 @@ def of_bound(of: Study, settings: ConfigDict) -> Evaluation:
       found = found.plus(
         scalars={f'eval/{name}_{k}': v for k, v in values.items()},
         bounds={name: result},
-        curves={name: result.bins},
+        curves={name: (result.bins, result.ends)},
       )
     return found.plus(said={'bound': bound.sentence(found.bounds, of.source.identity)})
 
@@ -201,9 +204,8 @@ def of_noisy_data(of: Study, settings: ConfigDict, weighting: str) -> Evaluation
   def evaluation(state, found):
     if jax.process_index() == 0:
       for name, result in found.bounds.items():
-        high, low = ends_of(of.model, named_params(state, name))
         card = bound.card_path(of, settings, name, int(state.step))
-        write_augmented(of.model.weighting, weighting, name, (low, high), result, card)
+        write_augmented(of.model.weighting, weighting, name, result, card)
     return found
 
   return evaluation
@@ -214,6 +216,7 @@ def in_training(
 ) -> Sequence[Evaluation]:
   """Returns the evaluations that training runs: the bound, samples and, if due, distances."""
   of = Study(model, mesh, data.load(config.data, 'eval'), workdir, config.to_dict())
+  build.check_bounds(config.decoder, of.source.identity)
   how, every = config.sample, config.fid.train_every_steps
   if model.decoder.is_density:
     shown = min(how.preview_images, len(of.source))
@@ -242,6 +245,7 @@ def run(run: Run, out: pathlib.Path | None = None) -> int:
   config, model, mesh, state, workdir = run
   folder, settings = config_file.out_folder(workdir, out), config.eval
   of = Study(model, mesh, data.load(config.data, 'eval'), folder, config.to_dict())
+  build.check_bounds(config.decoder, of.source.identity)
   evaluations = []
   if 'elbo' in settings.likelihood.split(','):
     evaluations += [of_bound(of, settings), of_pictures(of, config.sample.params, workdir)]

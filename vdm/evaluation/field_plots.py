@@ -19,25 +19,18 @@ CELL = 1.5  # inches, the longer side of a field
 
 @style.paper
 def plot_power(
-  samples: np.ndarray,
-  data: np.ndarray,
-  path: pathlib.Path,
-  names: tuple[str, ...] = (),
-  periodic: bool = True,
+  table: dict[str, np.ndarray], path: pathlib.Path, names: tuple[str, ...] = ()
 ) -> np.ndarray:
   """Plots mean power spectra with their 16-84 % bands over examples, and below them the ratio.
 
-  The ratio has the standard error of the means as its band. There is one column per channel.
+  The ratio has its standard error as its band. There is one column per channel.
 
   Args:
-    samples: [N *spatial C].
-    data: [M *spatial C].
+    table: of `fields.compare_power`.
     path: of the PNG.
     names: of the channels.
-    periodic: whether opposite borders meet.
   """
-  table = fields.compare_power(samples, data, periodic)
-  names = _names(names, data)
+  names = _names(names, table['power_data'])
   ratios = {'height_ratios': (2, 1), 'sharex': 'col', 'squeeze': False}
   figure, rows = style.figure(len(names), (3.4 * len(names) + 0.8, 4.2), 2, **ratios)
   frequency = table['frequency']

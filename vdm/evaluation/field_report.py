@@ -57,15 +57,16 @@ def make_report(
       ),
     }
     scalars, text = {}, ''
+    told = {k: v for k, v in batch.items() if k in ('condition', 'vector')}
     if has_waves:
-      scalars, table, text = _spectrum(every, truth, periodic)
+      power = fields.compare_power(every, truth, periodic, samples_each if told else 0)
+      scalars, table, text = _spectrum(power)
       header = ('cycles_per_pixel', 'channel', 'power_samples', 'power_data', 'ratio', 'stderr')
       files.write_table(of.folder / 'tables' / f'power_{step:08d}.csv', header, table)
       path = of.folder / 'samples' / f'step_{step:08d}.png'
       pictures['samples'] = field_plots.plot_slices(every[:NUM_SHOWN], path)
       path = plotted / 'power.png'
-      pictures['power'] = field_plots.plot_power(every, truth, path, periodic=periodic)
-    told = {k: v for k, v in batch.items() if k in ('condition', 'vector')}
+      pictures['power'] = field_plots.plot_power(power, path)
     if told and samples_each > 1:
       held, more = _coverage(samples, truth, valid)
       scalars, text = scalars | held, f'{text}; {more}' if text else more
@@ -88,21 +89,21 @@ def make_report(
   return report
 
 
-def _spectrum(samples: np.ndarray, truth: np.ndarray, periodic: bool) -> tuple[dict, list, str]:
-  """Returns the farthest ratio of powers from one, the rows of a table, and a sentence."""
-  frequency, own = fields.power_spectrum(samples, periodic)
-  _, data = fields.power_spectrum(truth, periodic)
-  mean_own, mean_data = own.mean(axis=0), data.mean(axis=0)  # [K C]
-  spread = lambda power: power.var(axis=0, ddof=1) / len(power) if len(power) > 1 else np.nan
-  ratio = mean_own / mean_data
-  error = ratio * np.sqrt(spread(own) / mean_own**2 + spread(data) / mean_data**2)
+def _spectrum(table: dict[str, np.ndarray]) -> tuple[dict, list, str]:
+  """Returns the farthest ratio of powers from one, the rows of a table, and a sentence.
+
+  Args:
+    table: of `fields.compare_power`.
+  """
+  ratio = table['power_ratio']
   bin_, channel = np.unravel_index(np.abs(ratio - 1).argmax(), ratio.shape)
   worst = ratio[bin_, channel]
   text = f'samples have {ratio.min():.2f} to {ratio.max():.2f} times the power of the data'
-  error = np.broadcast_to(error, ratio.shape)
+  columns = [table[name] for name in ('power_samples', 'power_data', 'power_ratio')]
+  columns.append(table['power_ratio_stderr'])
   rows = [
-    (k, c, mean_own[i, c], mean_data[i, c], ratio[i, c], error[i, c])
-    for i, k in enumerate(frequency)
+    (k, c, *(column[i, c] for column in columns))
+    for i, k in enumerate(table['frequency'])
     for c in range(ratio.shape[1])
   ]
   return {'power_ratio_worst': float(worst)}, rows, text

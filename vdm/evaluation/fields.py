@@ -138,31 +138,46 @@ def real_modes(u: np.ndarray) -> np.ndarray:
 
 
 def compare_power(
-  samples: np.ndarray, data: np.ndarray, periodic: bool = True
+  samples: np.ndarray, data: np.ndarray, periodic: bool = True, each: int = 0
 ) -> dict[str, np.ndarray]:
   """Returns the spectra of samples and of data as one table.
 
   frequency [K] is in cycles per pixel. power_*, [K C], is the mean over examples, and *_low and
   *_high are percentiles 16 and 84 of single examples. power_ratio = samples / data has
-  power_ratio_stderr from the scatter of both.
+  power_ratio_stderr, its standard error to first order: from the scatter of both, or of samples
+  of the data's own conditions from that of (mean power of an example's samples - ratio x its own)
+  over examples, for they vary together. It is nan of a single one.
 
   Args:
     samples: [N *spatial C].
     data: [M *spatial C].
     periodic: as in `power_spectrum`.
+    each: samples of each example, N = each M, sample n of example n modulo M; 0: of none.
   """
-  good = samples.shape[1:] == data.shape[1:]
-  require(good, 'samples', samples.shape, f'[N, *{data.shape[1:]}]', 'compare fields of one shape')
-  table, relative = {}, 0
+  good = samples.shape[1:] == data.shape[1:] and len(samples) == (each * len(data) or len(samples))
+  rule = f'[{each * len(data) or "N"}, *{data.shape[1:]}]'
+  require(good, 'samples', samples.shape, rule, 'compare fields of one shape')
+  table, powers = {}, {}
   for name, u in (('samples', samples), ('data', data)):
     table['frequency'], power = power_spectrum(u, periodic)
-    mean = power.mean(axis=0)
-    table[f'power_{name}'] = mean
+    powers[name], table[f'power_{name}'] = power, power.mean(axis=0)
     table[f'power_{name}_low'], table[f'power_{name}_high'] = np.percentile(power, BAND, axis=0)
-    relative = relative + power.var(axis=0) / max(len(u) - 1, 1) / np.where(mean > 0, mean, 1) ** 2
-  table['power_ratio'] = table['power_samples'] / table['power_data']
-  table['power_ratio_stderr'] = table['power_ratio'] * np.sqrt(relative)
-  return table
+  ratio = table['power_samples'] / table['power_data']
+  if each:
+    own = powers['samples'].reshape(each, *powers['data'].shape).mean(axis=0)
+    variance = _variance_of_mean(own - ratio * powers['data'])
+  else:
+    variance = _variance_of_mean(powers['samples'])
+    variance = variance + ratio**2 * _variance_of_mean(powers['data'])
+  error = np.sqrt(variance) / table['power_data']
+  return table | {'power_ratio': ratio, 'power_ratio_stderr': error}
+
+
+def _variance_of_mean(values: np.ndarray) -> np.ndarray:
+  """Returns the variance of the mean of independent values [N ...]; nan of a single one."""
+  if len(values) == 1:
+    return np.full(values.shape[1:], np.nan)
+  return values.var(axis=0, ddof=1) / len(values)
 
 
 def compare_values(
@@ -228,8 +243,9 @@ def _shell_means(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _share(samples: np.ndarray, truth: np.ndarray, levels, valid=None) -> Share:
   """Returns the shares of `coverage`, for samples [S N ...] and truth [N ...]."""
   where = np.broadcast_to(True if valid is None else valid, truth.shape)
-  rank = (samples < truth).sum(axis=0) + 0.5 * (samples == truth).sum(axis=0)
-  low, size = rank / (len(samples) + 1), 1 / (len(samples) + 1)
+  # among samples of which k equal it, the truth is as likely in each of k + 1 places
+  places = (samples == truth).sum(axis=0) + 1
+  low, size = (samples < truth).sum(axis=0) / (len(samples) + 1), places / (len(samples) + 1)
   values, errors = [], []
   for level in levels:
     start, stop = 0.5 - level / 2, 0.5 + level / 2

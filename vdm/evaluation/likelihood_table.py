@@ -65,16 +65,17 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
   rule = "'schedule', the model's own, in --mode=likelihood"
   own = settings.schedule.name
   require(own == 'schedule', 'config.eval.schedule.name', own, rule, '--mode=eval has others')
-  name, step = settings.params.split(',')[-1], int(of.state.step)
-  params, unit = named_params(of.state, name), model.decoder.unit
+  step, unit = int(of.state.step), model.decoder.unit
   folder = config_file.out_folder(of.workdir, out) / 'likelihood'
   conditional = bool(takes.num_classes or takes.vector_size or takes.condition_shape)
   told = conditional and how.conditions == 'given'
   sets = [config.data, *other_set(config.data, how.against, told)]
   sources = [data.load(part, 'eval') for part in sets]
-  fingerprint = integrity.fingerprint(params)
   for kind in settings.likelihood.split(','):
     tables = []
+    name = settings.ode.params if kind == 'ode' else settings.params.split(',')[-1]
+    params = named_params(of.state, name)
+    fingerprint = integrity.fingerprint(params)
     for source in sources:
       study = Study(model, of.mesh, source, folder, config.to_dict())
       made_of = dict(kind=kind, params=name, step=step, fingerprint=fingerprint, dtype=model.dtype)

@@ -119,25 +119,31 @@ def make_evaluator(
 def nats_of(
   step: Callable, params: Any, batches: Iterable[Any], settings: OdeSettings, draws: int, seed: int
 ) -> LogProb:
-  """Returns estimates of log p of the images of all batches, one of each seed from `seed` on.
+  """Returns estimates of log p of the images of all batches, one for each of `seeds_of`.
 
   Args:
     step: of `jit_step`.
     params: of the model.
     batches: on devices.
     settings: of `step`.
-    draws: how many seeds.
-    seed: the first.
+    draws: of each image.
+    seed: of the draws.
 
   Raises:
     ValueError: a solve did not reach the end in config.eval.ode.max_steps steps.
     FloatingPointError: a likelihood is not finite.
   """
-  seeds = range(seed, seed + draws)
+  seeds = seeds_of(seed, draws)
   solved = [
     [_solved(step(params, batch, s), settings)['log_prob'] for s in seeds] for batch in batches
   ]
   return LogProb(np.concatenate(list(map(np.stack, solved)), axis=1).astype(np.float64), draws)
+
+
+def seeds_of(seed: int, draws: int) -> list[int]:
+  """Returns a seed for each draw, the first `seed` itself; another `seed` shares none of them."""
+  words = lambda number: np.random.SeedSequence((seed, number)).generate_state(1)
+  return [seed, *(int(words(number)[0]) >> 1 for number in range(1, draws))]
 
 
 def _solved(part: dict[str, jax.Array], settings: OdeSettings) -> dict[str, np.ndarray]:

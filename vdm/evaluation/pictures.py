@@ -86,8 +86,7 @@ def make_pictures(
 ) -> Callable[[TrainState, dict[str, np.ndarray]], dict[str, np.ndarray]]:
   """Returns pictures(state, curves) -> name -> uint8 [H W C], written to the study's folder.
 
-  `curves` are bits/dim per unit of log-SNR by bin, for each set of parameters. Call it on every
-  host; the first one writes.
+  `curves` are those of `evaluate.Result`. Call it on every host; the first one writes.
 
   Args:
     of: the study.
@@ -116,7 +115,8 @@ def make_pictures(
     blocks = {f'image {n}': image_grid(pair, NUM_LEVELS) for n, pair in enumerate(pairs, 1)}
     found = cards.series(*with_cards_of, of.folder)
     path = of.folder / 'samples' / f'progressive_{int(state.step):08d}.png'
-    ends, plotted = (log_snr[0], log_snr[-1]), of.folder / 'plots'
+    plotted, own = of.folder / 'plots', (log_snr[0], log_snr[-1])
+    bins = {name: (each, ends or own) for name, (each, ends) in curves.items()}
     path_of = {}
     if model.multivariate:
       path_of['path'] = plots.plot_path(each, plotted / 'path.png')
@@ -124,7 +124,7 @@ def make_pictures(
       path_of['spectrum'] = plots.plot_spectrum(*spectrum, levels, plotted / 'spectrum.png')
     return path_of | {
       'progressive': plots.plot_progressive(blocks, levels, path),
-      'diffusion_loss': plots.plot_bins(curves, ends, plotted / 'diffusion_loss.png', unit),
+      'diffusion_loss': plots.plot_bins(bins, plotted / 'diffusion_loss.png', unit),
       'schedule': plots.plot_schedule(found, log_snr, plotted / 'schedule.png'),
       'history': plots.plot_history(found, plotted / f'{model.decoder.metric}.png'),
     }
@@ -136,7 +136,6 @@ def write_augmented(
   weighting: Weighting,
   weighting_name: str,
   name: str,
-  ends: tuple[float, float],
   result: BitsPerDim,
   card: pathlib.Path,
 ):
@@ -151,11 +150,11 @@ def write_augmented(
     weighting: of the loss.
     weighting_name: for the title.
     name: of the parameters.
-    ends: log_snr_min and log_snr_max.
     result: the bound's.
     card: path of the bound's card.
   """
   workdir = card.parent.parent
+  ends = result.ends[::-1]
   edges = np.linspace(*ends, NUM_BINS + 1)
   h = 2 * plots.filled(result.bins)
   prior = result.terms['prior']['value']

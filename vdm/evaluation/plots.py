@@ -10,20 +10,21 @@ import numpy as np
 from vdm import cards, style
 from vdm.diffusion.noisy_elbo import Augmented
 
+# what is spent in bins of equal width, and the log_snr_max and log_snr_min that they lie between
+Curve = tuple[np.ndarray, tuple[float, float]]
+
 LOG_SNR = 'log-SNR (noise on the left)'
 
 
 @style.paper
-def plot_bins(
-  curves: dict[str, np.ndarray], ends: tuple[float, float], path: pathlib.Path, unit: str
-) -> np.ndarray:
+def plot_bins(curves: dict[str, Curve], path: pathlib.Path, unit: str) -> np.ndarray:
   """Plots what is spent per unit of log-SNR, and in all from noise up to a log-SNR, in `unit`.
 
   There is one curve per set of parameters, each thinner than the one below it, so that those that
   lie on each other are seen. Returns the picture.
   """
   figure, (left, right) = style.figure(2, (7.2, 2.8))
-  for number, (name, bins) in enumerate(curves.items()):
+  for number, (name, (bins, ends)) in enumerate(curves.items()):
     edges = np.linspace(ends[1], ends[0], len(bins) + 1)
     look = {'color': style.COLOURS[number % 6], 'linewidth': 1 + 1.6 * (len(curves) - 1 - number)}
     left.stairs(bins, edges, baseline=None, **look)

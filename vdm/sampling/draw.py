@@ -34,9 +34,13 @@ def make_sampler(
     config: of the run.
     model: of the images.
     mesh: the devices.
-    num_examples: image k has the conditions of number k modulo this many; 0: its own.
+    num_examples: image k has the conditions of number k modulo this many of the evaluation split,
+      whatever config.sample says of conditions; 0: those of config.sample.
   """
-  conditions = conditions_of(config.sample, config.data, config.model.class_conditional)
+  settings = config.sample.copy_and_resolve_references().unlock()
+  if num_examples:
+    settings.update(embeddings='', label=-1)
+  conditions = conditions_of(settings, config.data, config.model.class_conditional)
   if num_examples:
     own = conditions
     conditions = lambda index: own(index % num_examples)

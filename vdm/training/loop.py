@@ -85,6 +85,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   traced = profile.steps(config.profile, num_steps)
   with config_file.of_run(workdir, config.data):
     source = data.load(config.data, 'train')
+  build.check_bounds(config.decoder, source.identity)
   mesh = parallel.make_mesh(config.parallel.fsdp)
   evaluations = evaluate.in_training(config, model, mesh, workdir)
   if settings.start_from and not load.holds_run(workdir):
@@ -230,7 +231,7 @@ def _make_up(job: Job, step: int, state: TrainState):
 def _evaluate(job: Job, state: TrainState) -> dict[str, float]:
   """Evaluates, writes to TensorBoard, and returns the metrics by which checkpoints are ranked."""
   bins = job.meter.take_bins()
-  found = evaluate.Result(curves={} if bins is None else {'train': bins})
+  found = evaluate.Result(curves={} if bins is None else {'train': (bins, None)})
   result = evaluate.evaluate(state, job.evaluations, found)
   step = int(state.step)
   job.writer.write_scalars(step, result.scalars)
