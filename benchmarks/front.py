@@ -149,9 +149,9 @@ def merged(path: pathlib.Path, new: list[dict]) -> list[dict]:
   for run in known:
     run['bound'] = {int(step): value for step, value in run['bound'].items()}
   for run in new:
-    rule = f'{known[0]["settings"]}, as in {path}' if known else ''
-    equal = not known or run['settings'] == known[0]['settings']
-    require(equal, '--runs', run['settings'], rule, 'give another --page')
+    settings, rule = (known or new)[0]['settings'], f'as in {path}' if known else 'as in the others'
+    equal = run['settings'] == settings
+    require(equal, '--runs', run['settings'], f'{settings}, {rule}', 'give another --page')
   names = [run['labels'] for run in new]
   return [*(run for run in known if run['labels'] not in names), *new]
 

@@ -177,6 +177,7 @@ PICTURES = {
     'loss_grid/loss_grid_samples.png',
     ('benchmarks/loss_grid.py:samples',),
   ),
+  'multivariate_bits_per_dim': _curves('multivariate', 'bits_per_dim', 'plot_lines'),
   'front_cifar10': _curves('front_cifar10', 'bits_per_dim', 'plot_lines'),
   'front_fashion_mnist': _curves('front_fashion_mnist', 'bits_per_dim', 'plot_lines'),
   'schedules_loss': _curves('schedules', 'loss', 'plot_lines'),

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 from scipy import integrate, stats
+from vdm.configs import gaussian_fields
 
-from vdm import build
+import vdm
 from vdm.diffusion.continuous import censored, normal
 from vdm.diffusion.decoders import prior_loss
 from vdm.diffusion.elbo import diffusion_loss
@@ -93,13 +93,32 @@ def test_a_value_beyond_its_bounds_has_no_probability():
   found = decoder.log_prob(u, z_0, jnp.float32(2.0))
   np.testing.assert_array_equal(np.isfinite(found), [False, True, True, True, False])
   assert (np.asarray(found)[[0, -1]] == -np.inf).all()
-  ends = ConfigDict(dict(name='censored', low=-1.2, high=0.1))
-  identity = dict(value_min=-1.2, value_max=float(np.float32(0.1)))  # as float32 has it
-  build.check_bounds(ends, identity)
-  for name, value in (('low', 'value_min'), ('high', 'value_max')):
-    beyond = identity | {value: identity[value] * 1.01}
-    with pytest.raises(ValueError, match=rf'^config.decoder.{name}=.* which reach from -1.2'):
-      build.check_bounds(ends, beyond)
+
+
+@pytest.mark.parametrize('masked', [False, True])
+def test_examples_beyond_the_bounds_are_refused_wherever_they_are(tmp_path, masked):
+  x = np.linspace(-1.2, 0.1, 1200 * 4, dtype=np.float32).reshape(1200, 4, 1)
+  mask = np.ones((1200, 4), np.uint8)
+  mask[:, 3] = 0
+
+  def load(**changes):
+    np.savez(tmp_path / 'a.npz', x=x, **{'mask': mask} if masked else {})
+    config = gaussian_fields.get_config()
+    with config.unlocked():
+      config.data.update(name='arrays', as_found=True, condition_shape=(), path=f'{tmp_path}/a.npz')
+      config.data.update(train_split='[:1150]', eval_split='[1150:]')
+      config.decoder.update(dict(name='censored', low=-1.2, high=0.1) | changes)
+    return vdm.Experiment(config, {'train.batch_size': 8}).source('train')
+
+  load().fetch(np.arange(1150))  # 0.1 as float32 has it
+  with pytest.raises(ValueError, match=r'^config.decoder.low=-1.0 must be that of all values'):
+    load(low=-1.0).fetch(np.arange(1))
+  x[1100, 3] = 7  # what a mask leaves out does not count; and few examples are looked at before
+  if masked:
+    assert (load().fetch(np.arange(1100, 1101))['image'] == 0).any()
+  x[1100, 1] = 7
+  with pytest.raises(ValueError, match=r'^config.decoder.high=0.1 must be that of all values'):
+    load().fetch(np.arange(1100, 1101))
 
 
 @pytest.mark.parametrize('kind', KINDS)

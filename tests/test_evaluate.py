@@ -44,7 +44,7 @@ LOG_SNR_MIN, LOG_SNR_MAX = -12.0, 9.5
 )
 def test_the_sentence_of_a_bound(split, total, which):
   """The last parameters, which rank checkpoints, come first."""
-  of = lambda value: (value, 0.0083, 31, None, {}, 360, (1.0, None), None, (8.0, -5.0), (1.0, 1.0))
+  of = lambda value: (value, 0.0083, 31, None, {}, 360, (1.0, None), None, (1.0, 1.0))
   made = lambda value: BitsPerDim(*of(value))
   bounds = {'raw': made(2.30123), 'ema': made(2.26789)}
   text = sentence(bounds, {'split': split, 'num_images': total})
@@ -358,3 +358,9 @@ def test_training_goes_on_after_a_plot_that_fails_but_not_after_a_signal(caplog)
   assert more(state, found).scalars == {'a': 1.0, 'b': 2.0}
   with pytest.raises(stopping.Stopped):
     evaluate.going_on(stopped)(state, found)
+
+  def diverged(state, found):
+    raise FloatingPointError('a sample is nan')
+
+  with pytest.raises(FloatingPointError):
+    evaluate.going_on(diverged)(state, found)

@@ -122,6 +122,14 @@ def test_the_page_keeps_its_runs_and_takes_others_in(ran, found, tmp_path):
   assert page.read_text() == whole  # the second seed of `fast` was made anew
 
 
+def test_runs_of_other_steps_are_not_set_side_by_side(found, tmp_path):
+  counts = zip(found, (50, 50, 60, 50), strict=True)
+  some = [run | {'settings': {'num_steps': steps}} for run, steps in counts]
+  assert front.merged(tmp_path / 'none.json', some[:2]) == some[:2]
+  with pytest.raises(ValueError, match=r"'num_steps': 60} must be {'num_steps': 50}, as in the"):
+    front.merged(tmp_path / 'none.json', some)
+
+
 def test_runs_of_other_steps_do_not_join_a_page(ran, found, tmp_path, capsys):
   ran(found[:2], 'digits')
   assert front.main([f'--runs={tmp_path}']) == 0

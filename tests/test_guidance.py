@@ -231,6 +231,15 @@ def test_a_percentile_out_of_range_is_refused():
     build.threshold(config.sample.threshold)
 
 
+def test_a_percentile_of_data_with_masks_is_refused():
+  config = config_of()
+  config.data.update(derive='inpainting', masked=True, condition_shape=config.data.image_shape)
+  build.check_config(config)
+  config.sample.threshold.name = 'dynamic'
+  with pytest.raises(ValueError, match=r"sample.threshold.name='dynamic' must be 'static' or"):
+    build.check_config(config)
+
+
 @pytest.fixture(scope='module')
 def run_and_state(tmp_path_factory):
   """A run of no steps, on disk, and its state."""

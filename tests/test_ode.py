@@ -284,6 +284,7 @@ def test_no_draw_of_a_seed_is_one_of_another():
   drawn = [evaluation_ode.seeds_of(seed, 8) for seed in range(50)]
   assert [seeds[0] for seeds in drawn] == list(range(50))
   assert len(set(itertools.chain(*drawn))) == 400 and max(itertools.chain(*drawn)) < 2**31
+  assert evaluation_ode.seeds_of(-1, 2)[0] == -1
   assert drawn[3] == evaluation_ode.seeds_of(3, 9)[:8]
 
 

@@ -137,8 +137,12 @@ def test_what_is_ignored_is_not_found(tmp_path):
   assert leaves('label,vector') == (0, 0, (3, 2, 1), True)
   batch = vdm.data.load(of('condition,vector,mask'), 'eval').fetch(np.arange(2))
   assert set(batch) == {'image', 'label'}
-  with pytest.raises(ValueError, match=r"^config.data.ignore='masks' must be of label, vector, "):
-    of('masks')
+  for ignore, found, message in (
+    ('masks', True, 'must be of label, vector, condition, mask; '),
+    ('mask', False, "must be '' unless conditions are found"),
+  ):
+    with pytest.raises(ValueError, match=f"^config.data.ignore='{ignore}' {message}"):
+      build.check_config(config_of(path, ignore=ignore, as_found=found))
 
 
 def test_another_evaluation_split_is_counted_again(tmp_path):

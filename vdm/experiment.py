@@ -77,8 +77,8 @@ class Experiment:
   def source(self, split: str = 'train') -> data.Source:
     """Returns a split of the config's data, 'train' or 'eval'."""
     if split not in self._sources:
-      self._sources[split] = data.load(self.config.data, split)
-      build.check_bounds(self.config.decoder, self._sources[split].identity)
+      source = data.load(self.config.data, split)
+      self._sources[split] = build.within_bounds(self.config.decoder, source)
     return self._sources[split]
 
   def init(self) -> TrainState:
@@ -245,7 +245,8 @@ class Experiment:
       sampler: such as `vdm.samplers.ddim()`; None: config.sample.sampler.
       label: a class for all, or classes [N]; None: by config.sample.label_rule.
       vector: conditions [N E]. Where one of these three is given, what is not given stands for
-        none; else all are those of the evaluation split.
+        none, for a model that learned it (config.train.label_dropout); else all are those of the
+        evaluation split.
       condition: fields [N *spatial' Cc].
       mask: [N *spatial 1], nonzero in the dimensions that count.
       guidance: weight of classifier-free guidance, 1 is none; None: config.sample.guidance.
@@ -395,7 +396,7 @@ class Experiment:
     require(isinstance(split, data.Source), 'source', type(split).__name__, rule, remedy)
     by_hand.require_rows(self.model, cast(dict, split.fetch(np.zeros(1, np.int64))))
     fetch = by_hand.checked(self.model, self.config.data.num_values, split.fetch)
-    return dataclasses.replace(split, fetch=fetch)
+    return build.within_bounds(self.config.decoder, dataclasses.replace(split, fetch=fetch))
 
 
 def use_cores():

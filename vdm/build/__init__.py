@@ -1,11 +1,11 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
 from vdm.build.checks import (
-  check_bounds,
   check_config,
   check_devices,
   check_ode,
   check_sampling,
+  within_bounds,
   works_on,
 )
 from vdm.build.factories import other_schedule, sampler, schedule, threshold
@@ -30,7 +30,6 @@ ORDER = (
 __all__ = [
   'InitState',
   'Model',
-  'check_bounds',
   'check_config',
   'check_devices',
   'check_ode',
@@ -46,5 +45,6 @@ __all__ = [
   'scan_blocks',
   'schedule',
   'threshold',
+  'within_bounds',
   'works_on',
 ]

@@ -3,7 +3,7 @@
 What one leaf must be by itself is in `leaves`.
 """
 
-from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,21 @@ def is_flagged(model: ConfigDict) -> bool:
 
 def _check_data(data: ConfigDict, flagged: bool):
   shape = tuple(data.image_shape)
+  ignored = {name for name in data.ignore.split(',') if name}
+  require(
+    ignored <= {'label', 'vector', 'condition', 'mask'},
+    'config.data.ignore',
+    data.ignore,
+    'of label, vector, condition, mask',
+    'name what is there and not to be used',
+  )
+  require(
+    not ignored or (data.as_found and not data.derive),
+    'config.data.ignore',
+    data.ignore,
+    "'' unless conditions are found in the data, config.data.as_found=True",
+    'num_classes, embedding_size, condition_shape and masked say what is used',
+  )
   require(
     not data.flip or len(shape) == 3,
     'config.data.flip',
@@ -294,20 +309,38 @@ def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):
   )
 
 
-def check_bounds(settings: ConfigDict, identity: Mapping[str, Any]):
-  """Refuses bounds of config.decoder that the data go beyond.
+def within_bounds(settings: ConfigDict, source: Any) -> Any:
+  """Returns a source that refuses examples beyond the bounds of config.decoder.
 
   Args:
     settings: config.decoder.
-    identity: `Source.identity` of a split.
+    source: `vdm.data.Source`; it is returned as it is, unless the decoder has bounds.
+
+  Raises:
+    ValueError: what is known of its values lies beyond them.
   """
-  if settings.name == 'censored':
-    found = identity['value_min'], identity['value_max']
-    low, high = map(np.float32, (settings.low, settings.high))
-    rule = f'that of all values, which reach from {found[0]:g} to {found[1]:g}'
+  if settings.name != 'censored':
+    return source
+  low, high = map(np.float32, (settings.low, settings.high))
+
+  def check(least, most):
+    rule = f'that of all values, and there are {least:g} to {most:g}'
     remedy = 'give the bounds of the quantity itself'
-    require(low <= found[0], 'config.decoder.low', settings.low, rule, remedy)
-    require(found[1] <= high, 'config.decoder.high', settings.high, rule, remedy)
+    require(low <= least, 'config.decoder.low', settings.low, rule, remedy)
+    require(most <= high, 'config.decoder.high', settings.high, rule, remedy)
+
+  def fetch(indices):
+    batch = source.fetch(indices)
+    image = batch['image']
+    if 'valid' in batch:
+      image = image[np.broadcast_to(batch['valid'], image.shape)]
+    check(image.min(), image.max())
+    return batch
+
+  known = source.identity
+  if 'value_min' in known and not known.get('masked'):  # else zeros that do not count are in it
+    check(known['value_min'], known['value_max'])
+  return dataclasses.replace(source, fetch=fetch)
 
 
 def check_devices(config: ConfigDict, num_devices: int):

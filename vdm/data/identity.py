@@ -109,8 +109,6 @@ def identify(data, split, full_name, fetch, num_images):
       digest = fingerprint(image)
       told = [batch[name] for name in ('condition', 'vector', 'valid') if name in batch]
       told_digest = fingerprint(*told) if told else ''
-    if 'valid' in batch:
-      image = image[np.broadcast_to(batch['valid'], image.shape)]
     low, high = min(low, number_of(image.min())), max(high, number_of(image.max()))
 
   # Fewer than half of the values is another unit: bits/dim and the range of x would mean little.

@@ -90,11 +90,8 @@ def as_found(data: ConfigDict) -> ConfigDict:
   """Returns config.data with what it leaves to the data to be found; nothing is measured."""
   data = data.copy_and_resolve_references().unlock()
   if data.as_found:
-    left_out = [name for name in data.ignore.split(',') if name]
-    for name in left_out:
-      rule, remedy = f'of {", ".join(IGNORED)}', 'name what is not to be used'
-      require(name in IGNORED, 'config.data.ignore', data.ignore, rule, remedy)
-    data.update(found_in(data) | dict(IGNORED[name] for name in left_out))
+    left_out = dict(IGNORED[name] for name in data.ignore.split(',') if name)
+    data.update(found_in(data) | left_out)
   return data.lock()
 
 

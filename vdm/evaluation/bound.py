@@ -115,9 +115,10 @@ class BitsPerDim(NamedTuple):
   # the training loss on these images, nats/dim, and its Monte Carlo error
   loss: tuple[float, float | None]
   bins: np.ndarray  # [NUM_BINS] spent per unit of log-SNR, nan where none fell
-  ends: tuple[float, float]  # log_snr_max and log_snr_min, between which the bins are
   cv: tuple[float, float]
   unit: str = 'bits/dim'
+  # log_snr_max and log_snr_min of the evaluation, between which the bins are
+  ends: tuple[float, float] = (math.nan, math.nan)
 
   @property
   def metric(self) -> str:

@@ -37,7 +37,8 @@ def make_scorer(
     'dtype': of.model.dtype,
     'config': of.config,
   }
-  rule, remedy = '256 at most for distances of samples', 'set config.fid.train_every_steps=0'
+  rule = '256 at most for distances of samples'
+  remedy = 'set config.fid.train_every_steps=0 and config.eval.fid=False'
   require(data.num_values <= 256, 'config.data.num_values', data.num_values, rule, remedy)
   extractor = fid.make(settings, data, of.mesh)
   fid.check_count(settings, num_images, extractor)

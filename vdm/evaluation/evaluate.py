@@ -190,6 +190,8 @@ def going_on(evaluation: Evaluation) -> Evaluation:
   def tried(state, found):
     try:
       return evaluation(state, found)
+    except FloatingPointError:  # of the state, not of a plot
+      raise
     except Exception:
       what, why = 'the plots could not be drawn; the run goes on', traceback.format_exc()
       logging.error('step %d: %s\n%s', state.step, what, why)
@@ -215,13 +217,13 @@ def in_training(
   config: ConfigDict, model: build.Model, mesh: Mesh, workdir: pathlib.Path
 ) -> Sequence[Evaluation]:
   """Returns the evaluations that training runs: the bound, samples and, if due, distances."""
-  of = Study(model, mesh, data.load(config.data, 'eval'), workdir, config.to_dict())
-  build.check_bounds(config.decoder, of.source.identity)
+  source = build.within_bounds(config.decoder, data.load(config.data, 'eval'))
+  of = Study(model, mesh, source, workdir, config.to_dict())
   how, every = config.sample, config.fid.train_every_steps
   if model.decoder.is_density:
     shown = min(how.preview_images, len(of.source))
     draw = make_sampler(config, model, mesh, shown)
-    samples = of_fields(of, how, draw, shown, 1)
+    samples = going_on(of_fields(of, how, draw, shown, 1))
     return of_bound(of, config.eval), samples, going_on(of_pictures(of, how.params))
   scorer, scored = None, config.fid.train_images if every else 0
   if every:
@@ -244,8 +246,8 @@ def run(run: Run, out: pathlib.Path | None = None) -> int:
   """
   config, model, mesh, state, workdir = run
   folder, settings = config_file.out_folder(workdir, out), config.eval
-  of = Study(model, mesh, data.load(config.data, 'eval'), folder, config.to_dict())
-  build.check_bounds(config.decoder, of.source.identity)
+  source = build.within_bounds(config.decoder, data.load(config.data, 'eval'))
+  of = Study(model, mesh, source, folder, config.to_dict())
   evaluations = []
   if 'elbo' in settings.likelihood.split(','):
     evaluations += [of_bound(of, settings), of_pictures(of, config.sample.params, workdir)]

@@ -70,7 +70,7 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
   conditional = bool(takes.num_classes or takes.vector_size or takes.condition_shape)
   told = conditional and how.conditions == 'given'
   sets = [config.data, *other_set(config.data, how.against, told)]
-  sources = [data.load(part, 'eval') for part in sets]
+  sources = [build.within_bounds(config.decoder, data.load(part, 'eval')) for part in sets]
   for kind in settings.likelihood.split(','):
     tables = []
     name = settings.ode.params if kind == 'ode' else settings.params.split(',')[-1]

@@ -142,7 +142,7 @@ def nats_of(
 
 def seeds_of(seed: int, draws: int) -> list[int]:
   """Returns a seed for each draw, the first `seed` itself; another `seed` shares none of them."""
-  words = lambda number: np.random.SeedSequence((seed, number)).generate_state(1)
+  words = lambda number: np.random.SeedSequence((seed % 2**32, number)).generate_state(1)
   return [seed, *(int(words(number)[0]) >> 1 for number in range(1, draws))]
 
 

@@ -3,6 +3,7 @@
 import math
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -83,7 +84,7 @@ def picture_of(z: np.ndarray, x_hat: np.ndarray, decoder: Decoder) -> np.ndarray
 
 def make_pictures(
   of: Study, params: str, *with_cards_of: pathlib.Path
-) -> Callable[[TrainState, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+) -> Callable[[TrainState, dict[str, Any]], dict[str, np.ndarray]]:
   """Returns pictures(state, curves) -> name -> uint8 [H W C], written to the study's folder.
 
   `curves` are those of `evaluate.Result`. Call it on every host; the first one writes.

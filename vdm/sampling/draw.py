@@ -37,13 +37,12 @@ def make_sampler(
     num_examples: image k has the conditions of number k modulo this many of the evaluation split,
       whatever config.sample says of conditions; 0: those of config.sample.
   """
-  settings = config.sample.copy_and_resolve_references().unlock()
+  by_class = config.model.class_conditional
   if num_examples:
-    settings.update(embeddings='', label=-1)
-  conditions = conditions_of(settings, config.data, config.model.class_conditional)
-  if num_examples:
-    own = conditions
-    conditions = lambda index: own(index % num_examples)
+    of_example = conditions_of(config.sample, config.data, by_class, own=True)
+    conditions = lambda index: of_example(index % num_examples)
+  else:
+    conditions = conditions_of(config.sample, config.data, by_class)
   guidance = make_guidance(config.sample.guidance, config.schedule, model, mesh)
   return make_draw(model, mesh, config.sample, conditions, guidance)
 

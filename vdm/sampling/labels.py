@@ -23,7 +23,7 @@ Conditions = Callable[[np.ndarray], dict[str, np.ndarray]]
 
 
 def conditions_of(
-  settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool
+  settings: ConfigDict, data_settings: ConfigDict, class_conditional: bool, own: bool = False
 ) -> Conditions:
   """Returns image number -> what it is conditioned on.
 
@@ -35,9 +35,10 @@ def conditions_of(
     settings: config.sample.
     data_settings: config.data.
     class_conditional: whether the model reads classes.
+    own: whether all are those of the evaluation split, whatever `settings` say.
   """
   labels = labels_of(settings, data_settings, class_conditional)
-  size, path = data_settings.embedding_size, settings.embeddings
+  size, path = data_settings.embedding_size, '' if own else settings.embeddings
   vectors = embeddings_of(path, data_settings) if size and path else None
   taken = set()
   if size and not path:
@@ -46,7 +47,7 @@ def conditions_of(
     taken.add('condition')
   if data_settings.masked:
     taken.add('valid')
-  if taken and class_conditional and settings.label < 0:
+  if class_conditional and (own or (taken and settings.label < 0)):
     taken.add('label')
   source = data.load(data_settings, 'eval') if taken else None
 

@@ -84,8 +84,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   settings, num_steps = config.train, config.train.num_steps
   traced = profile.steps(config.profile, num_steps)
   with config_file.of_run(workdir, config.data):
-    source = data.load(config.data, 'train')
-  build.check_bounds(config.decoder, source.identity)
+    source = build.within_bounds(config.decoder, data.load(config.data, 'train'))
   mesh = parallel.make_mesh(config.parallel.fsdp)
   evaluations = evaluate.in_training(config, model, mesh, workdir)
   if settings.start_from and not load.holds_run(workdir):
