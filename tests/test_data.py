@@ -547,7 +547,11 @@ def test_show_knows_masks_several_sizes_and_several_labels(tmp_path, capsys):
   label = tfds.features.Sequence(tfds.features.ClassLabel(num_classes=3))
   store(tmp_path, 'masks', rows, image=tfds.features.Image(shape=(None, None, 1)), label=label)
   capsys.readouterr()
-  assert data_command.main(['show', '--name=masks', f'--data_dir={tmp_path}']) == 0
+  show = ['show', '--name=masks', f'--data_dir={tmp_path}']
+  assert data_command.main(show) == 1
+  error = 'config.data.resize=False but image 0 is 4 x 4 and image 1 is 5 x 4; set '
+  assert error in capsys.readouterr().err
+  assert data_command.main([*show, '--image_shape=4,4,1']) == 0
   config = get_config().unlock()
   exec(capsys.readouterr().out, {'config': config})
   assert (config.data.num_values, config.data.num_classes, config.data.resize) == (2, 0, True)

@@ -79,7 +79,8 @@ def show(
   data = default.get_config().data.unlock()
   data.update(name=name, dir=data_dir, path=path, as_found=True)
   if image_shape:
-    data.update(image_shape=image_shape, resize=name == 'folder')
+    sizes_vary = name in ('folder', 'huggingface') or name not in KINDS
+    data.update(image_shape=image_shape, resize=sizes_vary)
   if name not in KINDS:
     info = builder_of(name, data_dir, '--name', '--data_dir').info
     require_features(info, data, conditions=False)

@@ -86,10 +86,14 @@ def found(data) -> dict:
   one_class = label is not None and label.shape == ()
   first = [image_of(records[i], i) for i in range(min(64, len(records)))]
   high = max(int(image.max()) for image in first)
+  other = next((i for i, image in enumerate(first) if image.shape != first[0].shape), 0)
+  sizes = [f'image {i} is {first[i].shape[0]} x {first[i].shape[1]}' for i in (0, other)]
+  remedy = 'set --config.data.resize=True to scale and crop them to config.data.image_shape'
+  fact = f'but {" and ".join(sizes)}'
+  confirm(data.resize or not other, 'config.data.resize', data.resize, fact, remedy)
   return counts | {
-    'image_shape': first[0].shape,
+    'image_shape': tuple(data.image_shape) if data.resize else first[0].shape,
     'num_values': 256 if high > 127 else max(2, high + 1),
-    'resize': len({image.shape for image in first}) > 1,
     'num_classes': (one_class and getattr(label, 'num_classes', None)) or 0,
     'embedding_size': features['embedding'].shape[0] if 'embedding' in features else 0,
   }
