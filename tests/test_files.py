@@ -115,3 +115,12 @@ def test_figures_and_tables_are_written_to_gs(bucket):
   assert (bucket / 'plots' / 'a.png').read_bytes().startswith(b'\x89PNG')
   files.write_table(bucket / 'tables' / 'a.csv', ('a', 'b'), [(1, 'x, y')])
   assert (bucket / 'tables' / 'a.csv').read_bytes() == b'a,b\r\n1,"x, y"\r\n'
+
+
+@pytest.mark.parametrize(
+  ('typed', 'path'),
+  [('file:///a/b', '/a/b'), ('~/a', '/home/me/a'), ('a/b', 'a/b'), ('gs://a/b', 'gs://a/b')],
+)
+def test_a_path_is_where_it_says(typed, path, monkeypatch):
+  monkeypatch.setenv('HOME', '/home/me')
+  assert str(files.path_of(typed)) == path

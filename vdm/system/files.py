@@ -43,8 +43,8 @@ DAMAGE = (
 
 
 def path_of(typed: os.PathLike | str) -> epath.Path:
-  """Returns the path that a flag, a leaf or an argument names, with ~ for the user's home."""
-  return epath.Path(os.path.expanduser(os.fspath(typed)))
+  """Returns the path that is typed: ~ is the user's home, and file:// this machine."""
+  return epath.Path(os.path.expanduser(os.fspath(typed).removeprefix('file://')))
 
 
 def absolute(path: os.PathLike | str) -> epath.Path:
