@@ -38,7 +38,7 @@ from ml_collections import ConfigDict, config_flags
 
 from benchmarks import kernels
 from vdm import build
-from vdm.diffusion.gaussian import end_points, fold_in, standard_normal
+from vdm.diffusion.gaussian import fold_in, standard_normal
 from vdm.diffusion.times import stratified
 from vdm.nn import convolution, layers
 from vdm.planning import chips, flops
@@ -71,7 +71,8 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
   def forward(key, z, label):
     denoiser = model.denoiser(model.init(key), {'label': label}, train=True, key_dropout=key)
     with nn.intercept_methods(note):
-      return denoiser(z, jnp.zeros(num_images))
+      log_snr = jnp.zeros(z.shape if model.multivariate else num_images)
+    return denoiser(z, log_snr)
 
   z = jax.ShapeDtypeStruct((num_images, *model.image_shape), jnp.float32)
   jax.eval_shape(forward, jax.random.key(0), z, jax.ShapeDtypeStruct((num_images,), jnp.int32))
@@ -143,8 +144,7 @@ def make_parts(config: ConfigDict, model: build.Model, mesh: Mesh) -> dict[str, 
       out.append(_one_element(dkernel))
     return jnp.stack([link, *out])
 
-  learned, _ = build.schedule(config.schedule)
-  log_snr_max = end_points(learned.as_schedule(learned.init()))[0]
+  log_snr_max = jnp.float32(config.schedule.log_snr_max)
   rng, kernels, images = np.random.default_rng(config.seed), [np.float32(0)], []
   for features, x in convs:
     kernels.append(
