@@ -237,7 +237,7 @@ def test_headers_that_contradict_the_rest_are_found_out():
     (dict(streams=9), 'streams=9 must be an integer from 1 to 8; there are 8 groups'),
     (dict(group_size=0), 'group_size=0 must be'),
     (dict(seed=-1), 'seed=-1 must be'),
-    (dict(cells=0.5), 'cells=0.5 must be 1 or more'),
+    (dict(cells=0.5), 'cells=0.5 must be from 1 to 1024'),
   ],
 )
 def test_settings_are_refused_by_name(changes, match):
