@@ -70,9 +70,9 @@ def layer_calls(config: ConfigDict, model: build.Model, num_images: int) -> tupl
 
   def forward(key, z, label):
     denoiser = model.denoiser(model.init(key), {'label': label}, train=True, key_dropout=key)
+    log_snr = jnp.zeros(z.shape if model.multivariate else num_images)
     with nn.intercept_methods(note):
-      log_snr = jnp.zeros(z.shape if model.multivariate else num_images)
-    return denoiser(z, log_snr)
+      return denoiser(z, log_snr)
 
   z = jax.ShapeDtypeStruct((num_images, *model.image_shape), jnp.float32)
   jax.eval_shape(forward, jax.random.key(0), z, jax.ShapeDtypeStruct((num_images,), jnp.int32))

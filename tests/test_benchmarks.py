@@ -10,6 +10,7 @@ import subprocess
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from vdm import build
 
@@ -53,6 +54,15 @@ def test_layer_calls_finds_every_convolution_and_dropout(train_step, config, sca
   # The two blocks up read an earlier output too.
   assert sorted(x.shape[-1] for _, x in convs[1:]) == [width] * 9 + [2 * width] * 2
   assert [(rate, x.shape) for rate, x in dropouts] == [(0.2, (2, 8, 8, width))] * 5
+
+
+def test_layer_calls_under_a_multivariate_schedule(train_step, config):
+  with config.unlocked():
+    config.schedule = ConfigDict(
+      dict(name='learned_multivariate', log_snr_min=-5.0, log_snr_max=8.0)
+    )
+  convs, _ = train_step.layer_calls(config, build.model(config), 2)
+  assert len(convs) == 12 and convs[0][1].shape[:-1] == (2, 8, 8)
 
 
 @pytest.fixture
