@@ -45,10 +45,10 @@ def get_config(arg=''):
       eval_split='test',
       eval_share=0.1,  # of examples that are in 'test' where the data itself has no such split
       cache=True,  # of `folder`: keep the pictures decoded, in ~/.cache/vdm/pictures
+      ignore='',  # with as_found=True: of 'label,vector,condition,mask' what is not to be used
       # What the data must be. The run stops when what was loaded differs; with as_found=True these
       # leaves, down to `masked`, are taken from the data instead, once, and kept with the run.
       as_found=False,
-      ignore='',  # of what is found then: 'label,vector,condition,mask', those not to be used
       train_images=1437,
       eval_images=360,
       image_shape=(8, 8, 1),  # one, two or three spatial axes, and channels

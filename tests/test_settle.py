@@ -14,7 +14,7 @@ from vdm.data.source import of_arrays
 from vdm.sampling.labels import embeddings_of
 from vdm.system import files, parallel
 from vdm.training import loop
-from vdm.workdir import config_file
+from vdm.workdir import config_file, data_file
 from vdm.workdir.load import read_guide
 
 
@@ -105,10 +105,11 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
       return str(error.value)
     config = config_file.settled(config)
     identity = vdm.data.load(config.data, 'train').identity
-    config_file.open_workdir(workdir, config, identity)
-    return config, identity
+    config_file.open_workdir(workdir, config)
+    data_file.keep(workdir, identity)
+    return identity
 
-  config, identity = start(x, vector)
+  identity = start(x, vector)
   begin = f'--workdir={workdir} holds a run '
   text = start(x + 1, vector)
   assert text.startswith(f'{begin}on other data: the first examples had the hash ')
@@ -120,10 +121,9 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path):
   assert text.endswith('; choose another --workdir.')
   text = start(x, vector, name='folder')
   assert text.startswith(f'{begin}with config.data.name=arrays, not folder')
-  start_again = lambda: config_file.open_workdir(workdir, config, identity)
-  start_again()  # the same
-  (workdir / config_file.DATA).unlink()
-  start_again()  # of a run that is older than the file
+  data_file.check(workdir, identity)  # the same
+  (workdir / data_file.DATA).unlink()
+  data_file.check(workdir, {})  # of a run that is older than the file
 
 
 def test_what_is_ignored_is_not_found(tmp_path):

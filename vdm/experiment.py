@@ -346,7 +346,7 @@ class Experiment:
     return runners.jit_runner(step, self.mesh, abstract, donate=False)
 
   def _given(self, count: int, **told: Any) -> dict[str, np.ndarray]:
-    """Returns conditions as `Takes.given` does; none may lack that the model never did without."""
+    """Returns conditions as `Takes.given` does, and refuses a lack that the model never learned."""
     given = self.model.takes.given(self.model.image_shape, count, **told)
     if not self.config.train.label_dropout:
       rule = 'given for each image: in training it never was absent'

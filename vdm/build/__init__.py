@@ -1,13 +1,7 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
-from vdm.build.checks import (
-  check_config,
-  check_devices,
-  check_ode,
-  check_sampling,
-  within_bounds,
-  works_on,
-)
+from vdm.build.bounds import within_bounds
+from vdm.build.checks import check_config, check_devices, check_ode, check_sampling, works_on
 from vdm.build.factories import other_schedule, sampler, schedule, threshold
 from vdm.build.model import Model, model
 from vdm.build.optimizer import ema_shares, optimizer
@@ -21,6 +15,7 @@ ORDER = (
   'optimizer',
   'leaves',
   'checks',
+  'bounds',
   'model',
   'by_hand',
   'state',

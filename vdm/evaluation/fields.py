@@ -101,9 +101,10 @@ def coverage(
   uniform, and so is (r + v) / (S + 1) for a uniform v in [0, 1]. The share counted is the
   probability over v that it lies within level / 2 of 1/2: its mean is `level` for any S, whereas
   intervals between percentiles of S samples are too narrow. (So a single sample tells nothing:
-  its share is `level` whatever it is.) Ties count as half below. Modes are the real and imaginary
-  parts of independent Fourier modes (`real_modes`). Dimensions of an example are not independent:
-  the standard error is that over examples.
+  its share is `level` whatever it is.) Among samples that equal it, the truth has each of their
+  places in turn. Modes are the real and imaginary parts of independent Fourier modes
+  (`real_modes`). Dimensions of an example are not independent: the standard error is that over
+  examples.
 
   Args:
     samples: [S N *spatial C], S draws for each example.
@@ -152,7 +153,8 @@ def compare_power(
     samples: [N *spatial C].
     data: [M *spatial C].
     periodic: as in `power_spectrum`.
-    each: samples of each example, N = each M, sample n of example n modulo M; 0: of none.
+    each: how many samples have the conditions of each example, N = each M, number n those of
+      example n modulo M; 0: the samples do not depend on the examples.
   """
   good = samples.shape[1:] == data.shape[1:] and len(samples) == (each * len(data) or len(samples))
   rule = f'[{each * len(data) or "N"}, *{data.shape[1:]}]'

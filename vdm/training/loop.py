@@ -21,7 +21,7 @@ from vdm.system.stopping import EXIT_PREEMPTED, Stop, Stopped, stop
 from vdm.training import tags
 from vdm.training.meter import Meter
 from vdm.training.step import make_train_step
-from vdm.workdir import checkpoint, config_file, integrity, load, lock, posthoc_ema
+from vdm.workdir import checkpoint, config_file, data_file, integrity, load, lock, posthoc_ema
 
 TENSORBOARD = 'tensorboard'  # folder of a workdir
 NOT_FINITE = {'bits_per_dim': math.nan}  # the score of an evaluation that failed
@@ -83,7 +83,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   build.check_devices(config, jax.device_count())
   settings, num_steps = config.train, config.train.num_steps
   traced = profile.steps(config.profile, num_steps)
-  with config_file.of_run(workdir, config.data):
+  with data_file.of_run(workdir, config.data):
     source = build.within_bounds(config.decoder, data.load(config.data, 'train'))
   mesh = parallel.make_mesh(config.parallel.fsdp)
   evaluations = evaluate.in_training(config, model, mesh, workdir)
@@ -93,7 +93,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     stack.enter_context(stop.listening())
     config_file.check_writable(workdir, '--workdir', 'choose another --workdir')
     stack.enter_context(lock.hold(workdir))
-    config_file.open_workdir(workdir, config, source.identity)  # the first thing that is written
+    data_file.check(workdir, source.identity)
+    config_file.open_workdir(workdir, config)  # the first thing that is written
+    data_file.keep(workdir, source.identity)
     manager = stack.enter_context(checkpoint.manager(workdir, config.checkpoint.keep))
     init = build.init_state(config, model)
     abstract = parallel.abstract_state(mesh, init)

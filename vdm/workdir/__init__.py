@@ -3,6 +3,7 @@
 ORDER = (
   'released',
   'config_file',
+  'data_file',
   'lock',
   'layouts',
   'integrity',

@@ -1,12 +1,11 @@
 """`config.json` of a workdir: which run it is, and which leaves may differ between two starts."""
 
-import contextlib
 import itertools
 import json
 import os
 import pathlib
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -60,7 +59,6 @@ _MEASURED = (
 _NOT_MEASURED = ('batch_size', 'weights', 'embeddings', 'format')
 
 CONFIG = 'config.json'
-DATA = 'data.json'  # what a run was trained on, by the hash of its first examples
 # What a command that only reads a run takes from the config it is given: the rest is the run's own.
 READING_BLOCKS = ('eval', 'likelihood', 'sample', 'fid', 'parallel')
 # ... but for what training scores, and when: it goes with the run's own evaluations.
@@ -76,9 +74,7 @@ READING_LEAVES = (
 )
 
 
-def open_workdir(
-  workdir: os.PathLike | str, config: ConfigDict, data: Mapping[str, Any] | None = None
-) -> None:
+def open_workdir(workdir: os.PathLike | str, config: ConfigDict) -> None:
   """Creates the workdir, or finds the same run in it, and writes `config` to its `config.json`.
 
   Call it on every process, before anything is compiled.
@@ -86,11 +82,10 @@ def open_workdir(
   Args:
     workdir: the directory, local or `gs://`, as the user typed it.
     config: the whole config of this start.
-    data: `Source.identity` of the training split, if it is trained on.
 
   Raises:
     ValueError: the workdir cannot be written, or holds a run with another config: another value of
-      any leaf that changes what is trained; or it was trained on other examples.
+      any leaf that changes what is trained.
   """
   check_writable(workdir, '--workdir', 'choose another --workdir')
   path = epath.Path(workdir)
@@ -104,8 +99,6 @@ def open_workdir(
   text = files.json_text(config.to_dict())
   if file.exists():
     _require_same(workdir, flat(saved_config(workdir)), flat(json.loads(text)))
-    if data:
-      _require_data(workdir, data)
   elif any((path / 'checkpoints').glob('[0-9]*')):
     raise ValueError(
       f'--workdir={workdir} holds checkpoints without {CONFIG}, which says of which run; '
@@ -113,8 +106,6 @@ def open_workdir(
     )
   if jax.process_index() == 0:
     files.write(file, text)
-    if data and not (path / DATA).exists():
-      files.write(path / DATA, files.json_text(dict(data)))
 
 
 def check_run(workdir: os.PathLike | str, leaves: Mapping[str, Any]):
@@ -130,25 +121,6 @@ def check_run(workdir: os.PathLike | str, leaves: Mapping[str, Any]):
     _require_same(workdir, but(flat(saved_config(workdir))), but(leaves))
 
 
-@contextlib.contextmanager
-def of_run(workdir: os.PathLike | str, data: ConfigDict) -> Iterator[None]:
-  """Says of data that contradict what the run in a workdir found in its own that they are others.
-
-  Args:
-    workdir: of the run; it may have none.
-    data: config.data.
-  """
-  try:
-    yield
-  except ValueError as error:
-    fact = str(error).rpartition('; ')[0]
-    leaves = tuple(f'config.data.{leaf}=' for leaf in FOUND)
-    if not (data.as_found and (epath.Path(workdir) / CONFIG).exists() and fact.startswith(leaves)):
-      raise
-    what = f'--workdir={workdir} holds a run on other data: {fact}'
-    raise ValueError(f'{what}; choose another --workdir.') from error
-
-
 def _require_same(workdir: os.PathLike | str, saved: dict[str, Any], new: dict[str, Any]):
   found = differences(saved, new)
   if found:
@@ -156,23 +128,6 @@ def _require_same(workdir: os.PathLike | str, saved: dict[str, Any], new: dict[s
       f'--workdir={workdir} holds a run with {", and ".join(found)}; '
       'choose another --workdir, or restore these values.'
     )
-
-
-def _require_data(workdir: os.PathLike | str, data: Mapping[str, Any]):
-  """Refuses examples, or conditions of examples, that the run in a workdir was not trained on."""
-  file = epath.Path(workdir) / DATA
-  if not file.exists():  # the run is older than it
-    return
-  saved = files.read_json(file, 'remove it, if the data are those of the run')
-  for name in ('sha256_first_64', 'sha256_conditions_first_64'):
-    before, now = (of.get(name, '') for of in (saved, data))
-    if before != now:
-      what = 'conditions' if 'conditions' in name else 'examples'
-      fact = f'the first {what} had the hash {before or "none"}, those of {data["full_name"]} have '
-      remedy = f'choose another --workdir, or remove {file} if a library decodes them otherwise now'
-      raise ValueError(
-        f'--workdir={workdir} holds a run on other data: {fact}{now or "none"}; {remedy}.'
-      )
 
 
 def check_writable(folder: os.PathLike | str, flag: str, remedy: str):
@@ -262,7 +217,8 @@ def settled(config: ConfigDict, workdir: os.PathLike | str | None = None) -> Con
   config = config.copy_and_resolve_references().unlock()
   continuous = config.decoder.name != 'discrete'
   config.data = settle(config.data, continuous, known)
-  if config.data.as_found and config.data.num_classes and not config.model.class_conditional:
+  labelled = known is None and config.data.as_found and config.data.num_classes
+  if labelled and not config.model.class_conditional:
     flag = '--config.model.class_conditional=True'
     logging.info('%d classes are not used: %s', config.data.num_classes, flag)
   if continuous and config.data.num_values:
