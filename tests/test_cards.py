@@ -7,6 +7,7 @@ import os
 import pytest
 
 from vdm import cards
+from vdm.cards import __main__ as command
 
 CARD = {
   'metric': 'bits_per_dim',
@@ -146,7 +147,7 @@ def write(folder, name, content):
 def test_the_command_prints_an_aligned_table_and_says_what_may_be_compared(tmp_path, capsys):
   one = write(tmp_path, 'one.json', CARD)
   two = write(tmp_path, 'two.json', changed(changed(CARD, 'value', 2.5), 'stderr', float('nan')))
-  assert cards.main([one, two]) == 0
+  assert command.main([one, two]) == 0
   header, rule, first, second, *rest = capsys.readouterr().out.splitlines()
   cells = [[cell.strip() for cell in line.split('|')[1:-1]] for line in (header, first, second)]
   assert len({len(line) for line in (header, rule, first, second)}) == 1
@@ -156,7 +157,7 @@ def test_the_command_prints_an_aligned_table_and_says_what_may_be_compared(tmp_p
   assert 'extractor' not in columns  # no card has one
   assert rest[-1] == 'The values are comparable.'
   three = write(tmp_path, 'three.json', changed(CARD, 'data.split', 'train'))
-  assert cards.main([one, three]) == 1
+  assert command.main([one, three]) == 1
   out = capsys.readouterr().out
   assert 'not comparable, data.split' in out and 'are comparable' not in out
 
@@ -174,7 +175,7 @@ def test_the_command_prints_an_aligned_table_and_says_what_may_be_compared(tmp_p
 def test_a_file_that_is_no_card_is_refused_in_one_line(content, message, tmp_path, capsys):
   good = write(tmp_path, 'good.json', CARD)
   bad = str(tmp_path / 'bad.json') if content is None else write(tmp_path, 'bad.json', content)
-  assert cards.main([good, bad]) == 1
+  assert command.main([good, bad]) == 1
   captured = capsys.readouterr()
   assert captured.err.startswith(f'error: {bad} {message}') and captured.err.count('\n') == 1
   assert not captured.out
@@ -182,7 +183,7 @@ def test_a_file_that_is_no_card_is_refused_in_one_line(content, message, tmp_pat
 
 def test_help_helps(capsys):
   with pytest.raises(SystemExit) as stop:
-    cards.main(['--help'])
+    command.main(['--help'])
   assert stop.value.code == 0
   assert 'CARD.json' in capsys.readouterr().out
 
@@ -247,7 +248,7 @@ def test_a_card_without_an_error_is_strict_json_and_its_row_has_none(tmp_path, c
   path = write_result(tmp_path, 'one', **fields)
   strict = lambda name: pytest.fail(f'{name} is no JSON')
   assert json.loads(path.read_text(), parse_constant=strict)['stderr'] is None
-  cards.main([str(path)])
+  command.main([str(path)])
   assert '| 2.6500 |' in capsys.readouterr().out
   with pytest.raises(ValueError, match=r'^terms\.recon\.1=nan must be a finite number'):
     write_result(tmp_path, 'two', terms={'recon': [1.0, float('nan')]})

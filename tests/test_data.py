@@ -558,6 +558,17 @@ def test_show_knows_masks_several_sizes_and_several_labels(tmp_path, capsys):
   assert vdm_data.load(config.data, 'train').fetch(np.arange(6))['image'].shape == (6, 4, 4, 1)
 
 
+def test_show_names_images_of_other_channels(tmp_path, capsys):
+  import tensorflow_datasets as tfds
+
+  rows = [{'image': np.full((4, 4, 1 if i == 2 else 3), i, np.uint8)} for i in range(6)]
+  store(tmp_path, 'mixed', rows, image=tfds.features.Image(shape=(None, None, None)))
+  capsys.readouterr()
+  assert data_command.main(['show', '--name=mixed', f'--data_dir={tmp_path}']) == 1
+  error = "config.data.name='mixed' but image 0 has channels: 3, image 2: 1; prepare it with as"
+  assert error in capsys.readouterr().err
+
+
 def test_missing_shard(tmp_path):
   prepare(tmp_path, 'toy', 'array_record')
   (tmp_path / 'toy/1.2.3/toy-train.array_record-00000-of-00001').unlink()

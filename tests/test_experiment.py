@@ -366,12 +366,35 @@ def test_a_model_that_knows_no_lack_of_conditions_is_given_them(absent, shown):
   images = batch['image']
   none = absent and np.full((4, 4, 4, 1), absent)
   message = rf'^condition={shown} must be given for each image: .*; give it, or train'
-  with pytest.raises(ValueError, match=message):
-    exp.log_prob(state, images, draws=1, condition=none)
+  for call in (
+    lambda: exp.log_prob(state, images, draws=1, condition=none),
+    lambda: exp.log_prob_given(state, images, draws=1)(condition=none),
+    lambda: exp.denoiser(state, condition=none),
+  ):
+    with pytest.raises(ValueError, match=message):
+      call()
   with pytest.raises(ValueError, match=r"^condition='none for image 3' must be given"):
     some = np.concatenate([batch['condition'][:3], np.full((1, 4, 4, 1), np.nan)])
     exp.sample(state, 4, condition=some)
   assert np.isfinite(learned.log_prob(state, images, draws=1, condition=none).value).all()
+  assert learned.denoiser(state, condition=none)
+
+
+def test_a_source_by_hand_without_classes_has_none_and_not_the_first():
+  classes = {'model.class_conditional': True}
+  exp = vdm.Experiment('digits:debug', SMALL | classes)
+  learned = vdm.Experiment('digits:debug', SMALL | classes | {'train.label_dropout': 0.1})
+  state, images = moved(exp.init()), exp.source('eval').fetch(np.arange(16))['image']
+  source = data.of_arrays(images)
+  for call in (exp.bits_per_dim, lambda state, **given: next(exp.fit(state, 1, given['split']))):
+    with pytest.raises(ValueError, match=r"^label='none for image 0' must be given"):
+      call(state, split=source)
+  told = [data.of_arrays(images, label=np.full(16, label)) for label in (-1, 0)]
+  left_out, none, first = [
+    learned.bits_per_dim(state, 'raw', each, draws=1, max_images=16).value
+    for each in (source, *told)
+  ]
+  assert left_out == none != first
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ class Experiment:
       params: as in `bits_per_dim`.
     """
     require(draws > 0, 'draws', draws, 'positive', 'give 1 or more')
-    valid = self.model.takes.given(self.model.image_shape, len(images), mask=mask).get('valid')
+    valid = self.model.takes.valid(self.model.image_shape, len(images), mask)
     return likelihood.by_condition(
       functools.partial(self.denoiser, state, params, mask=mask),
       functools.partial(self.schedule, state, params, mask=mask),
@@ -283,9 +283,10 @@ class Experiment:
     """Returns (z [B ...], log_snr [B]) -> Prediction(x, eps) of a state, in the network's units.
 
     The log_snr is what the model's `schedule` returns, [B ...] if that is multivariate. The
-    conditions are those of `log_prob`, one for each of the B examples. They may be traced.
+    conditions are those of `log_prob`, one for each of the B examples; they may be traced.
     """
     told = self._told(label=label, vector=vector, condition=condition, mask=mask)
+    self.model.takes.require_known(told)
     return self.model.denoiser(named_params(state, params), told)
 
   def schedule(
@@ -346,16 +347,8 @@ class Experiment:
     return runners.jit_runner(step, self.mesh, abstract, donate=False)
 
   def _given(self, count: int, **told: Any) -> dict[str, np.ndarray]:
-    """Returns conditions as `Takes.given` does, and refuses a lack that the model never learned."""
     given = self.model.takes.given(self.model.image_shape, count, **told)
-    if not self.config.train.label_dropout:
-      rule = 'given for each image: in training it never was absent'
-      remedy = 'give it, or train with config.train.label_dropout=0.1'
-      for name in told.keys() & given.keys():
-        each = given[name].reshape(count, -1)
-        absent = (each == -1 if name == 'label' else np.isnan(each)).all(axis=1)
-        shown = None if told[name] is None else f'none for image {absent.argmax()}'
-        require(not absent.any(), name, shown, rule, remedy)
+    self.model.takes.require_known(told)
     return given
 
   def _told(self, **given: Any) -> dict[str, jax.Array]:

@@ -69,6 +69,7 @@ def checked(model: Model, num_values: int, fetch: Callable) -> Callable:
     told = {name: batch.get(name) for name in ('vector', 'condition')}
     told['label'] = batch['label'] if model.takes.num_classes else None
     model.takes.given(model.image_shape, len(indices), mask=batch.get('valid'), **told)
+    model.takes.require_known(told)
     return batch
 
   return fetch_checked

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
@@ -23,13 +24,20 @@ class Takes(NamedTuple):
   vector_size: int = 0  # 0: no vector
   condition_shape: tuple[int, ...] = ()  # of the field, spatial axes and channels; (): no field
   masked: bool = False  # whether each example has a mask of the dimensions that count
+  lack_learned: bool = False  # whether training left conditions out (config.train.label_dropout)
   vector_statistics: tuple[tuple, tuple] = ((), ())  # shift and scale of each component
   condition_statistics: tuple[tuple, tuple] = ((), ())  # and of each channel
 
   @property
+  def names(self) -> list[str]:
+    """Returns which of classes, vectors and fields examples have; a mask is no condition."""
+    sizes = dict(label=self.num_classes, vector=self.vector_size, condition=self.condition_shape)
+    return [name for name, size in sizes.items() if size]
+
+  @property
   def conditional(self) -> bool:
-    """Returns whether examples have classes, vectors or fields; a mask is no condition."""
-    return bool(self.num_classes or self.vector_size or self.condition_shape)
+    """Returns whether examples have conditions."""
+    return bool(self.names)
 
   def sizes(self) -> dict[str, int]:
     """Returns how large the arguments of a network are that `inputs` makes."""
@@ -140,12 +148,46 @@ class Takes(NamedTuple):
       rule, remedy = 'finite, or NaN alone for none', 'correct it'
       require(not bad.size, f'{name}[{bad[:1]}]', rows[bad[:1]].ravel()[:3], rule, remedy)
       found[name] = rows
-    if mask is not None:
-      found['valid'] = native('mask', mask) != 0
-      empty = np.flatnonzero(~found['valid'].reshape(count, -1).any(axis=1))
-      rule, remedy = 'nonzero somewhere', 'leave out examples of which nothing counts'
-      require(not empty.size, f'mask[{empty[:1]}]', 0, rule, remedy)
+    if (valid := self.valid(image_shape, count, mask)) is not None:
+      found['valid'] = valid
     return found
+
+  def valid(
+    self, image_shape: tuple[int, ...], count: int, mask: np.ndarray | None
+  ) -> np.ndarray | None:
+    """Returns which dimensions of `count` examples count, by the mask that a user gives; None: all.
+
+    Raises:
+      ValueError: the network takes no mask, it has another shape, or leaves nothing of an example.
+    """
+    self.require_shapes(image_shape, count, dict(mask=mask))
+    if mask is None:
+      return None
+    valid = native('mask', mask) != 0
+    empty = np.flatnonzero(~valid.reshape(count, -1).any(axis=1))
+    rule, remedy = 'nonzero somewhere', 'leave out examples of which nothing counts'
+    require(not empty.size, f'mask[{empty[:1]}]', 0, rule, remedy)
+    return valid
+
+  def require_known(self, told: Mapping[str, Any]):
+    """Refuses the lack of conditions that training never left out; traced ones are not looked at.
+
+    Args:
+      told: conditions by name; None where one is not given.
+
+    Raises:
+      ValueError: one that the network takes is not given, or none for some example.
+    """
+    rule = 'given for each image: in training it never was absent'
+    remedy = 'give it, or train with config.train.label_dropout=0.1'
+    for name in () if self.lack_learned else self.names:
+      value: Any = told.get(name)
+      require(value is not None, name, None, rule, remedy)
+      if not isinstance(value, jax.core.Tracer):
+        rows = np.atleast_1d(value)
+        absent = rows == -1 if name == 'label' else np.isnan(rows)
+        absent = absent.reshape(len(rows), -1).all(axis=1)
+        require(not absent.any(), name, f'none for image {absent.argmax()}', rule, remedy)
 
   def require_classes(self, rows: np.ndarray, typed: Any = None):
     """Refuses labels that are no classes of the model.
@@ -164,13 +206,14 @@ class Takes(NamedTuple):
     require(bool(good), 'label', shown, rule, 'config.data.num_classes says how many there are')
 
 
-def of_config(data: ConfigDict, class_conditional: bool) -> Takes:
+def of_config(data: ConfigDict, class_conditional: bool, label_dropout: float) -> Takes:
   """Returns what the network of a config takes."""
   return Takes(
     num_classes=data.num_classes if class_conditional else 0,
     vector_size=data.embedding_size,
     condition_shape=tuple(data.condition_shape),
     masked=data.masked,
+    lack_learned=label_dropout > 0,
     vector_statistics=(tuple(data.vector_shift), tuple(data.vector_scale)),
     condition_statistics=(tuple(data.condition_shift), tuple(data.condition_scale)),
   )

@@ -65,7 +65,8 @@ def model(config: ConfigDict) -> Model:
     'choose one of these',
   )
   data, scan = config.data, scan_blocks(config.model)
-  flagged, takes = is_flagged(config.model), conditioning.of_config(data, class_conditional)
+  flagged, dropout = is_flagged(config.model), config.train.label_dropout
+  takes = conditioning.of_config(data, class_conditional, dropout)
   unrolled = factories.factory(
     NETWORKS,
     'model',
@@ -108,7 +109,7 @@ def model(config: ConfigDict) -> Model:
     return learned.as_schedule(params['schedule'], told_of(size, conditions))
 
   own = as_schedule({'schedule': learned.init()})
-  check_sampling(config.sample, own, config.train.label_dropout)
+  check_sampling(config.sample, own, dropout)
   factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
   decoder = factories.decoder(config.decoder, data, config.schedule.log_snr_max)
 

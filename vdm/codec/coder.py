@@ -54,7 +54,8 @@ def compress(
     params: of the model, such as `build.named_params(state, 'ema')`.
     images: integers [N *spatial C], in the data's units.
     settings: of the code.
-    label: classes [N], or one for all; None: the null label, for a model by class.
+    label: classes [N], or one for all. Of these three, None is what stands for none, for a model
+      that learned it (config.train.label_dropout).
     vector: conditions [N E].
     condition: fields [N *spatial' Cc].
     mask: [N *spatial 1], nonzero in the dimensions that are coded; the others come back as 0.
@@ -68,6 +69,7 @@ def compress(
   told = dict(label=label, vector=vector, condition=condition, mask=mask)
   images = native('images', images)
   both = share(model, params, settings, len(images), told, config_hash)
+  model.takes.require_known(told)
   images = _values(images, both)
   done, records, initial_words, bits = 0, [], [], 0.0
   for stream, numbers in enumerate(both.streams):

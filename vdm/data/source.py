@@ -71,7 +71,7 @@ def of_arrays(
   Args:
     images: in the data's units.
     name: for number cards.
-    label: classes [N]; 0 for all images by default.
+    label: classes [N]; -1, none, for all images by default.
     vector: [N E].
     condition: fields [N *spatial' Cc].
     valid: [N *spatial 1], the dimensions that count.
@@ -82,7 +82,7 @@ def of_arrays(
   require(good, 'images', shape, '[N, *spatial, C] of one at least', remedy)
   given = dict(label=label, vector=vector, condition=condition, valid=valid)
   arrays = {k: native(k, v) for k, v in given.items() if v is not None}
-  arrays.setdefault('label', np.zeros(len(images), np.int32))
+  arrays.setdefault('label', np.full(len(images), -1, np.int32))
   for key, array in arrays.items():
     rows = array.shape[:1] == (len(images),)
     require(rows, key, array.shape, f'{len(images)} rows', 'give one for each image')

@@ -86,7 +86,11 @@ def found(data) -> dict:
   one_class = label is not None and label.shape == ()
   first = [image_of(records[i], i) for i in range(min(64, len(records)))]
   high = max(int(image.max()) for image in first)
-  other = next((i for i, image in enumerate(first) if image.shape != first[0].shape), 0)
+  depths = [image.shape[2] for image in first]
+  other = next((i for i, depth in enumerate(depths) if depth != depths[0]), 0)
+  fact = f'but image 0 has channels: {depths[0]}, image {other}: {depths[other]}'
+  confirm(not other, 'config.data.name', data.name, fact, 'prepare it with as many in all')
+  other = next((i for i, image in enumerate(first) if image.shape[:2] != first[0].shape[:2]), 0)
   sizes = [f'image {i} is {first[i].shape[0]} x {first[i].shape[1]}' for i in (0, other)]
   remedy = 'set --config.data.resize=True to scale and crop them to config.data.image_shape'
   fact = f'but {" and ".join(sizes)}'

@@ -155,9 +155,11 @@ def by_condition(
   """
   axes = dict(label=0, vector=1, condition=u.ndim - 1)  # of one for all examples
 
-  def estimates(**conditions: jax.Array) -> jax.Array:
+  def estimates(**conditions: jax.Array | None) -> jax.Array:
     for name, value in conditions.items():
       require(name in axes, 'conditions', name, 'label, vector or condition', 'name one of them')
+      if value is None:
+        continue
       alone, value = jnp.ndim(value) == axes[name], jnp.asarray(value)
       conditions[name] = jnp.broadcast_to(value, (len(u), *value.shape)) if alone else value
     terms, _ = bound_by_draw(

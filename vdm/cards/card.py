@@ -1,22 +1,13 @@
-"""Number cards: a reported value as JSON, with all that makes it comparable.
+"""What a card says, how it is written, and how those of a workdir are read."""
 
-  python -m vdm.cards a.json b.json ...     a table, and what keeps the values from being compared
-
-The status is 0 if nothing does, 1 otherwise.
-"""
-
-import argparse
-import functools
 import importlib.metadata
-import json
 import math
 import os
 import pathlib
 import platform
 import subprocess
-import sys
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,60 +19,7 @@ import vdm
 from vdm.system import files
 
 ODE = 'probability-flow ODE'  # the bound of a card that is no bound begins with it
-
-
 UNITS = {'bits_per_dim': 'bits/dim', 'nats_per_dim': 'nats/dim'}  # of likelihoods, by metric
-
-
-class Field(NamedTuple):
-  """Says of a card's field where it is, its column in the table ('' for none), and what it decides.
-
-  Values of cards in which it differs are not comparable, for the reason `why`; '' is a note.
-  """
-
-  path: str
-  column: str
-  why: str
-
-
-FIELDS = (
-  Field('metric', 'metric', 'another quantity'),  # such as a density, and no probability
-  Field('decoder', '', 'densities alone, or with probabilities at bounds, or probabilities'),
-  Field('estimate', 'estimate', 'bounds differ in how tight they are, and from the likelihood'),
-  # of the data
-  Field('data.full_name', 'data', 'another data set or version, with other pixels'),
-  Field('data.split', 'split', 'other images'),
-  Field('num_images', 'images', 'other images'),
-  Field('data.image_shape', '', 'images of another size'),
-  Field('data.num_values', '', 'another vocabulary: bits/dim of other symbols'),
-  Field('data.derive', '', 'another condition, or coefficients of pixels'),
-  Field('data.level', '', 'another scale of the Haar transform'),
-  Field('data.dequantize', '', 'other integers, or none, with noise added'),
-  Field('data.masked', '', 'other dimensions are counted'),
-  Field('data.condition_shape', '', 'conditioned on other fields, or on none'),
-  Field('data.num_bits', '', 'other bits of the pixels'),
-  Field('data.resize', '', 'pixels scaled in another way'),
-  Field('data.sha256_first_64', '', 'other pixels'),
-  Field('conditions', '', 'log p(x | y), or log p(x)'),
-  # of a distance between samples and data
-  Field('extractor', 'extractor', 'features of another network'),
-  Field('extractor_sha256', '', 'features of another network'),
-  Field('reference', '', 'other real images'),
-  Field('num_samples', 'samples', 'the fewer samples, the greater the distance'),
-  Field('flips', '', 'real images flipped, or not'),
-  # notes: what one may want to compare
-  Field('params', 'params', ''),
-  Field('step', 'step', ''),
-  Field('schedule', 'schedule', ''),
-  Field('draws_per_image', 'draws', ''),
-  Field('sampler', 'sampler', ''),
-  Field('network_evaluations', 'evaluations', ''),
-  Field('eval_seed', '', ''),
-  Field('stderr_over', '', ''),
-  Field('dtype', '', ''),
-  Field('environment.device', '', ''),
-  Field('revision', 'revision', ''),
-)
 
 
 def environment() -> dict[str, Any]:
@@ -275,97 +213,3 @@ def at(tree: Any, path: str) -> Any:
   for name in path.split('.'):
     tree = tree[name] if isinstance(tree, dict) and name in tree else None
   return tree
-
-
-def facts(card: dict[str, Any]) -> dict[str, Any]:
-  """Returns the value of each of FIELDS by its path; None if the card does not say."""
-  said = functools.partial(at, card)
-  revision, plus, changes = str(said('environment.git_revision') or '').partition('+')
-  derived = {'revision': revision[:9] + plus + changes}
-  if said('bound') and not said('decoder'):  # a card older than the field is of probabilities
-    derived['decoder'] = 'discrete'
-  if isinstance(said('data'), dict):  # a card older than these fields is of data as it was
-    blank = {'num_bits': 0, 'resize': False, 'masked': False, 'condition_shape': [], 'derive': ''}
-    blank |= {'level': 0, 'dequantize': 0}
-    derived['data'] = blank | said('data')
-  if said('bound') and not said('conditions'):  # an evaluation is told what there is
-    derived['conditions'] = 'given'
-  own, other = said('config.schedule.name'), said('config.eval.schedule.name')
-  bound = str(said('bound') or '')
-  if bound.startswith(ODE):
-    ode = said('config.eval.ode') or {}
-    derived['estimate'] = (
-      f'ODE, {at(ode, "dequantization")} dequantisation, K = {at(ode, "importance_samples")}'
-    )
-    derived |= {'schedule': own, 'stderr_over': 'images'}
-  elif bound:
-    steps = said('config.eval.num_timesteps')
-    derived['estimate'] = f'ELBO, {f"T = {steps}" if steps else "continuous"}'
-    derived |= {'schedule': own if other in (None, 'schedule') else other, 'stderr_over': 'draws'}
-  return {field.path: at(card | derived, field.path) for field in FIELDS}
-
-
-def compare(cards: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-  """Returns why the cards' values are not comparable, and what else differs, one per line."""
-  found, reasons, notes = [facts(card) for card in cards], [], []
-  for field in FIELDS:
-    groups = {}
-    for number, fact in enumerate(found, 1):
-      groups.setdefault(_text(fact[field.path]) or 'not said', []).append(str(number))
-    if len(groups) > 1:
-      values = '; '.join(f'{text} ({", ".join(numbers)})' for text, numbers in groups.items())
-      if field.why:
-        reasons.append(f'not comparable, {field.path}: {values}: {field.why}')
-      else:
-        notes.append(f'note, {field.path}: {values}')
-  return reasons, notes
-
-
-def _text(value: Any) -> str:
-  if value is None:
-    return ''
-  return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
-
-
-def table(paths: list[str], cards: list[dict[str, Any]]) -> str:
-  """Returns the cards as a Markdown table, aligned, without the columns that none of them has."""
-  rows = [['', 'value', *(field.column for field in FIELDS if field.column), 'file']]
-  for number, (path, card) in enumerate(zip(paths, cards, strict=True), 1):
-    stderr = at(card, 'stderr')
-    known = isinstance(stderr, int | float) and math.isfinite(stderr)
-    value = f'{card["value"]:.4f}' + (f' ± {stderr:.4f}' if known else '')
-    fact = facts(card)
-    cells = [_text(fact[field.path]) for field in FIELDS if field.column]
-    rows.append([str(number), value, *cells, path])
-  columns = [column for column in zip(*rows, strict=True) if any(column[1:])]
-  widths = [max(map(len, column)) for column in columns]
-  lines = [
-    '| ' + ' | '.join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + ' |'
-    for row in zip(*columns, strict=True)
-  ]
-  rule = '|' + '|'.join('-' * (width + 2) for width in widths) + '|'
-  return '\n'.join([lines[0], rule, *lines[1:]])
-
-
-def main(argv: list[str] | None = None) -> int:
-  """Runs the command line; returns the exit status."""
-  parser = argparse.ArgumentParser(
-    prog='python -m vdm.cards',
-    description='Sets number cards side by side, and says which of their values are not '
-    'comparable, and why. Status 0 where all are, 1 otherwise.',
-  )
-  parser.add_argument('cards', nargs='+', metavar='CARD.json', help="a run's cards/*.json")
-  paths = parser.parse_args(argv).cards
-  try:
-    cards = [load(path) for path in paths]
-  except ValueError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  reasons, notes = compare(cards)
-  verdict = [] if reasons else ['The values are comparable.']
-  print('\n'.join([table(paths, cards), '', *reasons, *notes, *verdict]))
-  return 1 if reasons else 0
-
-
-if __name__ == '__main__':
-  sys.exit(main())
