@@ -38,8 +38,13 @@ def in_order(stages: list[Stage]) -> list[Stage]:
   last = of(ordered[0]).level
   asked = [('haar_coarse', last), *(('haar_details', level) for level in range(last, 0, -1))]
   require(found == asked, 'runs', found, f'the stages {asked}', 'name a run of each')
-  sets = {(of(stage).name, of(stage).eval_split, of(stage).dequantize) for stage in ordered}
-  require(len(sets) == 1, 'runs', sorted(sets), 'of one data set', 'name others')
+  leaves = 'name', 'path', 'eval_split', 'eval_images', 'dequantize'
+  sets = {
+    (*(of(stage)[leaf] for leaf in leaves), stage[0].config.model.class_conditional)
+    for stage in ordered
+  }
+  rule = f'of one data set, alike in data.{", data.".join(leaves)} and model.class_conditional'
+  require(len(sets) == 1, 'runs', sorted(sets), rule, 'name others')
   return ordered
 
 
@@ -63,6 +68,13 @@ def sample(stages: list[Stage], num_images: int, label: np.ndarray | None = None
   return pixels
 
 
+def as_bytes(images: np.ndarray, num_values: int) -> np.ndarray:
+  """Returns images of integers with noise, or of real values (0), in black to white as uint8."""
+  low, high = (0, num_values - 1) if num_values else (images.min(), images.max())
+  images = np.floor(images) if num_values else images
+  return (np.clip((images - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+
+
 def main():
   """Prints the table, and draws samples."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -72,6 +84,8 @@ def main():
   parser.add_argument('--params', default='ema')
   parser.add_argument('--out', help='PNG of 64 samples')
   args = parser.parse_args()
+  if args.draws < 2:
+    parser.error(f'--draws={args.draws} must be 2 or more: the error is of their spread')
   vdm.use_cores()
   stages = in_order([vdm.load(workdir) for workdir in args.workdirs])
   rows = bound(stages, draws=args.draws, max_images=args.max_images, params=args.params)
@@ -86,9 +100,8 @@ def main():
   total, error = sum(bits for bits, _ in shares), math.hypot(*(spread for _, spread in shares))
   print(f'| all | {size} | | {total:.4f} ± {error:.4f} |')
   if args.out:
-    top = stages[0][0].config.data.dequantize - 1
-    images = np.clip(np.floor(sample(stages, 64)), 0, top) * (255 / top)
-    save_png(pathlib.Path(args.out), image_grid(images.astype(np.uint8)))
+    images = as_bytes(sample(stages, 64), stages[0][0].config.data.dequantize)
+    save_png(pathlib.Path(args.out), image_grid(images))
 
 
 if __name__ == '__main__':

@@ -27,7 +27,7 @@ from vdm.errors import require
 from vdm.evaluation import grids
 from vdm.evaluation.curve_plots import plot_lines
 from vdm.system import files
-from vdm.workdir.config_file import saved_config
+from vdm.workdir.config_file import flat, plain, saved_config
 
 DATA = {'digits': '', 'fashion_mnist': 'fashion_mnist', 'cifar10': 'cifar10'}  # recipe.py:...
 RIVALS = 'public_', 'cosine_', 'linear_'  # the public recipe tuned: rate, warm-up, decay
@@ -40,6 +40,8 @@ SETTINGS = (  # of a run, (block, leaf): what must be equal in all rows of a tab
   ('eval', 'max_images'),
   ('eval', 'draws'),
 )
+DECIDES = 'data.', 'model.', 'schedule.', 'optimizer.', 'train.', 'ema.', 'eval.'  # on the curves
+NEUTRAL = 'data.dir', 'data.path', 'train.log_every_steps', 'eval.batch_size'  # but these
 TITLES = {
   'digits': 'Digits',
   'fashion_mnist': 'Fashion-MNIST',
@@ -120,18 +122,28 @@ def table(found: list[dict], reference: str) -> list[str]:
 def records(runs: pathlib.Path, data: str) -> list[dict]:
   """Returns what the finished runs of a data set have for the page, one dict each.
 
-  `labels`, `metric` and `bound` are as `grids.collect` has them, `settings` are SETTINGS' values.
+  `labels`, `metric` and `bound` are as `grids.collect` has them, `settings` are SETTINGS' values,
+  and `changed` the other leaves in which a run is not the grid's own, but for where things are.
 
   Args:
     runs: folder of --runs.
     data: one of DATA.
   """
-  found = []
-  for run in grids.collect(runs / data, expand(recipe.get_config(DATA[data]))):
-    config = saved_config(runs / data / grids.folder(run['labels']))
-    settings = {leaf: config[block][leaf] for block, leaf in SETTINGS}
+  found, grid = [], expand(recipe.get_config(DATA[data]))
+  by_name = {grids.folder(labels): flat(plain(config)) for labels, config in grid}
+  for run in grids.collect(runs / data, grid):
+    folder = grids.folder(run['labels'])
+    leaves, own = flat(saved_config(runs / data / folder)), by_name.get(folder, {})
+    settings = {leaf: leaves[f'{block}.{leaf}'] for block, leaf in SETTINGS}
+    told = {f'{block}.{leaf}' for block, leaf in SETTINGS}
+    changed = {
+      leaf: value
+      for leaf, value in leaves.items()
+      if leaf in own and value != own[leaf]
+      if leaf.startswith(DECIDES) and leaf not in (*told, *NEUTRAL)
+    }
     kept = {name: run[name] for name in ('labels', 'metric', 'bound')}
-    found.append(kept | {'settings': settings})
+    found.append(kept | {'settings': settings, 'changed': changed})
   return found
 
 
@@ -148,10 +160,12 @@ def merged(path: pathlib.Path, new: list[dict]) -> list[dict]:
   known = files.read_json(path, 'remove it')['runs'] if path.exists() else []
   for run in known:
     run['bound'] = {int(step): value for step, value in run['bound'].items()}
+    run.setdefault('changed', {})  # a page is older than this
   for run in new:
-    settings, rule = (known or new)[0]['settings'], f'as in {path}' if known else 'as in the others'
-    equal = run['settings'] == settings
-    require(equal, '--runs', run['settings'], f'{settings}, {rule}', 'give another --page')
+    first, rule = (known or new)[0], f'as in {path}' if known else 'as in the others'
+    for part in ('settings', 'changed'):
+      rest = f'{first[part]}, {rule}'
+      require(run[part] == first[part], '--runs', run[part], rest, 'give another --page')
   names = [run['labels'] for run in new]
   return [*(run for run in known if run['labels'] not in names), *new]
 
@@ -205,6 +219,7 @@ def write_page(path: pathlib.Path, runs: pathlib.Path, reference: str):
     settings, chosen = found[0]['settings'], ','.join(curves)
     title, note = title_of(settings, data)
     flag = ' --config.base.data.as_found=True' if note else ''
+    flag += ''.join(f' --config.base.{leaf}={value}' for leaf, value in found[0]['changed'].items())
     lines += [
       '',
       f'## {title}',

@@ -1,10 +1,11 @@
-"""Makes the table, the plot and the samples of docs/loss_grid.md.
+"""Makes the tables, the plots and the samples of docs/loss_grid.md.
 
   python -m benchmarks.loss_grid --runs=DIR        # prints the table, writes docs/loss_grid.csv
   python -m benchmarks.loss_grid --plot=OUT.png    # draws docs/loss_grid.csv
 
 DIR is that of `python -m vdm.ablate --config=configs/ablations/loss_grid.py --workdir=DIR`. Once no
-cell is missing, samples of all are drawn too, DIR/loss_grid_samples.png.
+cell is missing, samples of all are drawn too, DIR/loss_grid_samples.png. With
+--table=docs/loss_grid_fashion_mnist.csv it is all of the other data set.
 """
 
 import argparse
@@ -106,14 +107,15 @@ def main(argv: list[str] | None = None) -> int:
   """Runs the command line; returns the exit status."""
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--runs', type=pathlib.Path, help='folder of the ablation')
-  parser.add_argument('--plot', type=pathlib.Path, help='picture to draw of the table in docs/')
+  parser.add_argument('--plot', type=pathlib.Path, help='picture to draw of the table')
+  parser.add_argument('--table', type=pathlib.Path, default=TABLE, help='of every run')
   args = parser.parse_args(argv)
-  source = args.runs / 'results.csv' if args.runs else TABLE
+  source = args.runs / 'results.csv' if args.runs else args.table
   with source.open() as file:
     rows = list(csv.DictReader(file))
   cells = cells_of(rows)
   if args.runs:
-    files.write_table(TABLE, list(rows[0]), [list(row.values()) for row in rows])
+    files.write_table(args.table, list(rows[0]), [list(row.values()) for row in rows])
     print('\n'.join(table(cells)))
     if len(cells) == len({cell[0] for cell in cells}) * len(NAMES) ** 2:
       save_png(args.runs / 'loss_grid_samples.png', samples(cells, args.runs))

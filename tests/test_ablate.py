@@ -10,7 +10,7 @@ import pytest
 from etils import epath
 from ml_collections import ConfigDict
 from vdm.configs import digits, gaussian_fields
-from vdm.configs.ablations import loss_grid, schedules, weightings
+from vdm.configs.ablations import loss_grid, multivariate, recipe, schedules, weightings
 
 from vdm import ablate, build
 from vdm.diffusion import heads
@@ -63,6 +63,17 @@ def test_the_shipped_grids_build(grid, arg, count):
   assert len(runs) == count
   for _, config in runs[::3]:
     build.model(config)
+
+
+@pytest.mark.parametrize('grid', [recipe, schedules, multivariate])
+def test_a_range_of_log_snr_for_the_base_is_that_of_all_runs(grid):
+  config = grid.get_config()
+  with config.unlocked():
+    config.base.schedule.log_snr_max = 9.5
+  assert {run.schedule.log_snr_max for _, run in ablate.expand(config)} == {9.5}
+  config.base.schedule = ConfigDict(dict(name='linear', log_snr_min=-5.0))
+  with pytest.raises(ValueError, match=r'takes schedule.log_snr_max from config.base, which lacks'):
+    ablate.expand(config)
 
 
 def test_the_grid_of_losses_is_three_heads_by_three_weightings():

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
@@ -66,6 +67,15 @@ def save_all(workdir, saves, keep=9):
   for step, (state, bpd) in saves.items():
     assert checkpoint.save(manager, step, state, None if bpd is None else {'bits_per_dim': bpd})
   manager.close()
+
+
+def test_a_save_does_not_ask_jax_about_preemption(tmp_path, monkeypatch):
+  """`Stop.agreed` does, by another count than that of steps."""
+  asked = []
+  name = 'reached_preemption_sync_point'
+  monkeypatch.setattr(multihost_utils, name, lambda step: asked.append(step) or False)
+  save_all(tmp_path, {7: (make_state(), None)})
+  assert asked == []
 
 
 # The config in the workdir.

@@ -124,10 +124,18 @@ def test_the_page_keeps_its_runs_and_takes_others_in(ran, found, tmp_path):
 
 def test_runs_of_other_steps_are_not_set_side_by_side(found, tmp_path):
   counts = zip(found, (50, 50, 60, 50), strict=True)
-  some = [run | {'settings': {'num_steps': steps}} for run, steps in counts]
+  some = [run | {'settings': {'num_steps': steps}, 'changed': {}} for run, steps in counts]
   assert front.merged(tmp_path / 'none.json', some[:2]) == some[:2]
   with pytest.raises(ValueError, match=r"'num_steps': 60} must be {'num_steps': 50}, as in the"):
     front.merged(tmp_path / 'none.json', some)
+
+
+def test_runs_of_another_network_do_not_join_a_page(found, tmp_path):
+  some = [run | {'settings': {}, 'changed': {}} for run in found]
+  (tmp_path / 'page.json').write_text(json.dumps({'runs': some[:1]}))
+  wide = {'model.width': 64}
+  with pytest.raises(ValueError, match=r"{'model.width': 64} must be {}, as in .*page.json"):
+    front.merged(tmp_path / 'page.json', [some[1] | {'changed': wide}])
 
 
 def test_runs_of_other_steps_do_not_join_a_page(ran, found, tmp_path, capsys):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from vdm.configs import default
+from vdm.configs import cifar10, default, digits
 
 from vdm import build
 from vdm.diffusion import guidance
@@ -16,7 +16,7 @@ from vdm.diffusion.schedules import SCHEDULES
 from vdm.sampling.draw import make_guidance, make_sampler
 from vdm.system import parallel
 from vdm.training.step import loss, recipe
-from vdm.workdir import checkpoint, config_file
+from vdm.workdir import checkpoint, config_file, load
 
 EVERYWHERE = (-100.0, 100.0)
 
@@ -295,12 +295,41 @@ def test_a_guide_has_to_be_a_run_of_the_same_images(run_and_state, tmp_path, mon
     with pytest.raises(ValueError, match=r'guidance.checkpoint=.* with num_classes 7, not 10'):
       guidance_of(config, takes=seven)
   with pytest.raises(
-    ValueError, match=r'has a path for each dimension, not one for all dimensions;'
+    ValueError, match=r'has a path for each channel, not one path for all dimensions;'
   ):
     guidance_of(config, multivariate=True)
+  more = build.model(config).takes._replace(vector_size=3)
+  with monkeypatch.context() as patch:
+    patch.setattr(build, 'model', lambda config: real(config)._replace(takes=more))
+    with pytest.raises(ValueError, match=r'learned to do without its vector, which the model is'):
+      guidance_of(config, takes=build.model(config).takes._replace(vector_size=0))
   units = build.model(config).decoder._replace(to_model=lambda u: u / 9)
   with pytest.raises(ValueError, match=r'guidance.checkpoint=.* with the same config.data.shift'):
     guidance_of(config, decoder=units)
+
+
+def test_paths_by_place_and_by_channel_are_told_apart():
+  for per, said in (('channel', 'a path for each channel'), ('dimension', 'each dimension')):
+    config = cifar10.get_config('debug')
+    with config.unlocked():
+      config.schedule.update(name='learned_multivariate', per=per)
+    assert load._paths_of(build.model(config)).endswith(said)
+
+
+@pytest.mark.parametrize(
+  ('change', 'message'),
+  [
+    ({'guidance.weight': 4.0}, r"guidance\.weight=4\.0 must be 1 with .*kind='none'"),
+    ({'label': 3}, r'sample\.label=3 must be -1 for a model that is told no class'),
+    ({'embeddings': 'no.npy'}, r"sample\.embeddings='no\.npy' must be '' for a model that"),
+  ],
+)
+def test_what_samples_of_the_model_cannot_follow_is_refused(change, message):
+  config = digits.get_config('debug')
+  with config.unlocked():
+    config.sample.update_from_flattened_dict(change)
+  with pytest.raises(ValueError, match=message):
+    build.model(config)
 
 
 def test_classifier_free_guidance_from_a_config(rank_promotion_allowed):

@@ -90,10 +90,13 @@ def test_a_number_that_another_process_has_now_is_no_holder(tmp_path):
 
 
 @pytest.mark.parametrize('alive', [True, False])
-def test_another_host_is_watched_for_signs_of_life(alive, tmp_path, monkeypatch):
+@pytest.mark.parametrize('other', [{'host': 'elsewhere'}, {'space': 'elsewhere', 'pid': 2**30}])
+def test_another_host_or_container_is_watched_for_signs_of_life(
+  other, alive, tmp_path, monkeypatch
+):
   monkeypatch.setattr(lock, 'BEAT_SECONDS', 0.05)
   path, ended = tmp_path / lock.FILE, threading.Event()
-  theirs = lock._own() | {'host': 'elsewhere'}
+  theirs = lock._own() | other
   path.write_text(json.dumps(theirs))
   os.utime(path, (1, 1))
   beating = threading.Thread(target=lock._beat, args=(path, theirs, ended))
@@ -101,7 +104,7 @@ def test_another_host_is_watched_for_signs_of_life(alive, tmp_path, monkeypatch)
     beating.start()
   try:
     if alive:
-      with pytest.raises(ValueError, match='of elsewhere since'), lock.hold(tmp_path):
+      with pytest.raises(ValueError, match=f'of {theirs["host"]} since'), lock.hold(tmp_path):
         pass
     else:
       with lock.hold(tmp_path):
@@ -111,3 +114,29 @@ def test_another_host_is_watched_for_signs_of_life(alive, tmp_path, monkeypatch)
     ended.set()
     if alive:
       beating.join()
+
+
+def test_a_lock_that_another_job_has_taken_gets_no_sign_of_life(tmp_path, monkeypatch, caplog):
+  monkeypatch.setattr(lock, 'BEAT_SECONDS', 0.01)
+  path, own = tmp_path / lock.FILE, lock._own()
+  path.write_text(json.dumps(lock._own() | {'host': 'elsewhere'}))
+  os.utime(path, (1, 1))
+  lock._beat(path, own, threading.Event())  # which ends by itself
+  assert path.stat().st_mtime == 1 and 'is now of process' in caplog.text
+
+
+def test_an_older_lock_is_one_too(tmp_path, monkeypatch):
+  """It does not say which container it is of."""
+  monkeypatch.setattr(lock, 'BEAT_SECONDS', 0.05)
+  path, own = tmp_path / lock.FILE, lock._own()
+  del own['space']
+  path.write_text(json.dumps(own))
+  ended = threading.Event()
+  beating = threading.Thread(target=lock._beat, args=(path, own, ended))
+  beating.start()
+  try:
+    with pytest.raises(ValueError, match='is being written by'), lock.hold(tmp_path):
+      pass
+  finally:
+    ended.set()
+    beating.join()

@@ -42,7 +42,15 @@ ENDLESS = [
 ]
 
 
-def start(workdir, num_processes, devices, *more, slurm=False, config='configs/digits.py:debug'):
+def start(
+  workdir,
+  num_processes,
+  devices,
+  *more,
+  slurm=False,
+  config='configs/digits.py:debug',
+  program=('-m', 'vdm.main'),
+):
   """Starts the processes of one job, by hand or as SLURM would, and returns them."""
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
@@ -52,8 +60,7 @@ def start(workdir, num_processes, devices, *more, slurm=False, config='configs/d
   env = os.environ | cache | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
   command = [
     sys.executable,
-    '-m',
-    'vdm.main',
+    *program,
     f'--config={config}',
     f'--workdir={workdir}',
     *OVERRIDES,
@@ -211,6 +218,31 @@ def test_a_lost_process_ends_the_other_in_time_and_with_a_message(tmp_path):
   # JAX's own end (SIGABRT), or ours where a message to the other failed first
   assert left.returncode in (-signal.SIGABRT, hosts.EXIT_LOST), text
   assert 'another process of the job was lost' in text or 'another task died' in text
+
+
+# The second process meets an error of its own in the first evaluation.
+FAILS_ALONE = """
+import runpy, sys
+from vdm.evaluation import evaluate
+
+def fail(*_):
+  raise OSError('a stale handle')
+
+if '--process_id=1' in sys.argv:
+  evaluate.evaluate = fail
+runpy.run_module('vdm.main', run_name='__main__')
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_in_an_evaluation_ends_both_and_the_state_is_saved(tmp_path):
+  first, second = start(tmp_path, 2, 1, '--heartbeat_seconds=5', program=('-c', FAILS_ALONE))
+  text = second.communicate(timeout=300)[0]
+  assert second.returncode not in (0, None) and 'a stale handle' in text
+  first.communicate(timeout=5 + 55)
+  assert first.returncode in (-signal.SIGABRT, hosts.EXIT_LOST)
+  (output,) = finish(start(tmp_path, 1, 1))  # what was saved is evaluated
+  assert 'step 5 of 5' in output and 'bits/dim on' in output
 
 
 @pytest.mark.slow

@@ -105,6 +105,16 @@ def test_what_the_first_evaluation_took_to_compile_is_not_expected_again(monkeyp
   assert left[4] == f'{duration((5 + 4 + 4) / 5 * 3)} left'
 
 
+def test_a_save_before_any_step_has_counted():
+  meter = Meter(Writer(), every=2, batch_size=8, start=0, total=4, most_skipped=9)
+  meter.push(1, metrics(np.nan), fetch=lambda m: m)
+  with meter.pause():
+    pass
+  meter.push(2, metrics(1.0), fetch=lambda m: m)
+  meter.drain()
+  meter.close()
+
+
 @pytest.mark.parametrize('seconds', [0.0, 3.0])
 def test_data_wait_is_the_share_of_time_that_a_slow_source_takes(seconds, monkeypatch):
   """Steps take one second each by the test's own clock; the first and a pause do not count."""

@@ -253,6 +253,23 @@ def test_side_by_side(tmp_path):
   assert 'comparable.' not in text.replace(reason, '')
 
 
+def test_the_newest_distance_is_shown_and_other_numbers_of_samples_are_named(tmp_path):
+  runs = [make_run(tmp_path / name) for name in 'ab']
+  shared = dict(metric='fd_pixels', sampler='ddim', network_evaluations=9, params='ema')
+  for workdir, step, count, value in (
+    (runs[0], 1200, 10_000, 5.25),
+    (runs[0], 400, 360, 40.75),  # a series that comes later by its name
+    (runs[1], 1200, 360, 6.5),
+  ):
+    path = workdir / 'cards' / f'fd_pixels_{"z" if count == 360 else "a"}_step{step:08d}.json'
+    card = dict(shared, step=step, num_samples=count, value=value, stderr=None)
+    path.write_text(json.dumps(card))
+  _, text, _ = checked(*runs, tmp_path=tmp_path)
+  table = text.partition('measured on')[2].partition('comparable')[0]
+  assert '5.25' in table and '6.5' in table and '40.75' not in table
+  assert 'fd_pixels: not comparable, num_samples: 10000 (1); 360 (2)' in text
+
+
 def test_units_that_differ_have_axes_of_their_own(tmp_path):
   make_run(tmp_path / 'bits')
   workdir = make_run(tmp_path / 'nats')

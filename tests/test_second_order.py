@@ -197,6 +197,14 @@ def test_a_run_of_another_meaning_is_no_start(leaf, value, tmp_path):
   assert not (tmp_path / 'second').exists()
 
 
+def test_a_run_of_other_parameters_beside_the_network_is_no_start(tmp_path):
+  exp = vdm.Experiment('gaussian_fields:debug')
+  exp.save(exp.init(), tmp_path)
+  leaves = {'train.start_from': str(tmp_path), 'decoder.learned_std': True}
+  with pytest.raises(ValueError, match=r'a run with config\.decoder\.learned_std=True, not'):
+    vdm.Experiment('gaussian_fields:debug', leaves).init()
+
+
 def test_microbatches_draw_the_same_signs():
   """A step that is taken by parts is the step in a piece."""
   states = {}

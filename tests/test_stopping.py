@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -81,6 +82,25 @@ def test_in_an_evaluation_an_import_ends_and_the_state_is_saved(tmp_path):
   inside = 'stop.listen()\nstop.defer()\ninside = stop.raising()\ninside.__enter__()'
   run = importing(tmp_path, inside, 'print("goes on", stop.agreed())')
   assert (run.returncode, run.stdout) == (0, 'goes on True\n')
+
+
+@pytest.mark.parametrize(('saves', 'status'), [(True, 0), (False, 75)])
+def test_what_a_callback_swallows_ends_nothing_that_is_to_be_saved(saves, status):
+  code = (
+    'import signal\n'
+    'from vdm.system.stopping import stop\n'
+    'class Callback:\n'
+    '  def __del__(self):\n'
+    '    signal.raise_signal(signal.SIGTERM)\n'
+    'stop.listen()\n'
+  )
+  if saves:
+    code += 'stop.defer()\ninside = stop.raising()\ninside.__enter__()\n'
+  code += 'it = Callback()\ndel it\n'
+  code += 'print("goes on", stop.agreed())\n'
+  run = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False)
+  assert run.returncode == status
+  assert run.stdout == ('goes on True\n' if saves else '')
 
 
 def test_after_the_end_nothing_is_raised():
@@ -202,13 +222,22 @@ def test_the_loss_of_another_process_ends_in_one_line_whatever_it_is_raised_as(
 ):
   statuses = []
   monkeypatch.setattr(os, '_exit', statuses.append)
-  cli._exit_if_lost(error)  # alone nobody can be lost
-  cli._exit_if_lost(ValueError('bad'))
-  assert not statuses
+  monkeypatch.setattr(cli, 'LEAVE_SECONDS', 0.0)
+  cli._leave_job(error)  # alone nobody can be lost
+  cli._leave_job(ValueError('bad'))
   monkeypatch.setattr(jax, 'process_count', lambda: 2)
-  cli._exit_if_lost(ValueError('bad'))
-  assert not statuses
-  cli._exit_if_lost(error)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  cli._leave_job(error)
   assert statuses == [134]
   (line,) = capsys.readouterr().err.splitlines()
   assert line.startswith('another process of the job was lost: ')
+
+
+def test_what_fails_in_one_process_does_not_wait_for_the_others(monkeypatch):
+  left = threading.Event()
+  monkeypatch.setattr(os, '_exit', lambda status: left.set())
+  monkeypatch.setattr(cli, 'LEAVE_SECONDS', 0.01)
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  cli._leave_job(ValueError('bad'))
+  assert left.wait(timeout=20)

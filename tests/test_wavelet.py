@@ -184,6 +184,19 @@ def test_a_cascade_is_bounded_and_drawn_stage_by_stage(stages):
   np.testing.assert_allclose(coarse, ordered[0][0].sample(ordered[0][1], 3), atol=1e-3)
 
 
+def test_samples_of_integers_with_noise_and_of_real_values_are_bytes():
+  drawn = np.array([-0.5, 0.4, 1.9, 15.2, 99.0])
+  np.testing.assert_array_equal(cascade.as_bytes(drawn, 16), [0, 0, 17, 255, 255])
+  np.testing.assert_array_equal(cascade.as_bytes(np.array([-2.0, 0.0, 2.0]), 0), [0, 127, 255])
+
+
+def test_stages_by_class_and_without_are_no_cascade(stages):
+  (exp, state), other = stages
+  by_class = vdm.Experiment(exp.config, {'model.class_conditional': True, 'data.num_classes': 10})
+  with pytest.raises(ValueError, match=r'alike in data\.name.* and model\.class_conditional'):
+    cascade.in_order([(by_class, state), other])
+
+
 def test_stages_that_are_no_cascade_are_refused(stages):
   with pytest.raises(ValueError, match=r"must be the stages .*coarse', 1.*haar_details', 1"):
     cascade.in_order(stages[:1])

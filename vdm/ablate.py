@@ -6,7 +6,7 @@
 
 The config has `base`, any complete config; `axes`, a dict from the name of an axis to a dict from a
 label to the blocks and leaves that it changes in the base (a block with a `name` replaces the
-base's); `evaluations`, the numbers of sampler steps at which samples are scored; and `reference`,
+base's, of which it takes the leaves that are None in it); `evaluations`, the numbers of sampler steps at which samples are scored; and `reference`,
 {axis: label} of the runs whose last loss the others are timed against, or {}. Runs are the
 product of the axes, each in a folder of its own; the same command goes on where it stopped. After
 every run DIR/results.csv, results.md, curves.csv and *.png are written anew from all that is there.
@@ -90,8 +90,15 @@ def _change(run: ConfigDict, axis: str, block: str, change: Any):
   if not isinstance(change, dict):
     run[block] = change
   elif 'name' in change:
+    for leaf in [leaf for leaf, value in change.items() if value is None]:
+      if leaf not in run[block]:
+        raise ValueError(
+          f'config.axes.{axis} takes {block}.{leaf} from config.base, which lacks it.'
+        )
     with run.unlocked():
-      run[block] = ConfigDict(change)
+      run[block] = ConfigDict(
+        {leaf: run[block][leaf] if value is None else value for leaf, value in change.items()}
+      )
   else:
     for leaf in change:
       if leaf not in run[block]:

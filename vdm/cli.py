@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import sys
+import threading
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -36,6 +37,9 @@ _PROCESS_ID = flags.DEFINE_integer('process_id', None, 'This process, with --coo
 _HEARTBEAT_SECONDS = flags.DEFINE_integer(
   'heartbeat_seconds', 100, 'A process that is silent for so long ends the job.'
 )
+
+
+LEAVE_SECONDS = 10.0  # that a process which failed waits for the others of its job
 
 
 # What JAX says where it has lost another process of the job.
@@ -97,10 +101,10 @@ def in_one_line(
     stop.close()
     sys.exit(status)
   except OSError as error:
-    _exit_if_lost(error)
+    _leave_job(error)
     sys.exit(f'{_of_file(error)}; what was written before is whole: the same command goes on.')
   except (ValueError, FloatingPointError) as error:
-    _exit_if_lost(error)
+    _leave_job(error)
     # What our own code refused is one line; what broke inside a library keeps its traceback.
     raised_in = pathlib.Path(traceback.extract_tb(error.__traceback__)[-1].filename)
     if pathlib.Path(vdm.__file__).parent not in raised_in.parents:
@@ -108,21 +112,30 @@ def in_one_line(
       raise
     sys.exit(str(error))
   except Exception as error:
-    _exit_if_lost(error)
+    _leave_job(error)
     _exit_if_full(error)
     raise
 
 
-def _exit_if_lost(error: Exception):
-  """Exits in one line where a library, in words and a class of its own, missed another process."""
+def _leave_job(error: Exception):
+  """Has a process that an error ends not wait for the others of its job, if it has any.
+
+  Where a library, in words and a class of its own, missed another process, it exits in one line.
+  """
   import jax
 
   from vdm.system import hosts
 
-  if (isinstance(error, TimeoutError) or LOST.search(str(error))) and jax.process_count() > 1:
+  if not jax.distributed.is_initialized() or jax.process_count() == 1:
+    return
+  if isinstance(error, TimeoutError) or LOST.search(str(error)):
     line = str(error).partition('\n')[0]
     print(f'another process of the job was lost: {line}', file=sys.stderr)
     os._exit(hosts.EXIT_LOST)  # an orderly end would wait for the other
+  # an orderly end waits for all of them: where all have the same error, that is at once
+  timer = threading.Timer(LEAVE_SECONDS, os._exit, (1,))
+  timer.daemon = True
+  timer.start()
 
 
 def _exit_if_full(error: Exception):

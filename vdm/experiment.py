@@ -259,7 +259,7 @@ class Experiment:
     if guidance is not None:
       kind = 'none' if guidance == 1 else 'classifier_free'
       config.sample.guidance.update(kind=kind, weight=float(guidance))
-    build.check_sampling(config.sample, self.schedule(state, params), config.train.label_dropout)
+    build.check_sampling(config.sample, self.schedule(state, params), self.model.takes)
     told: dict[str, Any] = dict(label=label, vector=vector, condition=condition, mask=mask)
     if all(value is None for value in told.values()):
       conditions = conditions_of(config.sample, config.data, config.model.class_conditional)

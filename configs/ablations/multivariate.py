@@ -36,7 +36,7 @@ def get_config(arg=''):
     base.checkpoint.update(every_steps=base.train.num_steps, keep=1)
     if arg == 'debug':
       default.debug(base)
-  ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}
+  ends = dict(log_snr_min=None, log_snr_max=None)  # None: those of base
   axes = dict(
     schedule={
       name: dict(schedule=dict(name=name, **ends, **leaves)) for name, leaves in SCHEDULES.items()

@@ -42,7 +42,7 @@ def get_config(arg=''):
     for rate in RATES[2:]
   }
   muon = {f'muon_{rate}': dict(optimizer=_of('muon', rate)) for rate in (*RATES[2:], '8e-3')}
-  ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}
+  ends = dict(log_snr_min=None, log_snr_max=None)  # None: those of base
   adaptive = dict(schedule=dict(name='adaptive', **ends))
   parts = dict(
     adaptive=dict(optimizer=_of('adamw', '4e-3')) | adaptive,

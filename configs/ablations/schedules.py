@@ -40,7 +40,7 @@ def get_config(arg=''):
     base.checkpoint.update(every_steps=1500, keep=1)
     if arg == 'debug':
       default.debug(base)
-  ends = {leaf: base.schedule[leaf] for leaf in ('log_snr_min', 'log_snr_max')}
+  ends = dict(log_snr_min=None, log_snr_max=None)  # None: those of base
   axes = dict(
     schedule={name: dict(schedule=dict(name=name, **ends)) for name in SCHEDULES},
     seed={str(seed): dict(seed=seed) for seed in range(3 if arg != 'debug' else 1)},

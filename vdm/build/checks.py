@@ -5,6 +5,7 @@ What one leaf must be by itself is in `leaves`.
 
 from ml_collections import ConfigDict
 
+from vdm.build.conditioning import Takes
 from vdm.build.factories import decoder, other_schedule, sampler, threshold
 from vdm.build.leaves import RULES, check_numbers, one_of, value_of
 from vdm.build.optimizer import ema_shares
@@ -72,6 +73,9 @@ def check_config(config: ConfigDict):
     "'static' or 'none' for data with masks, whose percentiles it does not know",
     'change it',
   )
+  for leaf in ('log_snr_min', 'log_snr_max'):
+    name, rule = config.schedule.name, f'beside its {leaf}, an end of the whole model'
+    require(leaf in config.schedule, 'config.schedule.name', name, rule, 'give both ends')
   made = decoder(config.decoder, config.data, config.schedule.log_snr_max)
   _check_decoder(made, config.eval)
   for leaf, none in OF_PICTURES.items() if made.is_density else ():
@@ -255,13 +259,13 @@ def _check_parameters(leaf: str, value: str, kept: tuple[str, ...]):
   require(set(chosen) <= set(kept), f'config.{leaf}', value, rule, remedy)
 
 
-def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):
-  """Refuses a sampler, threshold, grid or guidance of config.sample that a model cannot follow.
+def check_sampling(sample: ConfigDict, own: Schedule, takes: Takes):
+  """Refuses a sampler, grid, guidance or condition of config.sample that a model cannot follow.
 
   Args:
     sample: config.sample.
     own: the model's schedule, concrete.
-    label_dropout: of its training.
+    takes: which conditions the model takes, and whether it learned their lack.
   """
   sampler(sample.sampler)
   threshold(sample.threshold)
@@ -290,7 +294,7 @@ def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):
     'swap them',
   )
   require(
-    guidance.kind != 'classifier_free' or label_dropout > 0,
+    guidance.kind != 'classifier_free' or takes.lack_learned,
     'config.sample.guidance.kind',
     guidance.kind,
     "'none' or 'auto' for a model trained with all its labels",
@@ -302,6 +306,27 @@ def check_sampling(sample: ConfigDict, own: Schedule, label_dropout: float):
     guidance.checkpoint,
     'the workdir of the guiding run',
     'train a smaller or shorter run and name its --workdir',
+  )
+  require(
+    guidance.kind != 'none' or guidance.weight == 1,
+    'config.sample.guidance.weight',
+    guidance.weight,
+    "1 with config.sample.guidance.kind='none', which guides by nothing",
+    "choose the kind 'classifier_free' or 'auto'",
+  )
+  require(
+    sample.label == -1 or takes.num_classes > 0,
+    'config.sample.label',
+    sample.label,
+    '-1 for a model that is told no class',
+    'train with config.model.class_conditional=True',
+  )
+  require(
+    sample.embeddings == '' or takes.vector_size > 0,
+    'config.sample.embeddings',
+    sample.embeddings,
+    "'' for a model that is told no vector",
+    'train with config.data.embedding_size',
   )
 
 

@@ -65,8 +65,8 @@ def model(config: ConfigDict) -> Model:
     'choose one of these',
   )
   data, scan = config.data, scan_blocks(config.model)
-  flagged, dropout = is_flagged(config.model), config.train.label_dropout
-  takes = conditioning.of_config(data, class_conditional, dropout)
+  flagged = is_flagged(config.model)
+  takes = conditioning.of_config(data, class_conditional, config.train.label_dropout)
   unrolled = factories.factory(
     NETWORKS,
     'model',
@@ -109,7 +109,7 @@ def model(config: ConfigDict) -> Model:
     return learned.as_schedule(params['schedule'], told_of(size, conditions))
 
   own = as_schedule({'schedule': learned.init()})
-  check_sampling(config.sample, own, dropout)
+  check_sampling(config.sample, own, takes)
   factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
   decoder = factories.decoder(config.decoder, data, config.schedule.log_snr_max)
 

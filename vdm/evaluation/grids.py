@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from vdm import cards
 from vdm.errors import require
@@ -36,7 +37,8 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
       bounds = [s for s in series.values() if cards.is_bound(s[0]) and s[0]['params'] == params]
       rule, remedy = 'of which it has evaluations', 'the grid was evaluated with others'
       require(bool(bounds), 'config.eval.params', params, rule, remedy)
-      scored = max(bounds, key=len)  # what training evaluated, not somebody's look at a part of it
+      # what training evaluated, not somebody's look at a part of it or at more
+      scored = max(bounds, key=lambda found: (_is_of(found[0], config.eval), len(found)))
       metric = scored[0]['metric']  # bits_per_dim, or nats_per_dim of densities
       scalars, damaged = writers.read_scalars(path / 'tensorboard')
       for line in damaged:
@@ -48,12 +50,21 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
         'train_cv': scalars['train/diffusion_cv'],
         'distances': {},
       }
-      for scored in sorted(series.values(), key=len):  # the longest of a metric is training's
-        if cards.is_distance(scored[0]):
-          values = {card['step']: card['value'] for card in scored}
-          curves['distances'] |= {scored[0]['metric']: values}
+      distances = [s for s in series.values() if cards.is_distance(s[0])]
+      wanted = config.fid.train_images
+      distances.sort(key=lambda found: (cards.at(found[0], 'num_samples') == wanted, len(found)))
+      for scored in distances:  # the last of a metric is training's
+        values = {card['step']: card['value'] for card in scored}
+        curves['distances'] |= {scored[0]['metric']: values}
       scores = files.read_json(path / SCORES, 'remove it to have it measured again')
       yield {'labels': labels, 'metric': metric} | curves | scores
+
+
+def _is_of(card: dict[str, Any], settings: ConfigDict) -> bool:
+  """Returns whether a card was evaluated as config.eval says."""
+  own, wanted = cards.at(card, 'config.eval') or {}, settings.to_dict()
+  leaves = 'draws', 'seed', 'max_images', 'num_timesteps', 'schedule'
+  return all(own.get(leaf) == wanted[leaf] for leaf in leaves)
 
 
 def steps_to(curve: dict[int, float], loss: float) -> float:

@@ -107,12 +107,16 @@ def _named(runs: list[Run]) -> list[Html]:
   return [joined(chip(i), run.name) for i, run in enumerate(runs)]
 
 
+def _newest(run: Run) -> dict[str, dict]:
+  """Returns the newest card of each metric but likelihoods; of several, that of most samples."""
+  last = [s[-1] for s in run.series.values() if not cards.is_likelihood(s[0])]
+  last.sort(key=lambda card: (card['step'], cards.at(card, 'num_samples') or 0))
+  return {card['metric']: card for card in last}
+
+
 def _table(runs: list[Run]) -> Html:
   """Returns the newest numbers of the runs: the headline's, and of each other metric."""
-  newest = [
-    {s[-1]['metric']: s[-1] for s in run.series.values() if not cards.is_likelihood(s[0])}
-    for run in runs
-  ]
+  newest = [_newest(run) for run in runs]
   metrics = sorted({metric for own in newest for metric in own})
   rows = []
   for name, run, own in zip(_named(runs), runs, newest, strict=True):
@@ -126,16 +130,31 @@ def _table(runs: list[Run]) -> Html:
 
 
 def _verdict(runs: list[Run]) -> Html:
-  """Returns whether the headlines may be compared, as `vdm.cards` has it, and what else differs."""
+  """Returns whether the headlines may be compared, as `vdm.cards` has it, and what else differs.
+
+  Of the table's other metrics those are named that may not be.
+  """
   found = [(run, run.headline[-1]) for run in runs if run.headline]
   if len(found) < 2:
-    return element('p', 'There are no two numbers to compare.', class_='note')
+    told = [element('p', 'There are no two numbers to compare.', class_='note')]
+  else:
+    told = [_compared('likelihoods', found)]
+  newest = [(run, _newest(run)) for run in runs]
+  for metric in sorted({metric for _, own in newest for metric in own}):
+    found = [(run, own[metric]) for run, own in newest if metric in own]
+    if cards.compare([card for _, card in found])[0]:
+      told.append(_compared(metric, found))
+  return joined(*told)
+
+
+def _compared(what: str, found: list[tuple[Run, dict]]) -> Html:
+  """Returns what `cards.compare` says of a card of each of some runs, and which run is which."""
   reasons, notes = cards.compare([card for _, card in found])
   order = '; '.join(f'{i} is {run.name}' for i, (run, _) in enumerate(found, 1))
   if not reasons:
-    verdict = element('p', 'The likelihoods are comparable.')
+    verdict = element('p', f'The {what} are comparable.')
   else:
-    lines = (element('li', reason) for reason in reasons)
+    lines = (element('li', f'{what}: {reason}') for reason in reasons)
     verdict = element('ul', *lines, class_='damaged')
   others = folded('What else is not the same', element('ul', *(element('li', n) for n in notes)))
   return joined(verdict, others if notes else None, element('p', order, class_='note'))

@@ -168,7 +168,8 @@ def make_guidance(
   )
 
   def auto(params, guide_params, told):
-    own, weak = model.denoiser(params, told), other.denoiser(guide_params, told)
+    known = {name: told[name] for name in told if name in (*model.takes.names, 'valid')}
+    own, weak = model.denoiser(params, known), other.denoiser(guide_params, known)
     return guide(own, pair(own, weak), settings.weight, low, high)
 
   return auto, guide_state.averages['ema']

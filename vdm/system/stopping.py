@@ -127,11 +127,14 @@ class Stop:
       signal.signal(number, signal.SIG_IGN)
 
   def _swallowed(self, what):
-    """Ends the process where a callback of a library has swallowed `Stopped`."""
+    """Ends the process where a callback of a library has swallowed `Stopped`.
+
+    Not where it was to be caught to save: then the run stops at the next step, as `name` is set.
+    """
     if what.exc_type is not Stopped:
       if not any(text in str(what.exc_value) for text in HARMLESS):
         sys.__unraisablehook__(what)
-    elif self._owns_process and not self._deferred:
+    elif self._owns_process and not self._deferred and not self._saves:
       os._exit(EXIT_PREEMPTED)
 
   def _note(self, number, frame):

@@ -206,6 +206,12 @@ def _evaluate_and_save(job: Job, step: int, state: TrainState, now: Due):
     job.manager.wait_until_finished()
     checkpoint.save(job.snapshots, step, posthoc_ema.power_averages(state))
     job.snapshots.wait_until_finished()
+  if now.evaluation and jax.process_count() > 1:
+    # before: of several processes one cannot save alone, whatever ends its part of an evaluation
+    checkpoint.save(job.manager, step, state)
+    job.manager.wait_until_finished()
+    _make_up(job, step, state)
+    return
   scores: dict[str, float] = {}
   try:
     if now.evaluation:

@@ -143,8 +143,9 @@ class Meter:
     start = time.monotonic()
     self._line.update(self._task, status='evaluating or saving')
     yield
-    self._pauses.append(time.monotonic() - start)
-    self._clock += self._pauses[-1]
+    if self._clock is not None:  # a step has counted
+      self._pauses.append(time.monotonic() - start)
+      self._clock += self._pauses[-1]
 
   def close(self):
     """Takes the progress line away."""

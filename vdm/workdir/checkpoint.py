@@ -33,14 +33,22 @@ from vdm.workdir import integrity
 from vdm.workdir.layouts import as_written, named
 
 METRICS = 'bits_per_dim', 'nats_per_dim'  # by which checkpoints are ranked
-CheckpointManager = ocp.CheckpointManager
 # Devices share the work of saving a replicated array only if it is large: to slice it costs more.
 _SHARED_BYTES = 2**20
 
 
+class CheckpointManager(ocp.CheckpointManager):
+  """Keeps Orbax from asking JAX about preemption, by the step: `stopping` does, by its calls."""
+
+  def reached_preemption(self, step: int) -> bool:
+    """Returns False: the loop says when to save."""
+    del step
+    return False
+
+
 def manager(
   workdir: os.PathLike | str, keep: int | None = None, folder: str = 'checkpoints'
-) -> ocp.CheckpointManager:
+) -> CheckpointManager:
   """Opens `workdir/checkpoints`. Close it at the end: `close()` waits for the last save.
 
   Args:
@@ -75,14 +83,14 @@ def manager(
   }
   notes = directory / '*' / '_CHECKPOINT_METADATA'  # Orbax's own, of each step
   try:
-    return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+    return CheckpointManager(directory, options=options, item_handlers=handlers)
   except ValueError as error:
     remedy = 'remove the one that is no JSON object: it holds no array'
     raise files.Damaged(f'{notes} cannot be read ({error}); {remedy}.') from error
 
 
 def save(
-  manager: ocp.CheckpointManager, step: int, state: Any, metrics: Mapping[str, float] | None = None
+  manager: CheckpointManager, step: int, state: Any, metrics: Mapping[str, float] | None = None
 ) -> bool:
   """Starts to save `state`; returns False if `step` is there already.
 
@@ -127,12 +135,12 @@ def size_of(state: Any) -> float:
   return 1.1 * sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves) + 2e6
 
 
-def is_scored(manager: ocp.CheckpointManager, step: int) -> bool:
+def is_scored(manager: CheckpointManager, step: int) -> bool:
   """Returns whether the state of `step` was evaluated, to a finite end or not."""
   return any(name in METRICS for name in _metrics(manager.directory, step))
 
 
-def score(manager: ocp.CheckpointManager, step: int, metrics: Mapping[str, float]):
+def score(manager: CheckpointManager, step: int, metrics: Mapping[str, float]):
   """Gives the checkpoint of `step` its metrics, which were measured after it was saved."""
   if jax.process_index() == 0:
     path = manager.directory / str(step)
@@ -152,7 +160,7 @@ def best_step(manager: ocp.CheckpointManager) -> int | None:
 
 
 def restore(
-  manager: ocp.CheckpointManager,
+  manager: CheckpointManager,
   abstract_state: Any,
   step: int | None = None,
   set_aside: bool = True,
@@ -258,7 +266,7 @@ def _check_files(path: epath.Path) -> None:
     raise FileNotFoundError('array files are missing')
 
 
-def _set_aside(manager: ocp.CheckpointManager, paths: list[epath.Path]) -> None:
+def _set_aside(manager: CheckpointManager, paths: list[epath.Path]) -> None:
   """Renames each `<step>` to `<step>.corrupt`, which Orbax does not take for a checkpoint."""
   if not paths:
     return

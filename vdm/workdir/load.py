@@ -1,5 +1,6 @@
 """Reads a run by its own config, and writes nothing."""
 
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -97,18 +98,36 @@ def read_guide(workdir: str, model: build.Model, mesh: Mesh) -> tuple[build.Mode
   same = np.allclose(mine, its, rtol=1e-4, atol=1e-6)
   rule = 'a run with the same config.data.shift and scale'
   require(bool(same), field, workdir, rule, 'train it on the same data')
-  levels = {True: 'a path for each dimension', False: 'one for all dimensions'}
-  own, other = levels[model.multivariate], levels[guide.multivariate]
+  own, other = _paths_of(model), _paths_of(guide)
   kind = f'a run whose schedule has {own}, not {other}'
   require(own == other, field, workdir, kind, remedy)
   for name, one, two in model.takes.differences(guide.takes):
     require(False, field, workdir, f'a run with {name} {one}, not {two}', remedy)
+  more = ' and '.join(name for name in guide.takes.names if name not in model.takes.names)
+  rule = f'a run that learned to do without its {more}, which the model is not told'
+  require(guide.takes.lack_learned or not more, field, workdir, rule, remedy)
   return guide, _state(folder, build.init_state(config, guide), mesh, 'newest')
+
+
+def _paths_of(model: build.Model) -> str:
+  """Returns which dimensions have levels of their own: a network reads those of each place."""
+  if not model.multivariate:
+    return 'one path for all dimensions'
+  start = lambda key: model.schedule(model.init(key))(jnp.zeros(1))
+  shape = jax.eval_shape(start, jax.random.key(0)).shape
+  return f'a path for each {"dimension" if math.prod(shape[1:-1]) > 1 else "channel"}'
 
 
 # What a run that starts from another may change of its network: not what its parameters mean.
 _FREE = 'model.dropout', 'model.dtype', 'model.remat', 'model.scan_blocks'
-_KEPT = 'data.image_shape', 'data.num_classes', 'data.condition_shape', 'data.embedding_size'
+_KEPT = (
+  'data.image_shape',
+  'data.num_classes',
+  'data.condition_shape',
+  'data.embedding_size',
+  'data.masked',
+  'decoder.learned_std',
+)
 
 
 def check_start(start_from: str, leaves: Mapping[str, Any]):
@@ -128,8 +147,9 @@ def check_start(start_from: str, leaves: Mapping[str, Any]):
     kept -= {leaf for leaf in kept if leaf.startswith('schedule.')}
     kept |= {leaf for leaf in ('schedule.log_snr_min', 'schedule.log_snr_max') if leaf in leaves}
   for leaf in sorted(kept | set(_KEPT)):
-    same = leaf in _FREE or leaves.get(leaf) == its.get(leaf)
-    rule = f'a run with config.{leaf}={leaves.get(leaf)!r}, not {its.get(leaf)!r}'
+    own, other = leaves.get(leaf), its.get(leaf)
+    same = leaf in _FREE or own == other or not (own or other)  # an older run has it not at all
+    rule = f'a run with config.{leaf}={own!r}, not {other!r}'
     require(same, field, start_from, rule, 'give both the same')
 
 

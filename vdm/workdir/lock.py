@@ -28,9 +28,9 @@ SILENT_BEATS = 3  # after which the job of another host is taken to be gone
 def hold(workdir: os.PathLike | str) -> Iterator[None]:
   """Keeps other jobs out of a workdir, for as long as this one writes there.
 
-  To be called on every process; the first one holds the lock. A job of the same host that has
-  ended is passed over at once, however it ended; one of another host once it has shown no sign of
-  life for SILENT_BEATS.
+  To be called on every process; the first one holds the lock. A job of the same host, and there of
+  the same container, that has ended is passed over at once, however it ended; another one once it
+  has shown no sign of life for SILENT_BEATS.
 
   Raises:
     ValueError: another job writes there.
@@ -64,6 +64,7 @@ def _own() -> dict[str, Any]:
   """Returns what the file says of this job."""
   return {
     'host': socket.gethostname(),
+    'space': _space(),
     'pid': os.getpid(),
     'started': _start_of(os.getpid()),
     'since': time.strftime('%Y-%m-%d %H:%M:%S %z'),
@@ -93,7 +94,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
     found = files.read_json(path)
   except ValueError:
     return {}
-  return found if _own().keys() <= found.keys() else {}
+  return found if _own().keys() - {'space'} <= found.keys() else {}  # which older ones lack
 
 
 def _has(path: epath.Path, content: dict[str, Any]) -> bool:
@@ -102,7 +103,7 @@ def _has(path: epath.Path, content: dict[str, Any]) -> bool:
 
 def _is_gone(path: epath.Path, found: dict[str, Any]) -> bool:
   """Returns whether the job that holds the lock has ended."""
-  if found['host'] == socket.gethostname():
+  if (found['host'], found.get('space')) == (socket.gethostname(), _space()):
     started = _start_of(found['pid'])
     return not started or (found['started'] and started != found['started'])
   patience = SILENT_BEATS * BEAT_SECONDS
@@ -113,6 +114,15 @@ def _is_gone(path: epath.Path, found: dict[str, Any]) -> bool:
     if _life_of(path) != before:
       return False
   return True
+
+
+def _space() -> str:
+  """Returns what tells apart machines and containers of one name, whose process ids differ."""
+  try:
+    with open('/proc/sys/kernel/random/boot_id') as file:
+      return f'{file.read().strip()} {os.readlink("/proc/self/ns/pid")}'
+  except OSError:  # where there is no /proc
+    return ''
 
 
 def _start_of(pid: int) -> str:
@@ -144,6 +154,9 @@ def _life_of(path: epath.Path) -> Any:
 def _beat(path: epath.Path, own: dict[str, Any], ended: threading.Event):
   """Shows a sign of life until the job has ended."""
   while not ended.wait(BEAT_SECONDS):
+    if (found := _read(path)) and found != own:
+      logging.error('%s is now of process %d of %s', path, found['pid'], found['host'])
+      return
     try:
       if '://' in str(path):
         files.write(path, json.dumps(own))
