@@ -93,6 +93,13 @@ def _scored(made: str, other: str, count: int, code: str, *flags: str) -> Pictur
   return Picture(('python examples/other_sets.py RUNS/tfds RUNS', score), made, (code,))
 
 
+_TFDS = '--config.data.dir=RUNS/tfds'
+_STAGES = tuple(
+  f'python -m vdm.main --config=configs/fashion_mnist_haar.py:{stage} {_TFDS} '
+  f'--workdir=RUNS/{stage} --config.train.num_steps=1935 --config.train.eval_every_steps=645 '
+  '--config.checkpoint.every_steps=645'
+  for stage in ('coarse2', 'details2', 'details1')
+)
 _PLOTS, _FIELDS = 'vdm/evaluation/plots.py', 'vdm/evaluation/field_plots.py'
 _DIGITS = 'python -m vdm.main --config=configs/digits.py --workdir=RUNS/digits'
 _NET = '--config.schedule.name=learned_net'
@@ -176,6 +183,20 @@ PICTURES = {
     ),
     'loss_grid/loss_grid_samples.png',
     ('benchmarks/loss_grid.py:samples',),
+  ),
+  'cascade_samples': Picture(
+    (
+      *_STAGES,
+      'python -m benchmarks.cascade RUNS/coarse2 RUNS/details2 RUNS/details1 --draws=2 '
+      '--max_images=200 --out=RUNS/cascade_samples.png',
+    ),
+    'cascade_samples.png',
+    ('vdm/sampling/picture.py:image_grid', 'benchmarks/cascade.py:as_bytes'),
+  ),
+  'cascade_pixels': Picture(
+    (f'python -m vdm.main --config=configs/fashion_mnist.py {_TFDS} --workdir=RUNS/pixels',),
+    'pixels/samples/step_*.png',
+    ('vdm/sampling/picture.py:image_grid',),
   ),
   'multivariate_bits_per_dim': _curves('multivariate', 'bits_per_dim', 'plot_lines'),
   'front_cifar10': _curves('front_cifar10', 'bits_per_dim', 'plot_lines'),

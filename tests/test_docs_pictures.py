@@ -34,7 +34,7 @@ def test_no_picture_is_older_than_the_code_that_draws_it(pictures):
 @pytest.fixture
 def copy(tmp_path, pictures):
   """The files that draw, to be edited: (file, *edits) -> the pictures that are others then."""
-  drawing = ['benchmarks/campaign/soak.py', 'benchmarks/loss_grid.py']
+  drawing = [f'benchmarks/{name}.py' for name in ('campaign/soak', 'loss_grid', 'cascade')]
   places = [*pictures.DRAWING.values(), *drawing, 'examples', 'docs']
   for place in places:
     target = tmp_path / place
@@ -66,11 +66,12 @@ def test_a_change_of_what_draws_is_seen_and_of_nothing_else(copy, pictures):
   assert copy(fields, ('aspect=12', 'aspect=11')) == both  # by way of what draws rows
   assert copy(fields, ('CELL = 1.5', 'CELL = 1.6')) == both
   copy(fields)
-  grids = {'digits_samples', 'fashion_mnist_full_samples', 'fashion_mnist_guidance'}
+  plain = {'digits_samples', 'cascade_samples', 'cascade_pixels'}  # of no line or word
+  grids = {*plain, 'fashion_mnist_full_samples', 'fashion_mnist_guidance'}
   assert copy('vdm/sampling/picture.py', ('GAP = 2', 'GAP = 3')) == grids
   copy('vdm/sampling/picture.py')
   of_style = copy('vdm/style.py', ("'lines.linewidth': 1.5", "'lines.linewidth': 2"))
-  assert of_style == set(pictures.PICTURES) - {'digits_samples'}  # whose grid has no line or word
+  assert of_style == set(pictures.PICTURES) - plain
   names = {'weightings_loss', 'digits_schedule', 'digits_training'}
   assert names <= copy('vdm/style.py', ('(1.04, place)', '(1.1, place)'))
   copy('vdm/style.py')
