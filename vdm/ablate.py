@@ -6,11 +6,12 @@
 
 The config has `base`, any complete config; `axes`, a dict from the name of an axis to a dict from a
 label to the blocks and leaves that it changes in the base (a block with a `name` replaces the
-base's, of which it takes the leaves that are None in it); `evaluations`, the numbers of sampler steps at which samples are scored; and `reference`,
-{axis: label} of the runs whose last loss the others are timed against, or {}. Runs are the
-product of the axes, each in a folder of its own; the same command goes on where it stopped. After
-every run DIR/results.csv, results.md, curves.csv and *.png are written anew from all that is there.
-An axis called `seed` is what means and spreads are over.
+base's, of which it takes the leaves that are None in it); `evaluations`, the numbers of sampler
+steps at which samples are scored; and `reference`, {axis: label} of the runs whose last loss the
+others are timed against, or {}. Runs are the product of the axes, each in a folder of its own; the
+same command goes on where it stopped. After every run DIR/results.csv, results.md, curves.csv and
+*.png are written anew from all that is there. An axis called `seed` is what means and spreads are
+over.
 """
 
 import itertools
