@@ -160,6 +160,17 @@ def test_changes_of_what_is_not_there_are_refused(change, message):
     ablate.expand(config_of(a=dict(b=change)))
 
 
+def test_the_density_of_the_times_is_one():
+  ends = {'log_snr': [4.0, 1.0, -1.0, -3.0], 'weight': [1.0] * 4, 'fd_pixels': {}}
+  run = ends | dict(metric='bits_per_dim', bound={}, train_loss={1: 1.0}, train_cv={}, distances={})
+  rows = [row for row in grids.curves_of({'a': [run]}) if row[0] == 'density']
+  assert [(float(x), float(mean)) for _, _, x, mean, *_ in rows] == [
+    (2.5, 0.11111),
+    (0.0, 0.16667),
+    (-2.0, 0.16667),
+  ]
+
+
 def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatch):
   trained = []
 

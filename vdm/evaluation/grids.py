@@ -168,7 +168,8 @@ def curves_of(groups: dict[str, list[dict]]) -> list[tuple]:
 
   def density(run):
     log_snr = np.array(run['log_snr'])
-    return (log_snr[1:] + log_snr[:-1]) / 2, -1 / (np.diff(log_snr) * len(log_snr))
+    steps = -np.diff(log_snr)
+    return log_snr[1:] + steps / 2, 1 / (steps * len(steps))  # equal shares of the times
 
   runs = [run for members in groups.values() for run in members]
   points = {
