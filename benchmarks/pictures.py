@@ -100,6 +100,7 @@ _STAGES = tuple(
   '--config.checkpoint.every_steps=645'
   for stage in ('coarse2', 'details2', 'details1')
 )
+_LARGE = ','.join(map(str, range(18, 36)))  # runs with patches of 4 x 4 and 7 x 7
 _PLOTS, _FIELDS = 'vdm/evaluation/plots.py', 'vdm/evaluation/field_plots.py'
 _DIGITS = 'python -m vdm.main --config=configs/digits.py --workdir=RUNS/digits'
 _NET = '--config.schedule.name=learned_net'
@@ -182,6 +183,25 @@ PICTURES = {
       'python -m benchmarks.loss_grid --runs=RUNS/loss_grid',
     ),
     'loss_grid/loss_grid_samples.png',
+    ('benchmarks/loss_grid.py:samples',),
+  ),
+  'loss_grid_fashion_mnist': Picture(
+    (
+      'python -m benchmarks.loss_grid --table=docs/loss_grid_fashion_mnist.csv '
+      '--plot=RUNS/loss_grid_fashion_mnist.png',
+    ),
+    'loss_grid_fashion_mnist.png',
+    ('benchmarks/loss_grid.py:plot',),
+    'docs/loss_grid_fashion_mnist.csv',
+  ),
+  'loss_grid_fashion_mnist_samples': Picture(
+    (
+      'python -m vdm.ablate --config=configs/ablations/loss_grid.py:fashion_mnist '
+      f'--workdir=RUNS/garments_grid --config.base.data.dir=RUNS/tfds --index={_LARGE}',
+      'python -m benchmarks.loss_grid --runs=RUNS/garments_grid '
+      '--table=docs/loss_grid_fashion_mnist.csv',
+    ),
+    'garments_grid/loss_grid_samples.png',
     ('benchmarks/loss_grid.py:samples',),
   ),
   'cascade_samples': Picture(
