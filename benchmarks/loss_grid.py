@@ -4,8 +4,8 @@
   python -m benchmarks.loss_grid --plot=OUT.png    # draws docs/loss_grid.csv
 
 DIR is that of `python -m vdm.ablate --config=configs/ablations/loss_grid.py --workdir=DIR`. Once no
-cell is missing, samples of all are drawn too, DIR/loss_grid_samples.png. With
---table=docs/loss_grid_fashion_mnist.csv it is all of the other data set.
+cell is missing, samples of all are drawn too, DIR/loss_grid_samples.png. The table of Fashion-MNIST
+is read and written with --table=docs/loss_grid_fashion_mnist.csv.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a card says, how it is written, and how those of a workdir are read."""
+"""Writes cards, reads those of a workdir, and says in words what they are."""
 
 import importlib.metadata
 import math

@@ -129,7 +129,7 @@ class Stop:
   def _swallowed(self, what):
     """Ends the process where a callback of a library has swallowed `Stopped`.
 
-    Not where it was to be caught to save: then the run stops at the next step, as `name` is set.
+    It does not where `Stopped` was to be caught to save: the run then stops at its next step.
     """
     if what.exc_type is not Stopped:
       if not any(text in str(what.exc_value) for text in HARMLESS):

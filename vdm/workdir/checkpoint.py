@@ -148,12 +148,12 @@ def score(manager: CheckpointManager, step: int, metrics: Mapping[str, float]):
     files.write(path / 'manifest' / 'metadata', json.dumps(body | {'crc32': _crc32(body)}))
 
 
-def latest_step(manager: ocp.CheckpointManager) -> int | None:
+def latest_step(manager: CheckpointManager) -> int | None:
   """Returns the newest step, or None."""
   return manager.latest_step()
 
 
-def best_step(manager: ocp.CheckpointManager) -> int | None:
+def best_step(manager: CheckpointManager) -> int | None:
   """Returns the step with the best likelihood, or None if no checkpoint has one."""
   manager.wait_until_finished()
   return _best({step: _rank(manager.directory, step) for step in manager.all_steps()})

@@ -28,9 +28,9 @@ SILENT_BEATS = 3  # after which the job of another host is taken to be gone
 def hold(workdir: os.PathLike | str) -> Iterator[None]:
   """Keeps other jobs out of a workdir, for as long as this one writes there.
 
-  To be called on every process; the first one holds the lock. A job of the same host, and there of
-  the same container, that has ended is passed over at once, however it ended; another one once it
-  has shown no sign of life for SILENT_BEATS.
+  To be called on every process; the first one holds the lock. A job of the same host and container
+  that has ended is passed over at once, however it ended; any other one once it has shown no sign
+  of life for SILENT_BEATS.
 
   Raises:
     ValueError: another job writes there.
