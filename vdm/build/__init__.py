@@ -1,11 +1,12 @@
 """The one bridge from a config to objects, and the checks that need no device."""
 
 from vdm.build.bounds import within_bounds
-from vdm.build.checks import check_config, check_devices, check_ode, check_sampling, works_on
+from vdm.build.checks import check_config, check_devices, check_ode, works_on
 from vdm.build.factories import other_schedule, sampler, schedule, threshold
 from vdm.build.model import Model, model
 from vdm.build.optimizer import ema_shares, optimizer
 from vdm.build.platform import dtype, for_platform, scan_blocks
+from vdm.build.sample_checks import check_sampling
 from vdm.build.state import InitState, init_state
 
 ORDER = (
@@ -15,6 +16,7 @@ ORDER = (
   'optimizer',
   'leaves',
   'checks',
+  'sample_checks',
   'bounds',
   'model',
   'by_hand',

@@ -1,16 +1,14 @@
 """Refuses what no run could use, before anything is compiled or written; needs no device.
 
-What one leaf must be by itself is in `leaves`.
+What one leaf must be by itself is in `leaves`, what config.sample must be in `sample_checks`.
 """
 
 from ml_collections import ConfigDict
 
-from vdm.build.conditioning import Takes
-from vdm.build.factories import decoder, other_schedule, sampler, threshold
+from vdm.build.factories import decoder
 from vdm.build.leaves import RULES, check_numbers, one_of, value_of
 from vdm.build.optimizer import ema_shares
 from vdm.diffusion.decoders import Decoder
-from vdm.diffusion.gaussian import Schedule, is_multivariate
 from vdm.errors import require
 
 # leaves of config.model that every network has
@@ -257,77 +255,6 @@ def _check_parameters(leaf: str, value: str, kept: tuple[str, ...]):
   chosen = value.split(',') if leaf == 'eval.params' else [value]
   rule, remedy = f'among {", ".join(kept)}', 'config.ema says which averages are kept'
   require(set(chosen) <= set(kept), f'config.{leaf}', value, rule, remedy)
-
-
-def check_sampling(sample: ConfigDict, own: Schedule, takes: Takes):
-  """Refuses a sampler, grid, guidance or condition of config.sample that a model cannot follow.
-
-  Args:
-    sample: config.sample.
-    own: the model's schedule, concrete.
-    takes: which conditions the model takes, and whether it learned their lack.
-  """
-  sampler(sample.sampler)
-  threshold(sample.threshold)
-  other_schedule(sample.grid, 'sample.grid', own)
-  require(
-    not sample.denoise_last or sample.num_steps > 1,
-    'config.sample.num_steps',
-    sample.num_steps,
-    '2 or more with config.sample.denoise_last=True',
-    'the last step only denoises',
-  )
-  churn = sample.sampler.s_churn if 's_churn' in sample.sampler else 0.0
-  require(
-    not (churn > 0 and is_multivariate(own)),
-    'config.sample.sampler.s_churn',
-    churn,
-    '0 under a multivariate schedule, whose path it leaves',
-    'ancestral and dpmpp_2m_sde add noise along the path',
-  )
-  guidance = sample.guidance
-  require(
-    guidance.log_snr_min < guidance.log_snr_max,
-    'config.sample.guidance.log_snr_min',
-    guidance.log_snr_min,
-    f'below config.sample.guidance.log_snr_max={guidance.log_snr_max}',
-    'swap them',
-  )
-  require(
-    guidance.kind != 'classifier_free' or takes.lack_learned,
-    'config.sample.guidance.kind',
-    guidance.kind,
-    "'none' or 'auto' for a model trained with all its labels",
-    'train with config.model.class_conditional=True and config.train.label_dropout=0.1',
-  )
-  require(
-    guidance.kind != 'auto' or guidance.checkpoint != '',
-    'config.sample.guidance.checkpoint',
-    guidance.checkpoint,
-    'the workdir of the guiding run',
-    'train a smaller or shorter run and name its --workdir',
-  )
-  require(
-    guidance.kind != 'none' or guidance.weight == 1,
-    'config.sample.guidance.weight',
-    guidance.weight,
-    "1 with config.sample.guidance.kind='none', which guides by nothing",
-    "choose the kind 'classifier_free' or 'auto'",
-  )
-  require(
-    sample.label == -1 or takes.num_classes > 0,
-    'config.sample.label',
-    sample.label,
-    '-1 for a model that is told no class',
-    'train with config.model.class_conditional=True',
-  )
-  require(
-    sample.embeddings == '' or takes.vector_size > 0,
-    'config.sample.embeddings',
-    sample.embeddings,
-    "'' for a model that is told no vector",
-    'train with config.data.embedding_size',
-  )
 
 
 def check_devices(config: ConfigDict, num_devices: int):

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from vdm.build import conditioning, factories
-from vdm.build.checks import check_config, check_sampling, is_flagged
+from vdm.build.checks import check_config, is_flagged
 from vdm.build.platform import dtype, scan_blocks
+from vdm.build.sample_checks import check_sampling
 from vdm.diffusion.adaptive import Adaptive
 from vdm.diffusion.decoders import Decoder
 from vdm.diffusion.gaussian import Denoiser, Prediction, Schedule, end_levels, mean_over_dims
