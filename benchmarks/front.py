@@ -133,7 +133,7 @@ def records(runs: pathlib.Path, data: str) -> list[dict]:
   by_name = {grids.folder(labels): flat(plain(config)) for labels, config in grid}
   for run in grids.collect(runs / data, grid):
     folder = grids.folder(run['labels'])
-    leaves, own = flat(saved_config(runs / data / folder)), by_name.get(folder, {})
+    leaves, own = flat(saved_config(runs / data / folder)), by_name[folder]
     settings = {leaf: leaves[f'{block}.{leaf}'] for block, leaf in SETTINGS}
     told = {f'{block}.{leaf}' for block, leaf in SETTINGS}
     changed = {

@@ -24,8 +24,8 @@ def found():
   return [
     run('public_1e-3', 0, falling(1)),
     run('public_2e-4', 0, falling(0.1)),
-    run('fast', 0, falling(2, 0.1)),
-    run('fast', 1, falling(2, -0.1)),
+    run('muon_8e-3', 0, falling(2, 0.1)),
+    run('muon_8e-3', 1, falling(2, -0.1)),
   ]
 
 
@@ -43,10 +43,10 @@ def test_chosen_runs_are_those_of_the_recipes_and_the_first_seeds():
 def test_shares_of_the_steps_of_the_best_public_recipe(found):
   head, _, *rows = front.table(found, '')
   cells = {row.split('|')[1].strip(): [c.strip() for c in row.split('|')[2:-1]] for row in rows}
-  assert list(cells) == ['fast', '**public_1e-3**', 'public_2e-4']  # by the value at the end
+  assert list(cells) == ['muon_8e-3', '**public_1e-3**', 'public_2e-4']  # by the value at the end
   assert head.split('|')[4].strip() == '4.00 (100)'
   # at 100 steps it is at 3 already, below the level of 4: its first evaluation is all that is known
-  assert cells['fast'] == ['2', '-3.000 ± 0.141', '1.00', '0.50', '0.50', '0.50']
+  assert cells['muon_8e-3'] == ['2', '-3.000 ± 0.141', '1.00', '0.50', '0.50', '0.50']
   assert cells['**public_1e-3**'] == ['1', '1.000', '1.00', '1.00', '1.00', '1.00']
   assert cells['public_2e-4'] == ['1', '4.600', 'never', 'never', 'never', 'never']
 
@@ -58,7 +58,7 @@ def test_another_reference(found):
 
 def test_seeds_are_compared_at_steps_that_all_of_them_have(found):
   found[3]['bound'].pop(200)
-  steps, mean, least, greatest = front.curves_of(found)['fast']
+  steps, mean, least, greatest = front.curves_of(found)['muon_8e-3']
   np.testing.assert_array_equal(steps, [100, 300, 400])
   np.testing.assert_allclose(mean, [3, -1, -3])
   np.testing.assert_allclose(greatest - least, 0.2)
@@ -116,10 +116,10 @@ def test_the_page_keeps_its_runs_and_takes_others_in(ran, found, tmp_path):
   whole = (tmp_path / 'front.md').read_text()
   page = tmp_path / 'apart' / 'front.md'
   page.parent.mkdir()
-  for some in ([found[2], run('fast', 1, {100: 9.0})], [], [found[3], found[0]], [found[1]]):
+  for some in ([found[2], run('muon_8e-3', 1, {100: 9.0})], [], [found[3], found[0]], [found[1]]):
     ran(some, 'digits')
     assert front.main([f'--runs={tmp_path}', f'--page={page}']) == 0
-  assert page.read_text() == whole  # the second seed of `fast` was made anew
+  assert page.read_text() == whole  # the second seed of `muon_8e-3` was made anew
 
 
 def test_runs_of_other_steps_are_not_set_side_by_side(found, tmp_path):

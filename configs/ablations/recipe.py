@@ -10,6 +10,9 @@ public VDM code does, the other `public_*` the same with its learning rate tuned
 better recipe has to beat. `muon_adaptive_fast` is that of configs/digits.py, `muon_8e-3` that of
 fashion_mnist_uvit.py. --config=...:debug has one seed and four steps.
 
+`fast_*` is `muon_adaptive_fast` with one thing changed: of Adam, for what Muon is not for, `b2` and
+`eps`. `fast_ema` is evaluated with averaged parameters, all others with those as trained.
+
 `python -m benchmarks.front` runs a choice of them, and writes a page.
 """
 
@@ -59,7 +62,7 @@ def get_config(arg=''):
     muon_ends=dict(optimizer=_of('muon', '4e-3') | dict(schedule_rate=10.0)),
   )
   axes = dict(
-    recipe=tuned | decayed | muon | parts,
+    recipe=tuned | decayed | muon | parts | _knobs(parts['muon_adaptive_fast']),
     seed={str(seed): dict(seed=seed) for seed in range(3 if arg != 'debug' else 1)},
   )
   reference = dict(recipe='public_2e-4')
@@ -68,6 +71,25 @@ def get_config(arg=''):
 
 def _of(kind, rate, decay='linear'):
   return dict(kind=kind, learning_rate=float(rate), decay=decay, clip_norm=1.0)
+
+
+def _knobs(fast):
+  """Returns the recipe `fast` with one thing changed at a time, by name."""
+  optimizer = {
+    'warmup_0': dict(warmup_steps=0),
+    'warmup_300': dict(warmup_steps=300),
+    'b2_95': dict(b2=0.95),
+    'b2_999': dict(b2=0.999),
+    'eps_1e-4': dict(eps=1e-4),
+    'weight_decay_0': dict(weight_decay=0.0),
+    'clip_0': dict(clip_norm=0.0),
+    'cosine': dict(decay='cosine'),
+    'rate_double': dict(learning_rate=1.6e-2),
+  }
+  knobs = {name: dict(optimizer=fast['optimizer'] | change) for name, change in optimizer.items()}
+  knobs['velocity'] = dict(model=dict(output='v'))
+  knobs['ema'] = dict(eval=dict(params='ema'))
+  return {f'fast_{name}': fast | change for name, change in knobs.items()}
 
 
 def _fashion_mnist():
