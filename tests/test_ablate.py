@@ -115,7 +115,7 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
     def __init__(self, command, env):
       started.append(command[1:])
       assert env['JAX_NUM_CPU_DEVICES'] == '1' and env['PATH'] == os.environ['PATH']
-      self.status = 75 if command[-1] == '--index=4' else 0
+      self.status = {'--index=1,7': 1, '--index=4': 75}.get(command[-1], 0)
 
     def wait(self):
       return self.status
@@ -212,7 +212,7 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   ablate.flags.FLAGS.mark_as_parsed()
   config = config_of(reference=dict(weighting='elbo'), **AXES)
   assert ablate.run(config, epath.Path(tmp_path)) == 75
-  assert ablate.run(config, epath.Path(tmp_path)) == 0
+  assert ablate.run(config, epath.Path(tmp_path)) == 1  # all are done but for the one that failed
   assert trained == ['elbo+0', 'elbo+1', 'elbo+1', 'wide+0', 'wide+1']
   rows = list(csv.DictReader((tmp_path / 'results.csv').read_text().splitlines()))
   assert [(r['weighting'], r['seed'], float(r['bits_per_dim'])) for r in rows] == [
@@ -241,7 +241,7 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
     ablate.run(other.lock(), epath.Path(tmp_path))
   other = ConfigDict(config.to_dict())
   other.base.sample.batch_size *= 2  # makes no other figures
-  assert ablate.run(other.lock(), epath.Path(tmp_path)) == 0
+  assert ablate.run(other.lock(), epath.Path(tmp_path)) == 1  # that one failed again
   scores = tmp_path / 'elbo+1' / grids.SCORES
   scores.write_text(scores.read_text().replace('"2":', '"3":'))
   grids.write_results(epath.Path(tmp_path), ablate.expand(config), {})

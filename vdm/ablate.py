@@ -150,7 +150,10 @@ def _indices(count: int) -> list[int]:
 
 
 def _share(indices: list[int]) -> int:
-  """Deals the runs out to --workers processes; returns the first status that is not 0, or 0."""
+  """Deals the runs out to --workers processes; returns the greatest status that is not 0, or 0.
+
+  So where one has a run that failed, 1, and another one was stopped, the grid is to go on, 75.
+  """
   hands = (indices[k :: _WORKERS.value] for k in range(_WORKERS.value))
   env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # one core each
   children = [
@@ -165,7 +168,8 @@ def _share(indices: list[int]) -> int:
     if hand
   ]
   try:
-    return next((status for status in [child.wait() for child in children] if status), 0)
+    statuses = sorted((child.wait() for child in children), reverse=True)
+    return next((status for status in statuses if status), 0)
   finally:
     for child in children:  # where this process is stopped, they save and stop as well
       child.terminate()
@@ -184,7 +188,11 @@ def _check_same(path: pathlib.Path, run_config: ConfigDict):
 
 
 def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
-  """Runs what is left of the grid, or of run --index alone, and writes the results."""
+  """Runs what is left of the grid, or of run --index alone, and writes the results.
+
+  Returns:
+    An exit status: 0, 1 where runs failed, with the others done, or that of a run that was stopped.
+  """
   runs, reference = expand(grid), grid.reference.to_dict()
   indices = _indices(len(runs))
   if _WORKERS.value < 1:
@@ -201,6 +209,7 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
     write_results(workdir, runs, reference)
     return status
   hosts.keep_compiled()
+  failed = []
   for number in indices:
     labels, run_config = runs[number]
     path = workdir / folder(labels)
@@ -211,6 +220,7 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
       status = loop.train(run_config, path)
     except FloatingPointError as error:
       logging.error('%s: %s; the grid goes on without it.', path, error)
+      failed.append(folder(labels))
       continue
     if status:
       return status
@@ -218,7 +228,9 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
     jax.clear_caches()  # of programs that no other run uses
     write_results(workdir, runs, reference)
   write_results(workdir, runs, reference)
-  return 0
+  if failed:
+    logging.error('%d of %d runs failed: %s', len(failed), len(indices), ', '.join(failed))
+  return 1 if failed else 0
 
 
 def _main(argv):
