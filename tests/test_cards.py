@@ -30,6 +30,7 @@ CARD = {
   'step': 100,
   'dtype': 'float32',
   'config': {
+    'model': {'class_conditional': True},
     'schedule': {'name': 'learned_net'},
     'eval': {
       'num_timesteps': 0,
@@ -73,7 +74,7 @@ def changed(card, path, value):
       'data.full_name: imagenet_resized/32x32/0.1.0 (1, 3); downsampled_imagenet/32x32/2.0.0 (2): '
       'another data set or version, with other pixels',
     ),
-    (CARD, 'conditions', 'none', 'conditions: given (1, 3); none (2): log p(x | y), or log p(x)'),
+    (CARD, 'conditions', 'none', 'conditions: class (1, 3); none (2): log p(x | y), or log p(x)'),
     (CARD, 'data.split', 'train', 'data.split: validation (1, 3); train (2): other images'),
     (CARD, 'num_images', 500, 'num_images: 10000 (1, 3); 500 (2): other images'),
     (CARD, 'data.num_values', 32, 'data.num_values: 256 (1, 3); 32 (2): another vocabulary'),
@@ -129,6 +130,24 @@ def test_equal_cards_and_older_ones_are_comparable():
   assert cards.compare([CARD, CARD, older]) == ([], [])
 
 
+def test_likelihoods_are_compared_by_what_the_model_was_told():
+  """A card of an evaluation does not say it: the model takes it, and the data has it."""
+  by_class, alone = CARD, changed(CARD, 'config.model.class_conditional', False)
+  vector = changed(changed(alone, 'data.vector_size', 3), 'data.sha256_conditions_first_64', 'aa')
+  reason = 'not comparable, conditions: class (1); none (2): log p(x | y), or log p(x)'
+  assert cards.compare([by_class, alone])[0] == [reason]
+  assert 'conditions: none (1); vector of 3 (2)' in cards.compare([alone, vector])[0][0]
+  others = changed(vector, 'data.sha256_conditions_first_64', 'bb')
+  (line,) = cards.compare([vector, others])[0]
+  assert line.endswith('aa (1); bb (2): other conditions, or another mask')
+  # --mode=likelihood without conditions, beside an evaluation of a model that takes none
+  for card in (by_class, vector, alone):
+    assert cards.compare([changed(card, 'conditions', 'none'), alone]) == ([], [])
+  masked = changed(changed(alone, 'data.masked', True), 'data.sha256_conditions_first_64', 'aa')
+  (line,) = cards.compare([masked, changed(masked, 'data.sha256_conditions_first_64', 'bb')])[0]
+  assert line.endswith('another mask')
+
+
 def test_both_errors_of_an_exact_likelihood_are_named():
   ode = changed(CARD, 'bound', 'probability-flow ODE, uniform dequantisation')
   other = changed(ode, 'config.eval.ode.importance_samples', 8)
@@ -136,6 +155,8 @@ def test_both_errors_of_an_exact_likelihood_are_named():
   assert 'K = 1 (1); ODE, uniform dequantisation, K = 8 (2)' in reason
   _, notes = cards.compare([CARD, ode])
   assert 'note, stderr_over: draws (1); images (2)' in notes
+  of_draws = changed(ode, 'stderr_over', 'draws')  # of --mode=likelihood
+  assert cards.compare([ode, of_draws])[1] == ['note, stderr_over: images (1); draws (2)']
 
 
 def write(folder, name, content):

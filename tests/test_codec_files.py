@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import struct
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,9 @@ pytest.importorskip('constriction')
 import vdm
 from vdm import build, codec
 from vdm.build.conditioning import Takes
-from vdm.codec import coder, container, curve, message, rivals, shared
+from vdm.codec import coder, container, curve, message, report, rivals, shared
 from vdm.codec.__main__ import main
+from vdm.codec.inputs import Inputs
 from vdm.data.gaussian_field import GaussianField
 from vdm.diffusion import continuous, decoders, gaussian, schedules
 
@@ -496,6 +498,35 @@ def test_a_report_under_a_mask_is_of_what_counts(run, tmp_path):
     *('--group_size=6', f'--out={tmp_path}/it.vdm'),
   )
   assert f'net {length["net"]:.4f} bits/dim' in written[1]
+
+
+@pytest.mark.slow
+def test_images_of_few_dimensions_that_count_weigh_little_in_a_report(run, tmp_path):
+  """What they take for each dimension is far more; images of integers of any type are the same."""
+  changes = {'data.masked': True, 'model.width': 8, 'model.num_blocks': 1, 'model.norm_groups': 2}
+  exp = vdm.Experiment('digits', changes)
+  exp.save(exp.init(), tmp_path / 'run')
+  images, mask = np.full((32, 8, 8, 1), 8), np.ones((32, 8, 8, 1))
+  images[16:] = np.random.default_rng(0).integers(0, 2, (16, 8, 8, 1)) * 16
+  mask[16:, 2:], mask[16:, :, 2:] = 0, 0
+  np.savez(tmp_path / 'it.npz', images=images, mask=mask)
+  status, _ = run(
+    *('report', f'--workdir={tmp_path}/run', f'--images={tmp_path}/it.npz', '--num_timesteps=20'),
+    *('--draws=16', '--group_size=32', f'--out={tmp_path}/report'),
+  )
+  assert status == 0
+  (length,) = json.loads((tmp_path / 'report' / 'report.json').read_text())['lengths']
+  assert length['net'] == pytest.approx(length['bound']['value'], rel=0.1)
+
+
+def test_other_codecs_take_images_as_they_were_coded(tmp_path, monkeypatch):
+  seen = []
+  monkeypatch.setattr(report, 'rows_of', lambda lengths, inputs: seen.append(inputs.images) or [])
+  decoder = types.SimpleNamespace(dtype=np.dtype(np.uint8))
+  made = types.SimpleNamespace(model=types.SimpleNamespace(decoder=decoder))
+  for kind in (np.int64, np.float32):
+    report.write(tmp_path, made, [], [], Inputs(np.full((2, 8, 8, 1), 9, kind), {}), 'ema')
+  assert [images.dtype for images in seen] == [np.uint8] * 2
 
 
 @pytest.mark.slow

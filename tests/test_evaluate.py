@@ -11,7 +11,7 @@ from vdm.configs import default
 from vdm import build, cards, data
 from vdm.diffusion.decoders import bits_per_dim, discrete
 from vdm.diffusion.elbo import DiffusionTerm
-from vdm.diffusion.gaussian import Prediction, alpha, sigma
+from vdm.diffusion.gaussian import Prediction, alpha, log_snr_and_slope, sigma
 from vdm.diffusion.schedules import SCHEDULES
 from vdm.diffusion.weightings import WEIGHTINGS
 from vdm.evaluation import evaluate
@@ -217,7 +217,7 @@ def test_the_interval_covers_with_two_draws(count, groups):
     terms[..., 2] = common[block].T
     part = {'terms': terms, 'loss': terms[..., 2], 'index': np.arange(count)}
     part |= {'mask': np.ones(count), 'moments': np.ones(3), 'ends': np.array([8.0, -5.0])}
-    part |= {'bins': {'sum': np.ones(1), 'count': np.ones(1)}}
+    part |= {'bins': {'spent': np.ones(1), 'width': np.ones(1)}}
     result = summarize([part])
     low, high = cards.error_fields(result.value, result.stderr, result.dof)['interval_95']
     inside += low < 0 < high
@@ -260,9 +260,23 @@ def test_bins_hold_the_bits_per_unit_of_log_snr():
   mask = jnp.array([1.0, 1.0, 1.0, 1.0, 0.0])
   bins = log_snr_bins(term, jnp.array([5.0, -5.0]), bits_per_dim(term.elbo, 3), mask)
   middle = NUM_BINS // 2
-  np.testing.assert_allclose(bins['sum'][jnp.array([0, middle, -1])], [1.5, 1.5, 2], rtol=1e-6)
-  np.testing.assert_allclose(bins['count'][jnp.array([0, middle, -1])], [2, 1, 1])
-  assert bins['count'].sum() == 4
+  np.testing.assert_allclose(bins['spent'][jnp.array([0, middle, -1])], [3, 3, 4], rtol=1e-6)
+  np.testing.assert_allclose(bins['width'][jnp.array([0, middle, -1])], [4, 2, 2])
+  assert bins['width'].sum() == 8
+
+
+@pytest.mark.parametrize('name', ['linear', 'cosine', 'ddpm', 'softplus'])
+def test_bins_add_up_to_the_diffusion_term_of_any_schedule(name):
+  """Of data N(0, 0.01) and the exact denoiser, whose term is an integral in closed form."""
+  ends, variance, times = (13.3, -10.0), 0.01, (jnp.arange(100_000) + 0.5) / 100_000
+  log_snr, slope = log_snr_and_slope(
+    SCHEDULES[name](log_snr_min=ends[1], log_snr_max=ends[0]), times
+  )
+  elbo = -slope * 0.5 * variance / (variance + jnp.exp(-log_snr))
+  bins = log_snr_bins(DiffusionTerm(elbo, elbo, log_snr, slope), ends, elbo, jnp.ones(len(times)))
+  spent = (bins['spent'] / bins['width']).sum() * (ends[0] - ends[1]) / NUM_BINS
+  exact = 0.5 * (np.log1p(variance * np.exp(ends[0])) - np.log1p(variance * np.exp(ends[1])))
+  np.testing.assert_allclose(spent, exact, rtol=2e-4)
 
 
 def test_bits_per_unit_of_log_snr_and_their_spread_do_not_depend_on_the_schedule():

@@ -1,5 +1,7 @@
 """Statistics, the Fréchet distance and metrics against closed forms and others' code."""
 
+import functools
+
 import numpy as np
 import pytest
 import scipy.linalg
@@ -105,6 +107,23 @@ def test_intervals_are_as_wide_as_fresh_draws_spread():
   assert list(found) == ['fid', 'inception_score', 'kid', 'precision', 'recall']
   ratio = np.mean(errors, axis=0) / np.std(values, axis=0)
   assert (ratio > 0.6).all() and (ratio < 1.6).all(), dict(zip(found, ratio, strict=True))
+
+
+@pytest.mark.parametrize('shift', [0.0, 0.3])
+def test_the_error_of_kid_holds_that_of_its_subsets(monkeypatch, shift):
+  """Where samples are as the reference the subsets decide: all pairs at once vary far less."""
+  subsets, size = 20, 200
+  monkeypatch.setattr(metrics, 'SUBSETS', subsets)
+  monkeypatch.setattr(metrics, 'PAIRS', 1000)
+  few = functools.partial(metrics.kid, subsets=subsets, subset_size=size)
+  monkeypatch.setattr(metrics, 'kid', few)
+  real, values, errors = normal(999, (1000, 4)), [], []
+  for seed in range(40):
+    found = metrics._kid({'features': normal(seed, (8000, 4), shift)}, {'features': real}, 10)
+    values.append(found['value'])
+    errors.append(found['stderr'])
+  ratio = np.sqrt(np.mean(np.square(errors))) / np.std(values)
+  assert 0.8 < ratio < 1.6, ratio
 
 
 def test_only_inceptions_distances_are_called_fid():

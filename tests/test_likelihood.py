@@ -84,6 +84,14 @@ def test_the_error_of_free_draws(draws, alike):
   assert np.isnan(likelihood.standard_error(white[:1])).all()
 
 
+@pytest.mark.parametrize(('draws', 'strata', 'free'), [(1, 0, 0), (2, 1, 1), (3, 2, 2), (5, 3, 4)])
+def test_the_degrees_of_freedom_are_those_of_the_groups(draws, strata, free):
+  """Five draws in strata are a pair and a group of three."""
+  estimates = np.zeros((draws, 7))
+  assert likelihood.LogProb(estimates, likelihood.STRATA).dof == strata
+  assert likelihood.LogProb(estimates, draws).dof == free
+
+
 @pytest.mark.parametrize('intervals', [1, 5])
 def test_maps_add_up_to_the_diffusion_term(intervals):
   u = some(8)

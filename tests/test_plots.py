@@ -35,7 +35,7 @@ def moments(value):
 
 def metrics(value, **changes):
   names = ('recon_bpd', 'prior_bpd', 'diffusion_bpd', 'loss', 'grad_norm', 'bits_per_dim')
-  bins = {'sum': np.array([value, 0.0]), 'count': np.array([1.0, 0.0])}
+  bins = {'spent': np.array([value, 0.0]), 'width': np.array([1.0, 0.0])}
   return StepMetrics(dict.fromkeys(names, value) | changes, moments(value), bins)
 
 

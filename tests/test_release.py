@@ -47,6 +47,15 @@ def folders(tmp_path_factory):
   return workdir, workdir.with_name(f'{workdir.name}_release')
 
 
+def test_the_network_alone_is_rounded(tmp_path):
+  value = np.float32(-6.6543)  # of a decoder's log_std: half precision has steps of .004 there
+  params = {part: {'leaf': value[None]} for part in ('network', 'schedule', 'decoder')}
+  released.write(tmp_path, params, 1)
+  with np.load(tmp_path / released.PARAMS) as found:
+    assert found['network/leaf'] == np.float16(value) != value
+    assert found['schedule/leaf'] == found['decoder/leaf'] == value
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('scan', ['off', 'on'])
 def test_a_release_holds_the_averages_in_float16_for_either_layout(folders, scan):

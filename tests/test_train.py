@@ -344,7 +344,7 @@ def test_eval_and_sample_read_the_newest_checkpoint(straight):
   (table,) = (straight / 'tables').glob('augmented_elbo_ema_*.csv')
   rows = list(csv.DictReader(table.read_text().splitlines()))
   spent = sum(float(r['bits_per_log_snr']) for r in rows) * 13 / len(rows)
-  assert float(rows[-1]['bound_with_noise']) == pytest.approx(spent, rel=0.05)
+  assert float(rows[-1]['prior_and_diffusion']) == pytest.approx(spent, rel=0.05)
   assert all(float(r['weight']) == 0 for r in rows)  # weight one: all of it on the data itself
   (card,) = straight.glob('cards/bits_per_dim_ema_T10_8x2_seed0_*_step00000004.json')
   card = json.loads(card.read_text())

@@ -33,11 +33,11 @@ FIELDS = (
   Field('data.level', '', 'another scale of the Haar transform'),
   Field('data.dequantize', '', 'other integers, or none, with noise added'),
   Field('data.masked', '', 'other dimensions are counted'),
-  Field('data.condition_shape', '', 'conditioned on other fields, or on none'),
   Field('data.num_bits', '', 'other bits of the pixels'),
   Field('data.resize', '', 'pixels scaled in another way'),
   Field('data.sha256_first_64', '', 'other pixels'),
   Field('conditions', '', 'log p(x | y), or log p(x)'),
+  Field('data.sha256_conditions_first_64', '', 'other conditions, or another mask'),
   # of a distance between samples and data
   Field('extractor', 'extractor', 'features of another network'),
   Field('extractor_sha256', '', 'features of another network'),
@@ -66,12 +66,14 @@ def facts(card: dict[str, Any]) -> dict[str, Any]:
   derived = {'revision': revision[:9] + plus + changes}
   if said('bound') and not said('decoder'):  # a card older than the field is of probabilities
     derived['decoder'] = 'discrete'
+  if said('bound'):
+    derived['conditions'] = _told(card)
   if isinstance(said('data'), dict):  # a card older than these fields is of data as it was
-    blank = {'num_bits': 0, 'resize': False, 'masked': False, 'condition_shape': [], 'derive': ''}
+    blank = {'num_bits': 0, 'resize': False, 'masked': False, 'derive': ''}
     blank |= {'level': 0, 'dequantize': 0}
-    derived['data'] = blank | said('data')
-  if said('bound') and not said('conditions'):  # an evaluation is told what there is
-    derived['conditions'] = 'given'
+    told = derived.get('conditions') != 'none' or said('data.masked')
+    unused = {} if told else {'sha256_conditions_first_64': ''}
+    derived['data'] = blank | said('data') | unused
   own, other = said('config.schedule.name'), said('config.eval.schedule.name')
   bound = str(said('bound') or '')
   if bound.startswith(ODE):
@@ -79,12 +81,24 @@ def facts(card: dict[str, Any]) -> dict[str, Any]:
     derived['estimate'] = (
       f'ODE, {at(ode, "dequantization")} dequantisation, K = {at(ode, "importance_samples")}'
     )
-    derived |= {'schedule': own, 'stderr_over': 'images'}
+    derived |= {'schedule': own, 'stderr_over': said('stderr_over') or 'images'}
   elif bound:
     steps = said('config.eval.num_timesteps')
     derived['estimate'] = f'ELBO, {f"T = {steps}" if steps else "continuous"}'
     derived |= {'schedule': own if other in (None, 'schedule') else other, 'stderr_over': 'draws'}
   return {field.path: at(card | derived, field.path) for field in FIELDS}
+
+
+def _told(card: dict[str, Any]) -> str:
+  """Returns what a likelihood's model was told of each example: 'class, vector of 3', or 'none'."""
+  said, kinds = functools.partial(at, card), []
+  if said('config.model.class_conditional'):
+    kinds.append('class')
+  if said('data.vector_size'):
+    kinds.append(f'vector of {said("data.vector_size")}')
+  if said('data.condition_shape'):
+    kinds.append(f'field of {" x ".join(map(str, said("data.condition_shape")))}')
+  return 'none' if said('conditions') == 'none' else ', '.join(kinds) or 'none'
 
 
 def compare(cards: list[dict[str, Any]]) -> tuple[list[str], list[str]]:

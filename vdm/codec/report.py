@@ -16,9 +16,9 @@ from vdm.codec.coder import compress, decompress
 from vdm.codec.inputs import Inputs
 from vdm.codec.network import count_values
 from vdm.codec.shared import Settings
-from vdm.evaluation.bound import BitsPerDim, make_evaluator
+from vdm.evaluation.bound import BitsPerDim, jit_step, summarize
 from vdm.evaluation.study import batches
-from vdm.system import files
+from vdm.system import files, parallel
 from vdm.system.progress import Progress
 from vdm.workdir.load import Run
 
@@ -34,7 +34,7 @@ class Length(NamedTuple):
     deviation: of `net` from one seed to another, sqrt(2 nats) as the sum of the steps' is.
     initial: bits/dim, once a stream.
     size: of the file, in bytes.
-    bound: discrete-time, of the same images.
+    bound: discrete-time, of the same images, per dimension that counts of them all, as `net` is.
     seconds: of compression and, if it was asked for, of decompression.
   """
 
@@ -98,14 +98,26 @@ def measure(
 
 
 def _bound(run: Run, params: Any, inputs: Inputs, num_timesteps: int, draws: int) -> BitsPerDim:
-  """Returns the discrete-time bound of the images."""
+  """Returns the discrete-time bound of the images, per dimension that counts of them all.
+
+  An evaluation's is the mean of what each image has per dimension of its own: under masks of other
+  sizes it is another number.
+  """
   settings = run.config.eval.copy_and_resolve_references().unlock()
   settings.update(num_timesteps=num_timesteps, draws=draws, max_images=0)
   settings.schedule = ConfigDict(dict(name='schedule'))  # the levels that are coded
   given = run.model.takes.given(run.model.image_shape, len(inputs.images), **inputs.told)
   source = data.of_arrays(inputs.images, 'codec', **given)
-  evaluate = make_evaluator(run.model, run.mesh, settings)
-  return evaluate(params, batches(source, settings), len(source))
+  step = jit_step(run.model, run.mesh, settings)
+  counted = inputs.valid.reshape(len(inputs.images), -1).sum(axis=1)
+  shares, parts = counted / counted.mean(), []
+  for batch in batches(source, settings):
+    on_devices = parallel.to_devices(run.mesh, batch)
+    part = parallel.on_host(step(params, on_devices, len(source), settings.seed))
+    own = shares[part['index']]
+    scaled = {'terms': part['terms'] * own[:, None], 'loss': part['loss'] * own}
+    parts.append(part | scaled)
+  return summarize(parts)._replace(unit=run.model.decoder.unit)
 
 
 def rows_of(lengths: Sequence[Length], inputs: Inputs) -> list[tuple[str, float, Any, str]]:
@@ -144,6 +156,8 @@ def write(
   Returns:
     the table, to be printed.
   """
+  images = inputs.images.astype(run.model.decoder.dtype)  # as they were coded
+  inputs = inputs._replace(images=images)
   rows = rows_of(lengths, inputs)
   files.write_table(folder / 'report.csv', HEADER, rows)
   facts = [

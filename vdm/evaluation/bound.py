@@ -30,17 +30,18 @@ def log_snr_bins(
   """Returns what is spent per unit of log-SNR, 1/2 |eps_hat - eps|^2 / D, for any schedule.
 
   `elbo` [B] is the unweighted term of each example in the likelihood's unit, such as bits/dim.
-  'sum' is over examples and 'count' their number, in NUM_BINS equal bins from ends[1] to ends[0];
-  the means times the bin width add up to the diffusion term.
+  'spent' are sums of it, and 'width' of -dlog_snr/dt, over the examples in NUM_BINS equal bins from
+  ends[1] to ends[0]. Their ratio is the mean over the levels of a bin, each as much as any other
+  however the schedule goes through it: ratios times the bins' width add up to the diffusion term,
+  up to how evenly times fall into the bins.
   """
   position = (term.log_snr - ends[1]) / (ends[0] - ends[1])
   number = jnp.clip((position * NUM_BINS).astype(jnp.int32), 0, NUM_BINS - 1)
-  value = elbo / -term.slope
   # Both at once: two scatters, each compiled with a rounding of its own, could put a level that is
   # on a bin's edge, as in discrete time, into two bins.
-  columns = jnp.stack([value * mask, jnp.broadcast_to(mask, value.shape)], axis=1)
+  columns = jnp.stack([elbo * mask, -term.slope * mask], axis=1)
   sums = jnp.zeros((NUM_BINS, 2)).at[number].add(columns)
-  return {'sum': sums[:, 0], 'count': sums[:, 1]}
+  return {'spent': sums[:, 0], 'width': sums[:, 1]}
 
 
 def make_eval_step(model: build.Model, settings: ConfigDict) -> Callable:
@@ -158,9 +159,9 @@ def summarize(parts: list[dict]) -> BitsPerDim:
   per_image = terms.sum(axis=2)
   value, stderr = mean_and_error(per_image)
   per_term = dict(zip(TERMS, map(mean_and_error, np.moveaxis(terms, 2, 0)), strict=True))
-  bins = {k: sum(part['bins'][k].astype(np.float64) for part in parts) for k in ('sum', 'count')}
+  bins = {k: sum(part['bins'][k].astype(np.float64) for part in parts) for k in ('spent', 'width')}
   with np.errstate(invalid='ignore'):
-    bins = bins['sum'] / bins['count']
+    bins = bins['spent'] / bins['width']
   moments = sum(part['moments'].astype(np.float64) for part in parts) / num_images
   return BitsPerDim(
     value=value,

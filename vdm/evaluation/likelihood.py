@@ -45,6 +45,11 @@ class LogProb(NamedTuple):
     """Returns the standard error of `value` as an estimate, [N] nats; nan for a single draw."""
     return standard_error(self.estimates, self.alike)
 
+  @property
+  def dof(self) -> int:
+    """Returns the degrees of freedom of one example's error: draws less groups of those alike."""
+    return len(self.estimates) - len(_groups(len(self.estimates), self.alike))
+
   def minus(self, other: 'LogProb') -> 'LogProb':
     """Returns the differences of two with the same noise, whose errors are smaller for it."""
     terms = None if self.terms is None or other.terms is None else self.terms - other.terms
@@ -65,10 +70,14 @@ def standard_error(estimates: np.ndarray, alike: int = STRATA) -> np.ndarray:
   draws = len(estimates)
   if draws == 1:
     return np.full(estimates.shape[1:], np.nan)
-  starts = np.arange(0, max(draws - alike, 0) + 1, alike)
-  groups = np.split(np.asarray(estimates, np.float64), starts[1:])
+  groups = np.split(np.asarray(estimates, np.float64), _groups(draws, alike)[1:])
   total = sum(len(group) * group.var(axis=0, ddof=1) for group in groups)
   return np.sqrt(total) / draws
+
+
+def _groups(draws: int, alike: int) -> np.ndarray:
+  """Returns the first draw of each group of `alike`; the last one takes what is left over."""
+  return np.arange(0, max(draws - alike, 0) + 1, alike)
 
 
 def bound_by_draw(

@@ -256,8 +256,9 @@ def _write(
   time_of = f'discrete-time ELBO, T = {steps}' if steps else 'continuous-time ELBO'
   fields = {
     'value': value,
-    **cards.error_fields(value, stderr, count * max(1, how.draws // 2)),
-    'bound': time_of if made_of['kind'] == 'elbo' else cards.ODE,
+    **cards.error_fields(value, stderr, count * table.found.dof),
+    'bound': time_of if made_of['kind'] == 'elbo' else ode.title(ode.OdeSettings(**settings.ode)),
+    'stderr_over': 'draws',
     'num_images': count,
     'draws_per_image': how.draws,
     'conditions': how.conditions,

@@ -219,20 +219,28 @@ def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], Od
   return score
 
 
-def card_fields(settings: OdeSettings, result: OdeBitsPerDim) -> dict[str, Any]:
-  """Returns what a number card says of such a value and of no other."""
+def title(settings: OdeSettings) -> str:
+  """Returns what a number card calls a likelihood by the ODE, as its bound."""
   trace = (
     'exact trace'
     if settings.trace == 'exact'
     else f'Hutchinson trace with {settings.num_probes} {settings.probe} probe(s) an image'
   )
+  return (
+    f'{cards.ODE}, {settings.dequantization} dequantisation, '
+    f'{settings.importance_samples} importance sample(s), {trace}, '
+    f'{type(ode.SOLVER).__name__} rtol {settings.rtol:g} atol {settings.atol:g}'
+  )
+
+
+def card_fields(settings: OdeSettings, result: OdeBitsPerDim) -> dict[str, Any]:
+  """Returns what a number card says of such a value and of no other."""
   return {
     'value': result.value,
     **cards.error_fields(result.value, result.stderr, result.num_images - 1),
     'stderr_is': STDERR,
-    'bound': f'probability-flow ODE, {settings.dequantization} dequantisation, '
-    f'{settings.importance_samples} importance sample(s), {trace}, '
-    f'{type(ode.SOLVER).__name__} rtol {settings.rtol:g} atol {settings.atol:g}',
+    'stderr_over': 'images',
+    'bound': title(settings),
     'num_images': result.num_images,
     'mean_evaluations': result.evaluations,
     'max_evaluations': result.max_evaluations,

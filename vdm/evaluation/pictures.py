@@ -143,9 +143,11 @@ def write_augmented(
   """Writes config.eval.augmented_elbo, the weighted loss as a mixture of bounds, as table and plot.
 
   The plot is plots/augmented_elbo_<params>.png, the table tables/augmented_elbo_*.csv, called like
-  the evaluation's card. Its rows are bins of log-SNR: a bin's ends, bits/dim spent there per unit,
-  the weight of data with that much noise added, its bound at the upper end; all are in bits/dim
-  (VDM++ theorem 1).
+  the evaluation's card. Its rows are bins of log-SNR: a bin's ends, what is spent there per unit,
+  the weight of data with that much noise added, and L at the upper end, in the likelihood's unit
+  (VDM++ theorem 1). L is the bound on data with that much noise, up to its entropy: the prior term,
+  and the diffusion term from there to the noisy end. What is left of the data's own bound is the
+  reconstruction.
 
   Args:
     weighting: of the loss.
@@ -169,11 +171,13 @@ def write_augmented(
   path = workdir / 'tables' / f'{table_name}.csv'
   share = table.mass / table.total
   rows = zip(edges[:-1], edges[1:], h / 2, share, table.losses[1:], strict=True)
-  header = ('log_snr_from', 'log_snr_to', 'bits_per_log_snr', 'weight', 'bound_with_noise')
+  spent = f'{result.unit.partition("/")[0]}_per_log_snr'
+  header = ('log_snr_from', 'log_snr_to', spent, 'weight', 'prior_and_diffusion')
   files.write_table(path, header, rows)
   logging.info(
-    '%s parameters: weighted loss %.4f = %.3g x bound of the data (%.4f) + %.3g x bounds of data '
-    'with noise (mean %.4f) - prior term %.4f, relative to the weight at the lowest log-SNR; %s',
+    '%s parameters: weighted loss %.4f = %.3g x L of the data (%.4f) + %.3g x L of data with noise '
+    '(mean %.4f) - prior term %.4f, relative to the weight at the lowest log-SNR; L is prior and '
+    'diffusion terms; %s',
     name,
     table.weighted / table.total,
     table.atom / table.total,

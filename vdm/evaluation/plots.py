@@ -151,7 +151,7 @@ def plot_augmented(
     left.set(xlabel='log-SNR of the noise added', ylabel='share of the weight per log-SNR')
     left.set_title(f'{title};\nshare on the data as they are: {atom:.3g}')
   right.plot(edges, table.losses, color=style.BLUE)
-  right.set(xlabel='log-SNR of the noise added', ylabel=f'bound of the noisy data ({unit})')
+  right.set(xlabel='log-SNR of the noise added', ylabel=f'prior + diffusion terms ({unit})')
   if is_bound:
     right.set_title(f'{title};\nall of the weight is on the data as they are')
   return style.save(figure, path)

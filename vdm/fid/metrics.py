@@ -207,6 +207,8 @@ def _kid(rows: 'Features', reference: 'Features', halves: int):
     yy = np.zeros((2, 2))  # of the reference, which is fixed
     of_some = lambda index: unbiased_mmd(xx[np.ix_(index, index)], xy[index], yy)
     error = spread(of_some, len(some_x), halves) * np.sqrt(len(some_x) / len(x))
+    # which images the subsets have, of the reference too: what this adds is above it if anything
+    error = np.hypot(error, deviation / np.sqrt(SUBSETS))
   facts = dict(std_over_subsets=deviation, subset_size=min(SUBSET_SIZE, len(x), len(y)))
   return _estimate(value, error, len(x), halves, reference_images=len(y), **facts)
 

@@ -185,10 +185,10 @@ class Meter:
     """
     if not self._bins:
       return None
-    sums, counts = (sum(bins[k] for bins in self._bins) for k in ('sum', 'count'))
+    spent, width = (sum(bins[k] for bins in self._bins) for k in ('spent', 'width'))
     self._bins = []
     with np.errstate(invalid='ignore'):
-      return np.divide(sums, counts)
+      return np.divide(spent, width)
 
 
 def _shown() -> bool:

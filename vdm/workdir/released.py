@@ -27,8 +27,8 @@ GREATEST = float(np.finfo(np.float16).max)
 def write(folder: os.PathLike | str, params: Any, step: int):
   """Writes parameters as arrays called by their paths, as of the network without loops.
 
-  Those of the network are rounded to float16, those of the schedule stay float32: end points decide
-  bits.
+  Those of the network are rounded to float16, those of the schedule and the decoder stay float32:
+  end points decide bits.
 
   Raises:
     ValueError: a parameter is not finite in float16.
@@ -37,7 +37,7 @@ def write(folder: os.PathLike | str, params: Any, step: int):
   for name, leaf in _flat(blocks.unstack(jax.device_get(params))).items():
     if not np.abs(leaf).max(initial=0) <= GREATEST:
       raise ValueError(f'{name} has values beyond float16 or not finite; release another step.')
-    arrays[name] = leaf.astype(np.float32 if name.startswith('schedule/') else np.float16)
+    arrays[name] = leaf.astype(np.float16 if name.startswith('network/') else np.float32)
   content = files.content(lambda file: np.savez_compressed(file, **arrays))
   files.write(epath.Path(folder) / PARAMS, content)
 
