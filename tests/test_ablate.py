@@ -101,6 +101,16 @@ def test_the_grid_of_losses_is_three_heads_by_three_weightings():
   np.testing.assert_array_equal(denoiser(z, jnp.zeros(1)).eps, 0 * z)
 
 
+def test_labels_are_text():
+  config = config_of()
+  with config.unlocked():
+    config.axes.seed = ConfigDict({0: dict(seed=0)}, convert_dict=False)
+  with pytest.raises(
+    ValueError, match=r"config.axes.seed=0 must be labels that are text; write '0'"
+  ):
+    ablate.expand(config)
+
+
 @pytest.mark.parametrize('index', ['36', '-1', 'x'])
 def test_a_run_that_is_not_in_the_grid_is_refused(index, monkeypatch):
   monkeypatch.setattr(ablate, '_INDEX', SimpleNamespace(value=['0', index]))
@@ -171,8 +181,10 @@ def test_the_density_of_the_times_is_one():
   ]
 
 
-def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatch):
-  trained = []
+@pytest.fixture
+def faked(monkeypatch):
+  """(names of runs as they are trained, and as they are scored): one fails, another is stopped."""
+  trained, measured = [], []
 
   def train(config, workdir):
     trained.append(workdir.name)
@@ -181,7 +193,7 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
     if trained == ['elbo+0', 'elbo+1']:
       return 75  # preempted
     config_file.open_workdir(workdir, config)
-    (workdir / 'cards').mkdir(parents=True)
+    (workdir / 'cards').mkdir(parents=True, exist_ok=True)
     for step, loss in ((2, 5.0), (4, 3.0 + config.seed - (config.weighting.name == 'sigmoid'))):
       card = dict(step=step, value=2.0 + config.seed, training_loss=dict(value=loss))
       card |= dict(metric='bits_per_dim', bound='continuous-time ELBO', params='ema')
@@ -198,8 +210,11 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
 
   def score(run, steps):
     config, workdir = run
+    measured.append(workdir.name)
     result = dict(
-      fd_pixels={2: 1.0, 4: 0.5 + config.seed}, log_snr=[3.0, 0.0, -3.0], weight=[1.0, 1.0, 1.0]
+      fd_pixels={count: 2 / count + config.seed * (count > 2) for count in steps},
+      log_snr=[3.0, 0.0, -3.0],
+      weight=[1.0, 1.0, 1.0],
     )
     (workdir / grids.SCORES).write_text(json.dumps(result))
 
@@ -210,6 +225,11 @@ def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, monkeypatc
   scalars = {'train/loss': curve, 'train/diffusion_cv': curve}
   monkeypatch.setattr(grids.writers, 'read_scalars', lambda path: (scalars, []))
   ablate.flags.FLAGS.mark_as_parsed()
+  return trained, measured
+
+
+def test_a_grid_resumes_survives_a_failed_run_and_tabulates(tmp_path, faked):
+  trained, _ = faked
   config = config_of(reference=dict(weighting='elbo'), **AXES)
   assert ablate.run(config, epath.Path(tmp_path)) == 75
   assert ablate.run(config, epath.Path(tmp_path)) == 1  # all are done but for the one that failed
@@ -257,6 +277,44 @@ def test_labels_name_each_run_and_nothing_else(labels):
   axes = {axis: {name: dict(seed=1) for name in names} for axis, names in labels.items()}
   with pytest.raises(ValueError, match=r'config.axes=.* must be of labels .*; change a label'):
     ablate.expand(config_of(**axes))
+
+
+def test_other_numbers_of_steps_are_scored_anew(tmp_path, faked):
+  _, measured = faked
+  config = config_of(**AXES)
+  assert ablate.run(config, epath.Path(tmp_path)) == 75
+  assert ablate.run(config, epath.Path(tmp_path)) == 1
+  measured.clear()
+  other = ConfigDict(config.to_dict() | dict(evaluations=(2, 8))).lock()
+  assert ablate.run(other, epath.Path(tmp_path)) == 1
+  assert measured == ['elbo+0', 'elbo+1', 'wide+1']
+  head = (tmp_path / 'results.csv').read_text().splitlines()[0]
+  assert 'fd_pixels_8_evaluations' in head and 'fd_pixels_4_evaluations' not in head
+
+
+def test_a_grid_of_which_nothing_is_done_says_so(tmp_path, faked, monkeypatch):
+  monkeypatch.setattr(ablate, '_INDEX', SimpleNamespace(value=['2']))  # the run that fails
+  (tmp_path / 'results.md').write_text('of runs that are no more')
+  assert ablate.run(config_of(**AXES), epath.Path(tmp_path)) == 1
+  left = 'Without a result: 4 of 4 runs, elbo+0, elbo+1, wide+0, wide+1.\n'
+  assert (tmp_path / 'results.md').read_text() == left
+
+
+def test_a_mean_over_seeds_is_of_equal_numbers_of_evaluations():
+  run = dict(metric='bits_per_dim', bound={1: 1.0}, train_loss={1: 1.0}, train_cv={}, distances={})
+  run |= dict(log_snr=[1.0, 0.0], weight=[1.0, 1.0])
+  runs = [run | dict(fd_pixels={'4': 1.0, '8': 2.0}), run | dict(fd_pixels={'8': 5.0, '16': 9.0})]
+  rows = [row for row in grids.curves_of({'a': runs}) if row[0] == 'fd_pixels']
+  assert [(float(row[2]), float(row[3])) for row in rows] == [(4, 1), (8, 2)]
+
+
+def test_the_error_of_the_draws_stands_beside_the_bound():
+  run = dict(labels={}, metric='bits_per_dim', bound={2: 1.5}, loss={2: 1.0}, train_cv={2: 1.0})
+  run |= dict(distances={}, fd_pixels={}, stderr=0.25)
+  numbers = grids.numbers_of(run, [run], {})
+  assert list(numbers)[:2] == ['bits_per_dim', 'bits_per_dim_stderr']
+  assert numbers['bits_per_dim_stderr'] == 0.25
+  assert 'bits_per_dim_stderr' not in grids.numbers_of(run | dict(stderr=None), [run], {})
 
 
 def test_probabilities_and_densities_do_not_share_a_grid(tmp_path):

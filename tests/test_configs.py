@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from vdm import build, configs, data
+from vdm.diffusion.schedules import SCHEDULES
+from vdm.diffusion.weightings import WEIGHTINGS
 from vdm.evaluation.bound import make_evaluator
 from vdm.sampling.draw import make_sampler
 from vdm.system import parallel, runners
@@ -137,6 +140,50 @@ def test_the_two_imagenets_are_not_mixed_up():
     elif data.name.startswith('imagenet_resized/'):
       assert (data.train_images, data.eval_images, data.num_classes) == (1_281_167, 50_000, 1000)
       assert data.eval_split == 'validation'
+
+
+def own(name, factory, block, monkeypatch, **leaves):
+  """The config of digits with a schedule or weighting of one's own."""
+  table = {'schedule': SCHEDULES, 'weighting': WEIGHTINGS}[block]
+  monkeypatch.setitem(table, name, factory)
+  config = load('digits').unlock()
+  config[block] = ConfigDict(dict(name=name, **leaves))
+  return config
+
+
+ENDS = dict(log_snr_min=-5.0, log_snr_max=8.0)
+
+
+@pytest.mark.parametrize(
+  ('of', 'time'),
+  [
+    (lambda low, high, t: low + (high - low) * t, '0.00391'),  # gamma, whose sign is the other
+    (lambda low, high, t: high + (low - high) * (t + 0.5 * jnp.sin(2 * jnp.pi * t)), '0.305'),
+    (lambda low, high, t: -2 * jnp.log(jnp.tan(jnp.pi / 2 * t)), '0'),  # the cosine without ends
+  ],
+)
+def test_a_schedule_of_ones_own_must_fall(monkeypatch, of, time):
+  """Rising, it would have a negative diffusion term, and a card with a bound that is none."""
+  factory = lambda log_snr_min, log_snr_max: lambda t: of(log_snr_min, log_snr_max, t)
+  config = own('mine', factory, 'schedule', monkeypatch, **ENDS)
+  with pytest.raises(ValueError, match=rf"schedule.name='mine' must be .*not at t = {time}, and"):
+    build.model(config)
+  config = load('digits').unlock()
+  config.eval.schedule.name = 'mine'
+  with pytest.raises(
+    ValueError, match=rf"config.eval.schedule.name='mine' must .* t = {time}, and"
+  ):
+    build.model(config)
+
+
+@pytest.mark.parametrize(
+  ('of', 'at'),
+  [(lambda a: -a, '-0.0273'), (lambda a: jnp.where(a > 7.5, jnp.nan, 1.0), 'nan at 7.5')],
+)
+def test_a_weighting_of_ones_own_must_be_finite_and_not_negative(monkeypatch, of, at):
+  config = own('mine', lambda: of, 'weighting', monkeypatch)
+  with pytest.raises(ValueError, match=rf"weighting.name='mine' must be finite, .* it is {at}"):
+    build.model(config)
 
 
 def test_a_model_block_without_a_leaf_is_refused_by_name():

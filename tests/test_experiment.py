@@ -287,6 +287,10 @@ def test_an_unknown_setting_is_refused_by_name(exp, trained):
       'config.sample.num_steps=0 must be positive',
     ),
     (
+      lambda exp, state, u: exp.sample(state, 1, sampler='ddim'),
+      "sampler='ddim' must be a Sampler such as vdm.samplers.ddim(); a name is for config.sample",
+    ),
+    (
       lambda exp, state, u: exp.bits_per_dim(state, max_images=-1),
       'config.eval.max_images=-1 must be zero or more',
     ),

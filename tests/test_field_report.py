@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from vdm import style
 from vdm.data.gaussian_field import GaussianField
 from vdm.data.source import of_arrays
 from vdm.evaluation import field_report
@@ -73,6 +74,11 @@ def test_any_number_of_axes_as_pictures():
   assert (drawn[0, :, 1, 0] == 0).all()  # joined to the one before
   assert (drawn[0, :, 3, 0] == 0).sum() == 1
   assert image_grid(flat_pictures(np.repeat(line, 3, axis=2))).ndim == 3
+  two = np.arange(24, dtype=np.uint8).reshape(1, 4, 3, 2)
+  drawn = flat_pictures(two)
+  assert drawn.shape == (1, 4, 3 + 1 + 3, 1) and (drawn[:, :, 3] == style.FRAME).all()
+  np.testing.assert_array_equal(drawn[..., :3, 0], two[..., 0])
+  np.testing.assert_array_equal(drawn[..., 4:, 0], two[..., 1])
 
 
 def test_what_a_mask_leaves_out_counts_nowhere(tmp_path):

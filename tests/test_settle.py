@@ -137,12 +137,46 @@ def test_what_is_ignored_is_not_found(tmp_path):
   assert leaves('label,vector') == (0, 0, (3, 2, 1), True)
   batch = vdm.data.load(of('condition,vector,mask'), 'eval').fetch(np.arange(2))
   assert set(batch) == {'image', 'label'}
-  for ignore, found, message in (
-    ('masks', True, 'must be of label, vector, condition, mask; '),
-    ('mask', False, "must be '' unless conditions are found"),
+  assert leaves('label, vector') == leaves('label,vector')
+  with pytest.raises(
+    ValueError, match=r"ignore='masks' must be of label, vector, condition, mask; "
   ):
-    with pytest.raises(ValueError, match=f"^config.data.ignore='{ignore}' {message}"):
-      build.check_config(config_of(path, ignore=ignore, as_found=found))
+    of('masks')
+  with pytest.raises(ValueError, match=r"ignore='mask' must be '' unless conditions are found"):
+    build.check_config(config_of(path, ignore='mask', as_found=False))
+
+
+def test_a_mask_of_the_data_does_not_vanish_beside_derived_conditions(tmp_path):
+  """What lies under it would count: fill values among them."""
+  path, _ = fields(tmp_path, mask=np.ones((6, 4)), vector=np.ones((40, 5)))
+  derive = dict(derive='low_resolution', condition_shape=(3, 2, 2))
+  of = lambda ignore: settle_lib.as_found(config_of(path, ignore=ignore, **derive).data)
+  message = r"derive='low_resolution' must be that of data without a mask.* --config.data.ignore="
+  with pytest.raises(ValueError, match=f'{message}mask'):
+    of('')
+  with pytest.raises(ValueError, match=f'{message}vector,mask'):
+    of('vector')
+  found = of('vector,mask')
+  assert (found.masked, found.condition_shape, found.embedding_size) == (False, (3, 2, 2), 0)
+
+
+def test_what_surrounds_a_hole_is_seen_in_its_own_units(tmp_path):
+  """Far from 0 the hole's zeros would decide the statistics, and dwarf what is known."""
+  x = 280 + 10 * np.random.default_rng(0).normal(size=(40, 8, 8, 1))
+  np.savez(tmp_path / 'a.npz', x=x)
+  derive = dict(derive='inpainting', masked=True, condition_shape=(8, 8, 1), image_shape=(8, 8, 1))
+  data = config_file.settled(config_of(tmp_path / 'a.npz', **derive)).data
+  batch = vdm.data.load(data, 'train').fetch(np.arange(data.train_images))
+  seen = (batch['condition'] - data.condition_shift[0]) / data.condition_scale[0]
+  hole = batch['valid']
+  assert np.abs(seen[hole]).max() == 0
+  assert abs(seen[~hole].mean()) < 1e-3 and abs(seen[~hole].std() - 1) < 1e-3
+
+
+def test_what_a_config_says_of_conditions_and_the_data_do_not_is_told(tmp_path, caplog):
+  path, _ = fields(tmp_path, label=np.arange(40) % 3)
+  settle_lib.as_found(config_of(path, num_classes=12).data)
+  assert 'taken from the data by config.data.as_found: num_classes=3, not 12' in caplog.text
 
 
 def test_another_evaluation_split_is_counted_again(tmp_path):
@@ -153,6 +187,10 @@ def test_another_evaluation_split_is_counted_again(tmp_path):
   config_file.open_workdir(workdir, first)
   again = config_file.settled(config_of(path, **splits('[20:27]')), workdir)
   assert (first.data.eval_images, again.data.eval_images) == (20, 7)
+  with np.load(path) as arrays:
+    np.savez(tmp_path / 'other.npz', **{name: array[:33] for name, array in arrays.items()})
+  other = config_of(tmp_path / 'other.npz', **splits('[20:]'))
+  assert config_file.settled(other, workdir).data.eval_images == 13
 
 
 def test_a_constant_channel_is_refused_by_name(tmp_path):

@@ -46,6 +46,13 @@ def config_of(**settings):
   return config
 
 
+def test_what_a_network_refuses_is_refused_before_anything_is_written(tmp_path):
+  """Else the workdir holds a run with the bad value, and the remedy is refused for it."""
+  with pytest.raises(ValueError, match=r"config.model.padding='circular' must be 'zero', "):
+    loop.train(config_of(model__padding='circular'), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 def final_state(config, workdir):
   return read_run(config, workdir).state
 

@@ -5,13 +5,13 @@
   python -m vdm.ablate --config=configs/ablations/weightings.py --workdir=DIR --index=7
 
 The config has `base`, any complete config; `axes`, a dict from the name of an axis to a dict from a
-label to the blocks and leaves that it changes in the base (a block with a `name` replaces the
-base's, of which it takes the leaves that are None in it); `evaluations`, the numbers of sampler
-steps at which samples are scored; and `reference`, {axis: label} of the runs whose last loss the
-others are timed against, or {}. Runs are the product of the axes, each in a folder of its own; the
-same command goes on where it stopped. After every run DIR/results.csv, results.md, curves.csv and
-*.png are written anew from all that is there. An axis called `seed` is what means and spreads are
-over.
+label, text without dots, to the blocks and leaves that it changes in the base (a block with a
+`name` replaces the base's, of which it takes the leaves that are None in it); `evaluations`, the
+numbers of sampler steps at which samples are scored; and `reference`, {axis: label} of the runs
+whose last loss the others are timed against, or {}. Runs are the product of the axes, each in a
+folder of its own; the same command goes on where it stopped. After every run DIR/results.csv,
+results.md, curves.csv and *.png are written anew from all that is there. An axis called `seed` is
+what means and spreads are over.
 """
 
 import itertools
@@ -58,6 +58,10 @@ def expand(grid: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
     require(
       known, f'config.reference.{axis}', label, 'of config.axes', 'name an axis and its label'
     )
+  for axis, labels in grid.axes.items():
+    for label in labels:
+      remedy = f'write {str(label)!r}'
+      require(isinstance(label, str), f'config.axes.{axis}', label, 'labels that are text', remedy)
   axes = dict(sorted(grid.axes.to_dict().items(), key=lambda item: item[0] == 'seed'))
   runs = []
   for labels in itertools.product(*axes.values()):
@@ -112,15 +116,12 @@ def score(run: Run, steps: tuple[int, ...]):
   config, model, mesh, state, workdir = run
   config = config.copy_and_resolve_references()
   source = data.load(config.data, 'eval')
-  reference = source.fetch(np.arange(len(source)))['image']
+  reference = source.fetch(np.arange(len(source)))
   params = named_params(state, config.sample.params)
-  fitted, distances = _fit(reference, model), {}
-  for count in steps:
+  fitted, distances = _fit(reference['image'], model, reference.get('valid')), {}
+  for count, evaluations in zip(steps, _evaluations(config, steps), strict=True):
     config.sample.num_steps = count
     images = np.concatenate(list(make_sampler(config, model, mesh)(params)))
-    evaluations = num_evaluations(
-      build.sampler(config.sample.sampler), count, config.sample.denoise_last
-    )
     distances[evaluations] = fid.frechet_distance(_fit(images, model), fitted)
   schedule = model.training_schedule(state.params, state.adaptive)
   log_snr = mean_over_dims(schedule(jnp.linspace(0.0, 1.0, 101)))
@@ -132,8 +133,10 @@ def score(run: Run, steps: tuple[int, ...]):
   files.write(epath.Path(workdir) / SCORES, files.json_text(result))
 
 
-def _fit(images: np.ndarray, model: build.Model) -> fid.Gaussian:
+def _fit(images: np.ndarray, model: build.Model, valid: np.ndarray | None = None) -> fid.Gaussian:
+  """Returns the Gaussian of images in the network's units, 0 where a mask leaves them out."""
   x = model.decoder.to_model(images)
+  x = x if valid is None else jnp.where(valid, x, 0)  # as samples are
   return fid.fit(np.asarray(x).reshape(len(images), -1))
 
 
@@ -147,6 +150,20 @@ def _indices(count: int) -> list[int]:
         f'--index={text} must be from 0 to {count - 1}, one of the runs; or left out.'
       )
   return [int(text) for text in _INDEX.value]
+
+
+def _is_done(path: pathlib.Path, run_config: ConfigDict, steps: tuple[int, ...]) -> bool:
+  """Returns whether a run was scored, with these numbers of sampler steps."""
+  if not (path / SCORES).exists():
+    return False
+  scored = files.read_json(path / SCORES, 'remove it to have it measured again')['fd_pixels']
+  return set(scored) == {str(count) for count in _evaluations(run_config, steps)}
+
+
+def _evaluations(run_config: ConfigDict, steps: tuple[int, ...]) -> list[int]:
+  """Returns the evaluations of the network by its sampler in these numbers of steps."""
+  made, last = build.sampler(run_config.sample.sampler), run_config.sample.denoise_last
+  return [num_evaluations(made, count, last) for count in steps]
 
 
 def _share(indices: list[int]) -> int:
@@ -204,30 +221,35 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   require(len(metrics) == 1, 'config.axes', found, 'of one unit', remedy)
   for labels, run_config in runs:
     _check_same(workdir / folder(labels), run_config)
+
+  def is_done(number):
+    labels, run_config = runs[number]
+    return _is_done(workdir / folder(labels), run_config, grid.evaluations)
+
   if _WORKERS.value > 1:
-    status = _share([i for i in indices if not (workdir / folder(runs[i][0]) / SCORES).exists()])
+    status = _share([i for i in indices if not is_done(i)])
     write_results(workdir, runs, reference)
     return status
   hosts.keep_compiled()
   failed = []
-  for number in indices:
-    labels, run_config = runs[number]
-    path = workdir / folder(labels)
-    if (path / SCORES).exists():
-      continue
-    logging.info('run %d of %d: %s', number, len(runs), folder(labels))
-    try:
-      status = loop.train(run_config, path)
-    except FloatingPointError as error:
-      logging.error('%s: %s; the grid goes on without it.', path, error)
-      failed.append(folder(labels))
-      continue
-    if status:
-      return status
-    score(read_run(run_config, path), grid.evaluations)
-    jax.clear_caches()  # of programs that no other run uses
+  try:
+    for number in filter(lambda i: not is_done(i), indices):
+      labels, run_config = runs[number]
+      path = workdir / folder(labels)
+      logging.info('run %d of %d: %s', number, len(runs), folder(labels))
+      try:
+        status = loop.train(run_config, path)
+      except FloatingPointError as error:
+        logging.error('%s: %s; the grid goes on without it.', path, error)
+        failed.append(folder(labels))
+        continue
+      if status:
+        return status
+      score(read_run(run_config, path), grid.evaluations)
+      jax.clear_caches()  # of programs that no other run uses
+      write_results(workdir, runs, reference)
+  finally:  # also where a run is refused: a table of before may have other runs
     write_results(workdir, runs, reference)
-  write_results(workdir, runs, reference)
   if failed:
     logging.error('%d of %d runs failed: %s', len(failed), len(indices), ', '.join(failed))
   return 1 if failed else 0

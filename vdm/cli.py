@@ -156,6 +156,8 @@ def parse_flags(argv: list[str]) -> list[str]:
     rest = flags.FLAGS(located)
   except (flags.Error, AttributeError, KeyError, OSError) as error:
     text = ' '.join(str(error.args[0]).replace('\\n', ' ').replace("\\'", "'").split())
+    if bare := re.fullmatch(r'["\']+(\w+)["\']+', text):  # what ConfigDict says of a leaf, whole
+      text = f'the config has no leaf {bare[1]}; a config file of your own may add it'
     if literal := re.search(r"invalid literal for int\(\) with base 10: '([\d.]+e\+?\d+)'", text):
       text += f': it is an integer; give {float(literal[1]):.0f}'
     typed = [arg for arg in argv if arg.startswith('--config.') and _last_field(arg) in text]

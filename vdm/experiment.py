@@ -254,6 +254,9 @@ class Experiment:
       **settings: leaves of config.sample to change, such as num_steps=32, seed=1.
     """
     require(num_images > 0, 'num_images', num_images, 'positive', 'give 1 or more')
+    made_by = sampler is None or isinstance(sampler, Sampler)
+    remedy = 'a name is for config.sample.sampler'
+    require(made_by, 'sampler', sampler, 'a Sampler such as vdm.samplers.ddim()', remedy)
     config = self.config.copy_and_resolve_references().unlock()
     config.sample = self._changed('sample', settings)
     if guidance is not None:

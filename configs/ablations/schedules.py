@@ -35,7 +35,8 @@ def get_config(arg=''):
     base.optimizer.decay = 'constant'
     base.fid.train_every_steps = 0
     base.train.update(batch_size=128, num_steps=1500, eval_every_steps=250, log_every_steps=50)
-    base.eval.update(max_images=2000, batch_size=500, draws=4, params='raw')
+    base.eval.update(max_images=2000, batch_size=500, draws=64, params='raw')
+    base.eval.schedule = ConfigDict(dict(name='linear'))  # one for all: its error is alike
     base.sample.update(num_images=200, batch_size=40, preview_images=40, num_steps=16)
     base.checkpoint.update(every_steps=1500, keep=1)
     if arg == 'debug':

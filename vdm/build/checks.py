@@ -71,6 +71,13 @@ def check_config(config: ConfigDict):
     "'static' or 'none' for data with masks, whose percentiles it does not know",
     'change it',
   )
+  for leaf in ('eval.fid', 'fid.train_every_steps'):
+    value, rule = (
+      value_of(config, leaf),
+      'off for data with masks: features of filling mean nothing',
+    )
+    remedy = f'give {type(value)(0)}'
+    require(not config.data.masked or not value, f'config.{leaf}', value, rule, remedy)
   for leaf in ('log_snr_min', 'log_snr_max'):
     name, rule = config.schedule.name, f'beside its {leaf}, an end of the whole model'
     require(leaf in config.schedule, 'config.schedule.name', name, rule, 'give both ends')
@@ -90,7 +97,7 @@ def _check_decoder(made: Decoder, evaluation: ConfigDict):
     made: of config.decoder.
     evaluation: config.eval.
   """
-  if 'ode' in evaluation.likelihood.split(',') or not made.is_density:
+  if 'ode' in evaluation.likelihood.split(','):
     check_ode(made, evaluation.ode.dequantization, 'config.eval.likelihood', evaluation.likelihood)
 
 
@@ -116,16 +123,8 @@ def is_flagged(model: ConfigDict) -> bool:
 
 def _check_data(data: ConfigDict, flagged: bool):
   shape = tuple(data.image_shape)
-  ignored = {name for name in data.ignore.split(',') if name}
   require(
-    ignored <= {'label', 'vector', 'condition', 'mask'},
-    'config.data.ignore',
-    data.ignore,
-    'of label, vector, condition, mask',
-    'name what is there and not to be used',
-  )
-  require(
-    not ignored or (data.as_found and not data.derive),
+    not data.ignore or data.as_found,
     'config.data.ignore',
     data.ignore,
     "'' unless conditions are found in the data, config.data.as_found=True",

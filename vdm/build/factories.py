@@ -4,6 +4,8 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from vdm.build.conditioning import Takes
@@ -52,6 +54,37 @@ def factory(table: dict, field: str, block: dict, **extra):
     )
   with within(f'config.{field}'):
     return table[name](**kwargs)
+
+
+TIMES = np.linspace(0.0, 1.0, 257, dtype=np.float32)
+
+
+def check_falls(field: str, name: str, levels: Schedule):
+  """Refuses a schedule that has levels which are not finite, or does not fall everywhere.
+
+  Args:
+    field: whose name it is, such as 'schedule'.
+    name: of the factory.
+    levels: the schedule, concrete.
+  """
+  log_snr = np.asarray(levels(jnp.asarray(TIMES)), np.float64)
+  wrong = ~np.isfinite(log_snr)
+  with np.errstate(invalid='ignore'):
+    wrong[1:] |= ~(np.diff(log_snr, axis=0) < 0)
+  times = TIMES[wrong.reshape(len(TIMES), -1).any(axis=1)]
+  rule = 'of a schedule that is finite and falls strictly from t = 0 to 1'
+  remedy = f"it does not at t = {times[0]:.3g}, and VDM's gamma is -log_snr" if len(times) else ''
+  require(not len(times), f'config.{field}.name', name, rule, remedy)
+
+
+def check_weights(name: str, weighting: Weighting, log_snr_min: float, log_snr_max: float):
+  """Refuses a weighting with values that are not finite, or negative, between the end points."""
+  log_snr = np.linspace(log_snr_min, log_snr_max, 257, dtype=np.float32)
+  w = np.asarray(weighting(jnp.asarray(log_snr)))
+  bad = np.flatnonzero(~(np.isfinite(w) & (w >= 0)))
+  rule = f'finite, and not negative, for log-SNR from {log_snr_min:g} to {log_snr_max:g}'
+  remedy = f'it is {w[bad[0]]:g} at {log_snr[bad[0]]:.3g}' if len(bad) else ''
+  require(not len(bad), 'config.weighting.name', name, rule, remedy)
 
 
 def schedule(
@@ -173,6 +206,7 @@ def other_schedule(block: ConfigDict, field: str, own: Schedule) -> Schedule:
     'a schedule without parameters',
     "'schedule' is the model's own",
   )
+  check_falls(field, block.name, built)
   high, low = map(float, end_levels(built))
   require(
     least - 0.01 <= low < high <= most + 0.01,

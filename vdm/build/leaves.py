@@ -31,14 +31,16 @@ def _at_least(least: float, remedy: str) -> Rule:
 def one_of(*names: str, remedy: str = 'choose one') -> Rule:
   """Returns the rule that a value is one of some names."""
   *first, last = map(repr, names)
-  return Rule(lambda value: value in names, f'{", ".join(first)} or {last}', remedy)
+  rule = f'{", ".join(first)} or {last}' if first else last
+  return Rule(lambda value: value in names, rule, remedy)
 
 
 # Leaves that share a rule, their names without `config.`.
 RULES = (
   (
     'train.batch_size train.num_steps train.microbatches train.log_every_steps '
-    'train.eval_every_steps eval.batch_size eval.draws likelihood.draws likelihood.intervals '
+    'train.eval_every_steps eval.batch_size eval.draws eval.fields.samples_per_example '
+    'likelihood.draws likelihood.intervals '
     'sample.num_images sample.preview_images sample.batch_size sample.num_steps '
     'checkpoint.every_steps checkpoint.keep fid.batch_size '
     'fid.num_images fid.train_images parallel.fsdp optimizer.learning_rate '
@@ -48,7 +50,7 @@ RULES = (
   (
     'likelihood.maps train.num_timesteps eval.num_timesteps eval.max_images data.num_classes '
     'optimizer.warmup_steps optimizer.clip_norm optimizer.schedule_rate optimizer.weight_decay '
-    'ema.rampup_ratio ema.snapshot_every_steps train.second_order',
+    'ema.rampup_ratio ema.snapshot_every_steps train.second_order eval.fields.num_examples',
     NOT_NEGATIVE,
   ),
   (

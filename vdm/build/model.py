@@ -110,6 +110,10 @@ def model(config: ConfigDict) -> Model:
     return learned.as_schedule(params['schedule'], told_of(size, conditions))
 
   own = as_schedule({'schedule': learned.init()})
+  if not learned.conditional:  # which is one of ours
+    factories.check_falls('schedule', config.schedule.name, own)
+  ends = config.schedule.log_snr_min, config.schedule.log_snr_max
+  factories.check_weights(config.weighting.name, weighting, *ends)
   check_sampling(config.sample, own, takes)
   factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
   decoder = factories.decoder(config.decoder, data, config.schedule.log_snr_max)

@@ -278,7 +278,9 @@ def _plain(path, name, values, numbers):
   if not np.isfinite(values).all():
     bad = numbers[~np.isfinite(values).reshape(len(values), -1).all(axis=1)]
     fact = f'has nan or inf in {name} of example {bad[:1]}'
-    remedy = 'correct it' + (', or mask it with config.data.masked=True' if name == 'x' else '')
+    remedy = 'correct it' + (
+      ', or write a mask beside it, with config.data.masked=True' if name == 'x' else ''
+    )
     confirm(False, PATH, path, fact, remedy)
   return values
 

@@ -14,7 +14,8 @@ def derived(data, fetch):
 
   'low_resolution': the condition is the mean of the image over equal blocks, as many as
   config.data.condition_shape has along each axis. 'inpainting': the middle half of the image along
-  each axis is what counts (`valid`), and the condition is the rest, with the middle set to zero.
+  each axis is what counts (`valid`), and the condition is the rest, with the middle set to zero,
+  or to the mean, config.data.condition_shift, of real values.
 
   Raises:
     ValueError: there is no such kind, or config.data.condition_shape and masked do not fit it.
@@ -38,8 +39,9 @@ def derived(data, fetch):
     middle = tuple(slice(n // 4, n // 4 + max(1, n // 2)) for n in image[:-1])
     valid = np.zeros((1, *image[:-1], 1), bool)
     valid[(slice(None), *middle)] = True
+    mean = () if data.num_values else tuple(data.condition_shift)
     of = lambda pixels: {
-      'condition': np.where(valid, np.zeros_like(pixels), pixels),
+      'condition': np.where(valid, np.array(mean or 0, pixels.dtype), pixels),
       'valid': np.broadcast_to(valid, (len(pixels), *valid.shape[1:])),
     }
 

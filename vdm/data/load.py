@@ -19,6 +19,13 @@ KINDS = {
   'huggingface': huggingface,
   'gaussian_field': gaussian_field,
 }
+# by the name in config.data.ignore: the leaf that says that it is not used, and its value then
+IGNORED: dict[str, tuple[str, Any]] = {
+  'label': ('num_classes', 0),
+  'vector': ('embedding_size', 0),
+  'condition': ('condition_shape', ()),
+  'mask': ('masked', False),
+}
 
 
 def load(data, split: str) -> Source:
@@ -58,10 +65,30 @@ def found(data) -> dict[str, Any]:
   """Returns the leaves of config.data as the data have them, for config.data.as_found."""
   rule, remedy = f'False with derive={data.derive!r}', 'say the shapes of the coefficients'
   require(data.derive not in wavelet.KINDS, 'config.data.as_found', True, rule, remedy)
-  made = ('condition_shape', 'masked') if data.derive else ()  # of the image, by the config
   leaves = KINDS.get(data.name, tfds).found(_stored(data))
   leaves |= {'num_values': 2**data.num_bits} if data.num_bits else {}
-  return {leaf: value for leaf, value in leaves.items() if leaf not in made}
+  if not data.derive:
+    return leaves
+  made = {'condition': 'condition_shape', 'mask': 'masked'}  # of the image, by the config
+  there = [name for name, leaf in made.items() if leaves[leaf] and name not in ignored(data)]
+  rule = f'that of data without a {" and a ".join(there)}, which it does not know'
+  flag = ','.join([*ignored(data), *there])
+  remedy = f'derive none, or go on without by --config.data.ignore={flag}'
+  require(not there, 'config.data.derive', data.derive, rule, remedy)
+  return {leaf: value for leaf, value in leaves.items() if leaf not in made.values()}
+
+
+def ignored(data) -> list[str]:
+  """Returns the names in config.data.ignore.
+
+  Raises:
+    ValueError: one of them is none of IGNORED.
+  """
+  names = [name.strip() for name in data.ignore.split(',') if name.strip()]
+  rule = f'of {", ".join(IGNORED)}'
+  remedy = 'name what is there and not to be used'
+  require(set(names) <= set(IGNORED), 'config.data.ignore', data.ignore, rule, remedy)
+  return names
 
 
 def _stored(data):

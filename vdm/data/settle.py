@@ -5,10 +5,12 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
+from vdm.configs import default
+from vdm.data.load import IGNORED, ignored, load
 from vdm.data.load import found as found_in
-from vdm.data.load import load
 from vdm.data.source import Source
 from vdm.errors import require
 from vdm.system.progress import Progress
@@ -24,13 +26,8 @@ FOUND = (
   'condition_shape',
   'masked',
 )
-# by the name in config.data.ignore: the leaf that says that it is not used, and its value then
-IGNORED: dict[str, tuple[str, Any]] = {
-  'label': ('num_classes', 0),
-  'vector': ('embedding_size', 0),
-  'condition': ('condition_shape', ()),
-  'mask': ('masked', False),
-}
+# of these: what is said to be otherwise in the data; sizes in a config are another data set's
+SAID = 'num_classes', 'embedding_size', 'condition_shape', 'masked'
 # by the name in a batch: the leaves that hold the mean and standard deviation of each channel
 STATISTICS = {
   'image': ('shift', 'scale'),
@@ -50,14 +47,15 @@ def settle(
     data: config.data.
     continuous: whether the decoder is of real values, whose statistics are needed.
     known: config.data of the run that is read or goes on: what it has found stays. Only a part of
-      the data that it does not know, another evaluation split, is counted.
+      the data that it does not know, another evaluation split or place, is counted.
 
   Raises:
     ValueError: the data are not there, are no data of this kind, or a channel is constant.
   """
   data = data.copy_and_resolve_references().unlock()
   if known is not None:
-    counted = data.as_found and data.eval_split != known.get('eval_split')
+    places = 'eval_split', 'name', 'path', 'dir'
+    counted = data.as_found and any(data[leaf] != known.get(leaf) for leaf in places)
     for leaf in FOUND if data.as_found else ():
       data[leaf] = known.get(leaf, data[leaf])
     for leaf in (leaf for pair in STATISTICS.values() for leaf in pair):
@@ -90,8 +88,18 @@ def as_found(data: ConfigDict) -> ConfigDict:
   """Returns config.data with what it leaves to the data to be found; nothing is measured."""
   data = data.copy_and_resolve_references().unlock()
   if data.as_found:
-    left_out = dict(IGNORED[name] for name in data.ignore.split(',') if name)
-    data.update(found_in(data) | left_out)
+    made = ('condition', 'mask') if data.derive else ()  # the config says what these are
+    left_out = dict(IGNORED[name] for name in ignored(data) if name not in made)
+    there, usual = found_in(data) | left_out, default.get_config().data
+    others = [
+      f'{leaf}={there[leaf]}, not {data[leaf]}'
+      for leaf in SAID
+      if leaf in there
+      if data[leaf] not in (there[leaf], usual[leaf])
+    ]
+    if others:
+      logging.warning('taken from the data by config.data.as_found: %s', '; '.join(others))
+    data.update(there)
   return data.lock()
 
 
@@ -112,7 +120,8 @@ def _require_room(name: str, shift: np.ndarray, scale: np.ndarray):
 def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Returns the mean and standard deviation [C] of each channel over all examples of a split.
 
-  Dimensions that a mask leaves out do not count. Each example is read once, in order.
+  Dimensions that a mask leaves out do not count, nor those of a condition that lie where the image
+  is to be inpainted. Each example is read once, in order.
   """
   sums: dict[str, np.ndarray] = {}
   first: dict[str, np.ndarray] = {}
@@ -122,6 +131,8 @@ def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.
       rows = rows.reshape(-1, rows.shape[-1])
       if name == 'image' and 'valid' in batch:
         rows = rows[batch['valid'].reshape(-1)]
+      elif name == 'condition' and source.identity.get('derive') == 'inpainting':
+        rows = rows[~batch['valid'].reshape(-1)]
       if name not in first:  # a pivot, so that the squares do not cancel
         first[name], sums[name] = rows.mean(axis=0), np.zeros((3, rows.shape[1]))
       off = rows - first[name]

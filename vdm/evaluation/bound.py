@@ -239,6 +239,8 @@ def make_scorer(of: Study, settings: ConfigDict) -> Callable[[Any, str, int], Bi
     result = evaluator(params, of_host, data.num_eval_images(of.source, settings.max_images))
     if not math.isfinite(result.value):
       raise FloatingPointError(f'step {step}: {unit} of {name} parameters is {result.value}')
+    if not math.isfinite(result.loss[0]):  # a weighting of one's own, where training has not been
+      raise FloatingPointError(f'step {step}: the loss of {name} parameters is {result.loss[0]}')
     path = card_path(of, settings, name, step)
     write_card(of, path, params, name, step, elbo_fields(settings, result))
     return result

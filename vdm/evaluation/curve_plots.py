@@ -18,7 +18,7 @@ from vdm.system import files
 # the plots by log-SNR have a small panel per line, the others one panel with names at the ends
 BY_LOG_SNR = {
   'weight': 'weight / its greatest',
-  'density': 'density of training times, first seed',
+  'density': 'density of training\ntimes, first seed',
 }
 LABELS = {  # of a plot: x, y, and the scales of both; any other is a distance against steps
   'bits_per_dim': ('training steps', 'bits/dim', 'linear', 'linear'),
@@ -33,8 +33,9 @@ Curves = dict[str, np.ndarray]  # name of a line -> x, mean, least and greatest,
 def plot_curves(table: pathlib.Path, folder: pathlib.Path):
   """Draws folder/<plot>.png of every plot in a table, the curves.csv of `vdm.ablate`."""
   plots: dict[str, dict[str, list]] = {}
-  for plot, line, *point in files.read_table(table)[1:]:
-    plots.setdefault(plot, {}).setdefault(line, []).append([float(number) for number in point])
+  with files.reading(table, 'give the curves.csv of a grid'):
+    for plot, line, *point in files.read_table(table)[1:]:
+      plots.setdefault(plot, {}).setdefault(line, []).append([float(number) for number in point])
   for plot, lines in plots.items():
     curves = {line: np.array(points).T for line, points in lines.items()}
     draw = plot_panels if plot in BY_LOG_SNR else plot_lines
@@ -55,6 +56,9 @@ def plot_lines(plot: str, curves: Curves, path: pathlib.Path) -> np.ndarray:
     (lines[name],) = axes.plot(x, mean, marker='.')
     axes.fill_between(x, least, greatest, alpha=0.12, color=lines[name].get_color(), linewidth=0)
   axes.set(xlabel=xlabel, ylabel=ylabel)
+  if scales[0] == 'linear':
+    whole = MaxNLocator('auto', integer=True, steps=[1, 2, 2.5, 5, 10])
+    axes.xaxis.set_major_locator(whole)
   if scales[0] == 'log':
     axes.set_xscale('log', base=2)
     axes.set_xticks(x, [f'{tick:g}' for tick in x])
@@ -95,4 +99,9 @@ def plot_panels(plot: str, curves: Curves, path: pathlib.Path) -> np.ndarray:
 
 
 if __name__ == '__main__':
-  plot_curves(*map(pathlib.Path, sys.argv[1:3]))
+  if len(sys.argv) != 3:
+    sys.exit('give DIR/curves.csv and the folder of the plots')
+  try:
+    plot_curves(*map(pathlib.Path, sys.argv[1:]))
+  except ValueError as error:
+    sys.exit(str(error))

@@ -104,7 +104,7 @@ def plot_histogram(
     axes.stairs(both[1], edges, color=style.BLUE, linewidth=1.5, label='samples')
     axes.set(yscale='log', xlabel='value (data units)', title=names[channel])
   panels[0, 0].set_ylabel('density (per data unit)')
-  panels[0, 0].legend()
+  panels[0, 0].legend(frameon=True, framealpha=0.9, edgecolor='none')  # it may lie on the data
   return style.save(figure, path)
 
 

@@ -26,7 +26,8 @@ def folder(labels: dict[str, str]) -> str:
 def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
   """Yields what the finished runs left: labels; curves {step: value}; scores; the bound's metric.
 
-  `bound` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's;
+  `bound` and `loss` are of the evaluation's images, `train_loss` and `train_cv` of training's,
+  `stderr` is the Monte Carlo error of the last bound, None of a single draw;
   `distances`, of samples by metric, are those that training scored.
   """
   for labels, config in runs:
@@ -46,6 +47,7 @@ def collect(workdir: pathlib.Path, runs: list) -> Iterator[dict[str, Any]]:
       curves = {
         'bound': {card['step']: card['value'] for card in scored},
         'loss': {card['step']: card['training_loss']['value'] for card in scored},
+        'stderr': cards.at(scored[-1], 'stderr'),
         'train_loss': scalars['train/loss'],
         'train_cv': scalars['train/diffusion_cv'],
         'distances': {},
@@ -83,13 +85,16 @@ def steps_to(curve: dict[int, float], loss: float) -> float:
 def numbers_of(run: dict[str, Any], found: list[dict], reference: dict[str, str]) -> dict:
   """Returns the columns of a run in the table, by name.
 
-  `diffusion_cv` is the standard deviation over the mean of the training loss of one example, the
-  mean over the last quarter of what was logged. Distances are the last that training scored.
+  The error beside the bound is that of its draws, where there are any: the spread over seeds does
+  not contain it, for all seeds are evaluated with the same noise. `diffusion_cv` is the standard
+  deviation over the mean of the training loss of one example, the mean over the last quarter of
+  what was logged. Distances are the last that training scored.
   """
   cv = list(run['train_cv'].values())
   last = lambda curve: list(curve.values())[-1]
-  numbers = {
-    run['metric']: last(run['bound']),
+  numbers = {run['metric']: last(run['bound'])}
+  numbers |= {f'{run["metric"]}_stderr': run['stderr']} if run['stderr'] else {}
+  numbers |= {
     'loss': last(run['loss']),
     'diffusion_cv': float(np.mean(cv[-max(1, len(cv) // 4) :])),
   }
@@ -108,7 +113,11 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   results.md names the runs that have no result: of a grid that is under way, or those that failed.
   """
   found = list(collect(workdir, runs))
+  missing = [folder(labels) for labels, _ in runs if labels not in [run['labels'] for run in found]]
+  named = f'{", ".join(missing[:8])}{", ..." if missing[8:] else ""}'
+  left = f'Without a result: {len(missing)} of {len(runs)} runs, {named}.'  # to come, or failed
   if not found:
+    files.write(workdir / 'results.md', f'{left}\n')
     return
   numbers = [numbers_of(run, found, reference) for run in found]
   columns = list(dict.fromkeys(name for n in numbers for name in n))
@@ -128,10 +137,7 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   for own, members in sorted(groups.items(), key=best):
     cells = [_cell([n[name] for _, n in members if name in n]) for name in columns]
     lines.append(f'| {" | ".join([*own, str(len(members)), *cells])} |')
-  missing = [folder(labels) for labels, _ in runs if labels not in [run['labels'] for run in found]]
-  if missing:  # to come, or failed
-    named = f'{", ".join(missing[:8])}{", ..." if missing[8:] else ""}'
-    lines += ['', f'Without a result: {len(missing)} of {len(runs)} runs, {named}.']
+  lines += ['', left] if missing else []
   files.write(workdir / 'results.md', '\n'.join(lines) + '\n')
   groups = {', '.join(own): [run for run, _ in members] for own, members in groups.items()}
   curves = workdir / 'curves.csv'
@@ -187,7 +193,7 @@ def curves_of(groups: dict[str, list[dict]]) -> list[tuple]:
     for label, members in groups.items():
       found = [of(run) for run in (members[:1] if plot in BY_LOG_SNR else members)]
       x = found[0][0]
-      values = np.array([y for _, y in found if len(y) == len(x)])
+      values = np.array([y for other, y in found if list(other) == list(x)])
       parts = zip(x, values.mean(0), values.min(0), values.max(0), strict=True)
       rows += [(plot, label, *(f'{number:.5g}' for number in point)) for point in parts]
   return rows

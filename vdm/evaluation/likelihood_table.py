@@ -290,8 +290,12 @@ def _write_maps(
   arrays = dict(images=images, maps=maps, edges=edges)
   path = folder / f'maps_{count}x{intervals}.npz'
   files.write(path, files.content(lambda file: np.savez_compressed(file, **arrays)))
-  if is_picture(of.model.image_shape):
+  if len(of.model.image_shape) != 3:
+    logging.info('%s has the maps; there is no picture of fields on other than two axes', path)
+  else:
     unit, pixels = of.model.decoder.unit.partition('/')[0], of.model.decoder.to_pixels(images)
+    if not is_picture(of.model.image_shape):  # grey, as maps are of all channels together
+      pixels = pixels.mean(axis=-1, keepdims=True).astype(np.uint8)
     plot_maps(pixels, maps.sum(axis=-1), edges, unit, path.with_suffix('.png'))
 
 

@@ -30,6 +30,12 @@ NUM_PROGRESSIVE = 4  # images of the progressive picture
 SPECTRUM_VALUES = 2**25  # of the images of the power spectrum: a thousand at 100 x 100
 
 
+def x_of(decoder: Decoder, batch: data.Batch) -> jax.Array:
+  """Returns images as the network sees them, 0 where a mask leaves them out."""
+  x = decoder.to_model(jnp.asarray(batch['image']))
+  return jnp.where(batch['valid'], x, 0) if 'valid' in batch else x
+
+
 def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Array, ...]]:
   """Returns (params, batch of N) -> log_snr [L], z [L N ...], x_hat [L N ...].
 
@@ -37,7 +43,7 @@ def make_denoise(model: build.Model, mesh: Mesh) -> Callable[..., tuple[jax.Arra
   """
 
   def denoise(params, batch):
-    x = model.decoder.to_model(batch['image'])
+    x = x_of(model.decoder, batch)
     eps = standard_normal(fold_in(jax.random.key(0), jnp.arange(len(x))), model.image_shape)
     conditions = data.conditions_of(batch)
     schedule, denoiser = model.schedule(params, conditions), model.denoiser(params, conditions)
@@ -101,7 +107,7 @@ def make_pictures(
   batch = of.source.fetch(np.arange(count))
   has_waves = math.prod(model.image_shape[:-1]) > 1
   if has_waves:
-    frequency, power = power_spectrum(np.asarray(jax.jit(model.decoder.to_model)(batch['image'])))
+    frequency, power = power_spectrum(np.asarray(x_of(model.decoder, batch)))
     spectrum = frequency, power.mean(axis=(0, 2))
   few = {name: array[:NUM_PROGRESSIVE] for name, array in batch.items()}
 
@@ -122,7 +128,9 @@ def make_pictures(
     if model.multivariate:
       path_of['path'] = plots.plot_path(each, plotted / 'path.png')
     if has_waves:
-      path_of['spectrum'] = plots.plot_spectrum(*spectrum, levels, plotted / 'spectrum.png')
+      path_of['spectrum'] = plots.plot_spectrum(
+        *spectrum, levels, plotted / 'spectrum.png', model.decoder.is_density
+      )
     return path_of | {
       'progressive': plots.plot_progressive(blocks, levels, path),
       'diffusion_loss': plots.plot_bins(bins, plotted / 'diffusion_loss.png', unit),

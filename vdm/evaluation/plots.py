@@ -83,12 +83,17 @@ def filled(bins: np.ndarray) -> np.ndarray:
 
 @style.paper
 def plot_spectrum(
-  frequency: np.ndarray, power: np.ndarray, levels: np.ndarray, path: pathlib.Path
+  frequency: np.ndarray,
+  power: np.ndarray,
+  levels: np.ndarray,
+  path: pathlib.Path,
+  standardized: bool = False,
 ) -> np.ndarray:
   """Plots the data's radial power spectrum, and the noise of z / alpha at some log-SNR levels.
 
   What lies above a level's line is visible in z there. Levels far from all of the data's power are
-  left out. Returns the picture.
+  left out. The data are in the network's units: between -1 and 1, or `standardized`. Returns the
+  picture.
   """
   figure, axes = style.figure(1, (4.6, 3.2))
   low, high = power.min() / 8, power.max() * 8
@@ -103,7 +108,8 @@ def plot_spectrum(
   axes.text(1.13, 0.5, 'noise at this log-SNR', **place)
   axes.loglog(frequency, power, color=style.DATA, linewidth=2)
   axes.annotate('data', (frequency[0], power[0]), (4, 4), textcoords='offset points')
-  axes.set(xlabel='spatial frequency (cycles per pixel)', ylabel='power (data scaled to −1 … 1)')
+  units = '(data − mean) / std' if standardized else 'data scaled to −1 … 1'
+  axes.set(xlabel='spatial frequency (cycles per pixel)', ylabel=f'power ({units})')
   axes.set_ylim(low, high)
   style.plain_numbers(axes.xaxis)
   style.plain_numbers(axes.yaxis)

@@ -49,18 +49,27 @@ def class_grid(pixels: np.ndarray, classes: np.ndarray) -> np.ndarray:
 def flat_pictures(pixels: np.ndarray) -> np.ndarray:
   """Returns arrays uint8 [N *spatial C] on one, two or three axes as pictures [N H W C].
 
-  Those on one axis are drawn as curves, those on three are cut in the middle of the first.
+  Those on one axis are drawn as curves, those on three are cut in the middle of the first. Other
+  channels than one or three stand side by side, with a pixel of grey between.
   """
   if pixels.ndim == 5:
-    return pixels[:, pixels.shape[1] // 2]
+    return _side_by_side(pixels[:, pixels.shape[1] // 2])
   if pixels.ndim == 4:
-    return pixels
+    return _side_by_side(pixels)
   height = max(16, pixels.shape[1] // 4)
   level = np.round((height - 1) * (1 - pixels / 255.0)).astype(int)  # rows from the top, [N X C]
   before = np.concatenate([level[:, :1], level[:, :-1]], axis=1)
   row = np.arange(height).reshape(1, -1, 1, 1)
   low, high = np.minimum(level, before)[:, None], np.maximum(level, before)[:, None]
-  return np.where((low <= row) & (row <= high), 0, 255).astype(np.uint8)
+  return _side_by_side(np.where((low <= row) & (row <= high), 0, 255).astype(np.uint8))
+
+
+def _side_by_side(pixels):
+  if pixels.shape[3] in (1, 3):
+    return pixels
+  gap = ((0, 0), (0, 0), (0, 0), (0, 1))
+  apart = np.pad(pixels.transpose(0, 1, 3, 2), gap, constant_values=style.FRAME)
+  return apart.reshape(*pixels.shape[:2], -1, 1)[:, :, :-1]
 
 
 def save_png(path: pathlib.Path, picture: np.ndarray):

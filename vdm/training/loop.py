@@ -86,6 +86,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   with data_file.of_run(workdir, config.data):
     source = build.within_bounds(config.decoder, data.load(config.data, 'train'))
   mesh = parallel.make_mesh(config.parallel.fsdp)
+  init = build.init_state(config, model)
+  abstract = parallel.abstract_state(mesh, init)  # a network refuses shapes that it cannot take
   evaluations = evaluate.in_training(config, model, mesh, workdir)
   if settings.start_from and not load.holds_run(workdir):
     load.check_start(settings.start_from, config_file.flat(config_file.plain(config)))
@@ -97,8 +99,6 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
     config_file.open_workdir(workdir, config)  # the first thing that is written
     data_file.keep(workdir, source.identity)
     manager = stack.enter_context(checkpoint.manager(workdir, config.checkpoint.keep))
-    init = build.init_state(config, model)
-    abstract = parallel.abstract_state(mesh, init)
     files.require_space(workdir, checkpoint.size_of(abstract), '--workdir')
     state, start = checkpoint.restore(manager, abstract) or (None, 0)
     every = Every(
