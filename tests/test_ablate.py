@@ -139,6 +139,9 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
   monkeypatch.setattr(ablate.sys, 'argv', argv)
   monkeypatch.setattr(ablate, '_WORKERS', SimpleNamespace(value=3))
   assert ablate._share([1, 4, 5, 7]) == 75
+  monkeypatch.setattr(Child, 'wait', lambda self: -9 if self.status else 0)  # SIGKILL
+  assert ablate._share([1, 4, 5, 7]) == 137
+  started = started[:3]
   hands = [command[-1] for command in started]
   assert hands == ['--index=1,7', '--index=4', '--index=5']
   for command in started:  # of a flag that is given twice the last counts

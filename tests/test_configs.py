@@ -158,6 +158,7 @@ ENDS = dict(log_snr_min=-5.0, log_snr_max=8.0)
   ('of', 'time'),
   [
     (lambda low, high, t: low + (high - low) * t, '0.00391'),  # gamma, whose sign is the other
+    (lambda low, high, t: jnp.where(t < 0.5, high, low), '0.0312'),  # a step
     (lambda low, high, t: high + (low - high) * (t + 0.5 * jnp.sin(2 * jnp.pi * t)), '0.305'),
     (lambda low, high, t: -2 * jnp.log(jnp.tan(jnp.pi / 2 * t)), '0'),  # the cosine without ends
   ],
@@ -174,6 +175,14 @@ def test_a_schedule_of_ones_own_must_fall(monkeypatch, of, time):
     ValueError, match=rf"config.eval.schedule.name='mine' must .* t = {time}, and"
   ):
     build.model(config)
+
+
+def test_a_schedule_that_falls_slowly_somewhere_is_none_that_does_not(monkeypatch):
+  """Its first levels are equal in float32."""
+  factory = lambda log_snr_min, log_snr_max: (
+    lambda t: log_snr_max + (log_snr_min - log_snr_max) * t**4
+  )
+  build.model(own('mine', factory, 'schedule', monkeypatch, **ENDS))
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,12 @@ def test_a_mask_of_the_data_does_not_vanish_beside_derived_conditions(tmp_path):
   assert (found.masked, found.condition_shape, found.embedding_size) == (False, (3, 2, 2), 0)
 
 
+def test_conditions_are_derived_of_data_that_have_none_as_found():
+  derive = dict(derive='low_resolution', condition_shape=(4, 4, 1), ignore='label')
+  found = settle_lib.as_found(config_of('', name='digits', **derive).data)
+  assert found.condition_shape == (4, 4, 1) and found.num_classes == 0 and not found.masked
+
+
 def test_what_surrounds_a_hole_is_seen_in_its_own_units(tmp_path):
   """Far from 0 the hole's zeros would decide the statistics, and dwarf what is known."""
   x = 280 + 10 * np.random.default_rng(0).normal(size=(40, 8, 8, 1))
@@ -191,6 +197,8 @@ def test_another_evaluation_split_is_counted_again(tmp_path):
     np.savez(tmp_path / 'other.npz', **{name: array[:33] for name, array in arrays.items()})
   other = config_of(tmp_path / 'other.npz', **splits('[20:]'))
   assert config_file.settled(other, workdir).data.eval_images == 13
+  path.unlink()  # its samples need no data
+  assert config_file.settled(config_of('', **splits('[20:]')), workdir).data.eval_images == 20
 
 
 def test_a_constant_channel_is_refused_by_name(tmp_path):

@@ -167,9 +167,10 @@ def _evaluations(run_config: ConfigDict, steps: tuple[int, ...]) -> list[int]:
 
 
 def _share(indices: list[int]) -> int:
-  """Deals the runs out to --workers processes; returns the greatest status that is not 0, or 0.
+  """Deals the runs out to --workers processes; returns the greatest of their statuses.
 
-  So where one has a run that failed, 1, and another one was stopped, the grid is to go on, 75.
+  So where one has a run that failed, 1, and another one was stopped, 75, or killed, 128 and more,
+  the grid is to go on.
   """
   hands = (indices[k :: _WORKERS.value] for k in range(_WORKERS.value))
   env = {'JAX_NUM_CPU_DEVICES': '1'} | os.environ  # one core each
@@ -185,8 +186,8 @@ def _share(indices: list[int]) -> int:
     if hand
   ]
   try:
-    statuses = sorted((child.wait() for child in children), reverse=True)
-    return next((status for status in statuses if status), 0)
+    statuses = [child.wait() for child in children]
+    return max((status if status >= 0 else 128 - status for status in statuses), default=0)
   finally:
     for child in children:  # where this process is stopped, they save and stop as well
       child.terminate()
@@ -208,7 +209,7 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   """Runs what is left of the grid, or of run --index alone, and writes the results.
 
   Returns:
-    An exit status: 0, 1 where runs failed, with the others done, or that of a run that was stopped.
+    An exit status: 0, 1 where runs failed and the others are done, or that of a run that stopped.
   """
   runs, reference = expand(grid), grid.reference.to_dict()
   indices = _indices(len(runs))
@@ -232,24 +233,24 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
     return status
   hosts.keep_compiled()
   failed = []
-  try:
-    for number in filter(lambda i: not is_done(i), indices):
-      labels, run_config = runs[number]
-      path = workdir / folder(labels)
-      logging.info('run %d of %d: %s', number, len(runs), folder(labels))
-      try:
-        status = loop.train(run_config, path)
-      except FloatingPointError as error:
-        logging.error('%s: %s; the grid goes on without it.', path, error)
-        failed.append(folder(labels))
-        continue
-      if status:
-        return status
-      score(read_run(run_config, path), grid.evaluations)
-      jax.clear_caches()  # of programs that no other run uses
-      write_results(workdir, runs, reference)
-  finally:  # also where a run is refused: a table of before may have other runs
+  if (workdir / 'results.md').exists():  # it may name runs that are no more
     write_results(workdir, runs, reference)
+  for number in filter(lambda i: not is_done(i), indices):
+    labels, run_config = runs[number]
+    path = workdir / folder(labels)
+    logging.info('run %d of %d: %s', number, len(runs), folder(labels))
+    try:
+      status = loop.train(run_config, path)
+    except FloatingPointError as error:
+      logging.error('%s: %s; the grid goes on without it.', path, error)
+      failed.append(folder(labels))
+      continue
+    if status:
+      return status
+    score(read_run(run_config, path), grid.evaluations)
+    jax.clear_caches()  # of programs that no other run uses
+    write_results(workdir, runs, reference)
+  write_results(workdir, runs, reference)
   if failed:
     logging.error('%d of %d runs failed: %s', len(failed), len(indices), ', '.join(failed))
   return 1 if failed else 0

@@ -71,13 +71,6 @@ def check_config(config: ConfigDict):
     "'static' or 'none' for data with masks, whose percentiles it does not know",
     'change it',
   )
-  for leaf in ('eval.fid', 'fid.train_every_steps'):
-    value, rule = (
-      value_of(config, leaf),
-      'off for data with masks: features of filling mean nothing',
-    )
-    remedy = f'give {type(value)(0)}'
-    require(not config.data.masked or not value, f'config.{leaf}', value, rule, remedy)
   for leaf in ('log_snr_min', 'log_snr_max'):
     name, rule = config.schedule.name, f'beside its {leaf}, an end of the whole model'
     require(leaf in config.schedule, 'config.schedule.name', name, rule, 'give both ends')

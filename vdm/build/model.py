@@ -110,7 +110,7 @@ def model(config: ConfigDict) -> Model:
     return learned.as_schedule(params['schedule'], told_of(size, conditions))
 
   own = as_schedule({'schedule': learned.init()})
-  if not learned.conditional:  # which is one of ours
+  if not (learned.conditional or learned.multivariate):  # these fall by construction
     factories.check_falls('schedule', config.schedule.name, own)
   ends = config.schedule.log_snr_min, config.schedule.log_snr_max
   factories.check_weights(config.weighting.name, weighting, *ends)

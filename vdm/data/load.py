@@ -70,7 +70,7 @@ def found(data) -> dict[str, Any]:
   if not data.derive:
     return leaves
   made = {'condition': 'condition_shape', 'mask': 'masked'}  # of the image, by the config
-  there = [name for name, leaf in made.items() if leaves[leaf] and name not in ignored(data)]
+  there = [name for name, leaf in made.items() if leaves.get(leaf) and name not in ignored(data)]
   rule = f'that of data without a {" and a ".join(there)}, which it does not know'
   flag = ','.join([*ignored(data), *there])
   remedy = f'derive none, or go on without by --config.data.ignore={flag}'

@@ -54,14 +54,14 @@ def settle(
   """
   data = data.copy_and_resolve_references().unlock()
   if known is not None:
-    places = 'eval_split', 'name', 'path', 'dir'
-    counted = data.as_found and any(data[leaf] != known.get(leaf) for leaf in places)
+    moved = any(data[leaf] and data[leaf] != known.get(leaf) for leaf in ('name', 'path'))
+    counted = data.as_found and (moved or data.eval_split != known.get('eval_split'))
     for leaf in FOUND if data.as_found else ():
       data[leaf] = known.get(leaf, data[leaf])
     for leaf in (leaf for pair in STATISTICS.values() for leaf in pair):
       data[leaf] = data[leaf] or known.get(leaf, ())
     if counted:
-      data.eval_images = found_in(data)['eval_images']
+      data.eval_images = found_in(data).get('eval_images', data.eval_images)
     return data.lock()
   data = as_found(data).unlock()
   wanted = {
@@ -90,16 +90,16 @@ def as_found(data: ConfigDict) -> ConfigDict:
   if data.as_found:
     made = ('condition', 'mask') if data.derive else ()  # the config says what these are
     left_out = dict(IGNORED[name] for name in ignored(data) if name not in made)
-    there, usual = found_in(data) | left_out, default.get_config().data
+    there, usual = found_in(data), default.get_config().data
     others = [
       f'{leaf}={there[leaf]}, not {data[leaf]}'
       for leaf in SAID
-      if leaf in there
+      if leaf in there and leaf not in left_out
       if data[leaf] not in (there[leaf], usual[leaf])
     ]
     if others:
       logging.warning('taken from the data by config.data.as_found: %s', '; '.join(others))
-    data.update(there)
+    data.update(there | left_out)
   return data.lock()
 
 
@@ -120,8 +120,8 @@ def _require_room(name: str, shift: np.ndarray, scale: np.ndarray):
 def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
   """Returns the mean and standard deviation [C] of each channel over all examples of a split.
 
-  Dimensions that a mask leaves out do not count, nor those of a condition that lie where the image
-  is to be inpainted. Each example is read once, in order.
+  Dimensions that a mask leaves out do not count, nor, of real values, those of a condition that lie
+  where the image is to be inpainted. Each example is read once, in order.
   """
   sums: dict[str, np.ndarray] = {}
   first: dict[str, np.ndarray] = {}
@@ -131,7 +131,7 @@ def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.
       rows = rows.reshape(-1, rows.shape[-1])
       if name == 'image' and 'valid' in batch:
         rows = rows[batch['valid'].reshape(-1)]
-      elif name == 'condition' and source.identity.get('derive') == 'inpainting':
+      elif name == 'condition' and _has_hole(source.identity):
         rows = rows[~batch['valid'].reshape(-1)]
       if name not in first:  # a pivot, so that the squares do not cancel
         first[name], sums[name] = rows.mean(axis=0), np.zeros((3, rows.shape[1]))
@@ -144,6 +144,11 @@ def measure(source: Source, names: list[str]) -> dict[str, tuple[np.ndarray, np.
     spread[spread < 1e-9 * np.abs(first[name])] = 0  # rounding of the sums
     found[name] = first[name] + mean, spread
   return found
+
+
+def _has_hole(identity: Mapping[str, Any]) -> bool:
+  """Returns whether conditions are real values around what is to be inpainted (`data.derive`)."""
+  return identity.get('derive') == 'inpainting' and not identity['num_values']
 
 
 def _in_order(source: Source) -> Iterator[Any]:

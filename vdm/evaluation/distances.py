@@ -40,6 +40,8 @@ def make_scorer(
   rule = '256 at most for distances of samples'
   remedy = 'set config.fid.train_every_steps=0 and config.eval.fid=False'
   require(data.num_values <= 256, 'config.data.num_values', data.num_values, rule, remedy)
+  rule = 'False for distances of samples, whose features would be those of what does not count'
+  require(not data.masked, 'config.data.masked', data.masked, rule, remedy)
   extractor = fid.make(settings, data, of.mesh)
   fid.check_count(settings, num_images, extractor)
   reference = fid.of_config(settings, data, extractor)

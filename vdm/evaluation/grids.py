@@ -118,6 +118,7 @@ def write_results(workdir: pathlib.Path, runs: list, reference: dict[str, str]):
   left = f'Without a result: {len(missing)} of {len(runs)} runs, {named}.'  # to come, or failed
   if not found:
     files.write(workdir / 'results.md', f'{left}\n')
+    files.write_table(workdir / 'results.csv', list(runs[0][0]), [])
     return
   numbers = [numbers_of(run, found, reference) for run in found]
   columns = list(dict.fromkeys(name for n in numbers for name in n))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from vdm import build, cards, data
 from vdm.build.state import named_params
+from vdm.configs import default
 from vdm.data.settle import as_found
 from vdm.errors import require, within
 from vdm.evaluation import likelihood, ode, separation
@@ -110,6 +111,9 @@ def other_set(settings: ConfigDict, against: ConfigDict, told: bool) -> list[Con
   require(not told, 'config.likelihood.conditions', 'given', rule, remedy)
   other = settings.copy_and_resolve_references().unlock()
   other.update(name=against.name, path=against.path, dir=against.dir or settings.dir)
+  # what the model's data have in labels and vectors is nothing to this set
+  usual = default.get_config().data
+  other.update(num_classes=usual.num_classes, embedding_size=usual.embedding_size)
   # all of a file may be scored: none of it need be for training
   other.update(
     train_split='' if against.name in IN_FILES else 'train', eval_split=against.split, as_found=True
