@@ -298,7 +298,8 @@ def test_too_few_steps_stop_the_evaluation_with_the_remedy(exact):
   [
     ('likelihood', 'exact', "'elbo', 'ode' or 'elbo,ode'"),
     ('ode.trace', 'hutchison', "'hutchinson' or 'exact'"),
-    ('ode.dequantization', 'normal', "'uniform' or 'truncated_normal'"),
+    ('ode.dequantization', 'normal', "'uniform', 'truncated_normal' or 'none'"),
+    ('ode.dequantization', 'none', "'uniform' or 'truncated_normal'"),
     ('ode.atol', 0.0, 'try 1e-3'),
     ('ode.importance_samples', 0, '1 or more'),
   ],
@@ -306,6 +307,9 @@ def test_too_few_steps_stop_the_evaluation_with_the_remedy(exact):
 def test_bad_settings_are_refused(leaf, value, says):
   config = default.get_config()
   config.eval.update_from_flattened_dict({leaf: value})
+  if value == 'none':  # which only densities have: asked where the ODE is
+    build.check_config(config)
+    config.eval.likelihood = 'elbo,ode'
   with pytest.raises(ValueError, match=rf'config\.eval\.{leaf}={value!r} must be .*{says}'):
     build.check_config(config)
 

@@ -81,6 +81,7 @@ RULES = (
   ('eval.likelihood', one_of('elbo', 'ode', 'elbo,ode')),
   ('eval.ode.trace', one_of('hutchinson', 'exact')),
   ('eval.ode.probe', one_of(*PROBES)),
+  ('eval.ode.dequantization', one_of('uniform', 'truncated_normal', 'none')),
   ('eval.ode.rtol', _at_least(0, 'give 0 or more')),
   ('eval.ode.atol', _at_least(1e-6, 'float32 resolves no less: try 1e-3')),
   ('eval.ode.max_steps', _at_least(1, 'try 1000')),
