@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
@@ -88,6 +89,23 @@ def check_weights(name: str, weighting: Weighting, log_snr_min: float, log_snr_m
   rule = f'finite, and not negative, for log-SNR from {log_snr_min:g} to {log_snr_max:g}'
   remedy = f'it is {w[bad[0]]:g} at {log_snr[bad[0]]:.3g}' if len(bad) else ''
   require(not len(bad), 'config.weighting.name', name, rule, remedy)
+
+
+def check_curves(block: ConfigDict, fixed: Schedule | None, name: str, weighting: Weighting):
+  """Refuses a schedule that does not fall, and a weighting without sense between its end points.
+
+  They are looked at as numbers, also where a model is built inside a function that is traced.
+
+  Args:
+    block: config.schedule.
+    fixed: its schedule, None if that is trained.
+    name: of the weighting.
+    weighting: of that name.
+  """
+  with jax.ensure_compile_time_eval():
+    if fixed:
+      check_falls('schedule', block.name, fixed)
+    check_weights(name, weighting, block.log_snr_min, block.log_snr_max)
 
 
 def schedule(

@@ -110,10 +110,8 @@ def model(config: ConfigDict) -> Model:
     return learned.as_schedule(params['schedule'], told_of(size, conditions))
 
   own = as_schedule({'schedule': learned.init()})
-  if not (learned.conditional or learned.multivariate):  # these fall by construction
-    factories.check_falls('schedule', config.schedule.name, own)
-  ends = config.schedule.log_snr_min, config.schedule.log_snr_max
-  factories.check_weights(config.weighting.name, weighting, *ends)
+  fixed = None if is_learned or learned.conditional else own  # the others fall by construction
+  factories.check_curves(config.schedule, fixed, config.weighting.name, weighting)
   check_sampling(config.sample, own, takes)
   factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
   decoder = factories.decoder(config.decoder, data, config.schedule.log_snr_max)
