@@ -106,7 +106,7 @@ def test_labels_are_text():
   with config.unlocked():
     config.axes.seed = ConfigDict({0: dict(seed=0)}, convert_dict=False)
   with pytest.raises(
-    ValueError, match=r"config.axes.seed=0 must be labels that are text; write '0'"
+    ValueError, match=r"config.axes.seed=0 must be a label that is text; write '0'"
   ):
     ablate.expand(config)
 

@@ -267,7 +267,7 @@ def test_bins_hold_the_bits_per_unit_of_log_snr():
 
 @pytest.mark.parametrize('name', ['linear', 'cosine', 'ddpm', 'softplus'])
 def test_bins_add_up_to_the_diffusion_term_of_any_schedule(name):
-  """Of data N(0, 0.01) and the exact denoiser, whose term is an integral in closed form."""
+  """Data N(0, 0.01) have an exact denoiser, and a term that is an integral in closed form."""
   ends, variance, times = (13.3, -10.0), 0.01, (jnp.arange(100_000) + 0.5) / 100_000
   log_snr, slope = log_snr_and_slope(
     SCHEDULES[name](log_snr_min=ends[1], log_snr_max=ends[0]), times

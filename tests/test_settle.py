@@ -151,7 +151,7 @@ def test_a_mask_of_the_data_does_not_vanish_beside_derived_conditions(tmp_path):
   path, _ = fields(tmp_path, mask=np.ones((6, 4)), vector=np.ones((40, 5)))
   derive = dict(derive='low_resolution', condition_shape=(3, 2, 2))
   of = lambda ignore: settle_lib.as_found(config_of(path, ignore=ignore, **derive).data)
-  message = r"derive='low_resolution' must be that of data without a mask.* --config.data.ignore="
+  message = r"derive='low_resolution' must be '' for data with a mask, .* --config.data.ignore="
   with pytest.raises(ValueError, match=f'{message}mask'):
     of('')
   with pytest.raises(ValueError, match=f'{message}vector,mask'):

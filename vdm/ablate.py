@@ -35,6 +35,7 @@ from vdm.diffusion.gaussian import mean_over_dims
 from vdm.diffusion.samplers import num_evaluations
 from vdm.errors import require
 from vdm.evaluation.grids import SCORES, folder, write_results
+from vdm.evaluation.pictures import x_of
 from vdm.sampling.draw import make_sampler
 from vdm.system import files, hosts, logs
 from vdm.training import loop
@@ -61,7 +62,7 @@ def expand(grid: ConfigDict) -> list[tuple[dict[str, str], ConfigDict]]:
   for axis, labels in grid.axes.items():
     for label in labels:
       remedy = f'write {str(label)!r}'
-      require(isinstance(label, str), f'config.axes.{axis}', label, 'labels that are text', remedy)
+      require(isinstance(label, str), f'config.axes.{axis}', label, 'a label that is text', remedy)
   axes = dict(sorted(grid.axes.to_dict().items(), key=lambda item: item[0] == 'seed'))
   runs = []
   for labels in itertools.product(*axes.values()):
@@ -118,11 +119,11 @@ def score(run: Run, steps: tuple[int, ...]):
   source = data.load(config.data, 'eval')
   reference = source.fetch(np.arange(len(source)))
   params = named_params(state, config.sample.params)
-  fitted, distances = _fit(reference['image'], model, reference.get('valid')), {}
+  fitted, distances = _fit(x_of(model.decoder, reference)), {}
   for count, evaluations in zip(steps, _evaluations(config, steps), strict=True):
     config.sample.num_steps = count
     images = np.concatenate(list(make_sampler(config, model, mesh)(params)))
-    distances[evaluations] = fid.frechet_distance(_fit(images, model), fitted)
+    distances[evaluations] = fid.frechet_distance(_fit(model.decoder.to_model(images)), fitted)
   schedule = model.training_schedule(state.params, state.adaptive)
   log_snr = mean_over_dims(schedule(jnp.linspace(0.0, 1.0, 101)))
   result = {
@@ -133,11 +134,9 @@ def score(run: Run, steps: tuple[int, ...]):
   files.write(epath.Path(workdir) / SCORES, files.json_text(result))
 
 
-def _fit(images: np.ndarray, model: build.Model, valid: np.ndarray | None = None) -> fid.Gaussian:
-  """Returns the Gaussian of images in the network's units, 0 where a mask leaves them out."""
-  x = model.decoder.to_model(images)
-  x = x if valid is None else jnp.where(valid, x, 0)  # as samples are
-  return fid.fit(np.asarray(x).reshape(len(images), -1))
+def _fit(x: jax.Array) -> fid.Gaussian:
+  """Returns the Gaussian of images in the network's units."""
+  return fid.fit(np.asarray(x).reshape(len(x), -1))
 
 
 def _indices(count: int) -> list[int]:

@@ -92,7 +92,7 @@ def check_weights(name: str, weighting: Weighting, log_snr_min: float, log_snr_m
 
 
 def check_curves(block: ConfigDict, fixed: Schedule | None, name: str, weighting: Weighting):
-  """Refuses a schedule that does not fall, and a weighting without sense between its end points.
+  """Refuses a schedule that does not fall, and a weighting that is negative or not finite.
 
   They are looked at as numbers, also where a model is built inside a function that is traced.
 

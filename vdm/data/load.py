@@ -71,9 +71,9 @@ def found(data) -> dict[str, Any]:
     return leaves
   made = {'condition': 'condition_shape', 'mask': 'masked'}  # of the image, by the config
   there = [name for name, leaf in made.items() if leaves.get(leaf) and name not in ignored(data)]
-  rule = f'that of data without a {" and a ".join(there)}, which it does not know'
+  rule = f"'' for data with a {' and a '.join(there)}, which what is derived does not know"
   flag = ','.join([*ignored(data), *there])
-  remedy = f'derive none, or go on without by --config.data.ignore={flag}'
+  remedy = f'leave out what the data have by --config.data.ignore={flag}'
   require(not there, 'config.data.derive', data.derive, rule, remedy)
   return {leaf: value for leaf, value in leaves.items() if leaf not in made.values()}
 
