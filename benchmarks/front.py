@@ -261,6 +261,7 @@ def main(argv: list[str] | None = None) -> int:
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
+  status = 0
   if args.data:
     name = f'recipe.py:{DATA[args.data]}' if DATA[args.data] else 'recipe.py'
     config = pathlib.Path(recipe.__file__).with_name(name)
@@ -268,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     command += [f'--workdir={args.runs / args.data}', f'--workers={args.workers}']
     command += [f'--index={",".join(map(str, chosen))}']
     status = subprocess.run([*command, *overrides], check=False).returncode
-    if status:
+    if status not in (0, 1):  # with 1 some runs failed, and the page has the others
       return status
   page = args.page or args.runs / 'front.md'
   try:
@@ -277,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f'error: {error}', file=sys.stderr)
     return 1
   print(page)
-  return 0
+  return status
 
 
 if __name__ == '__main__':

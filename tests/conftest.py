@@ -12,6 +12,8 @@ os.environ['XLA_FLAGS'] = ' '.join(
     # as the commands have it (vdm.system.hosts): eight devices on few cores wait for each other
     '--xla_cpu_collective_call_terminate_timeout_seconds=600',
     '--xla_cpu_enable_concurrency_optimized_scheduler=false',
+    # what a test runs is small: to compile it as for a run takes two to three times as long
+    '--xla_backend_optimization_level=1',
   ]
 )
 os.environ['JAX_PLATFORMS'] = 'cpu'

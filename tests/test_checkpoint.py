@@ -557,7 +557,7 @@ def test_two_processes_write_one_checkpoint(tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))
     address = f'127.0.0.1:{s.getsockname()[1]}'
-  flags = '--xla_force_host_platform_device_count=2'
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count=2'
   processes = [start(PROCESS, i, address, tmp_path, XLA_FLAGS=flags) for i in range(2)]
   errors = [process.communicate(timeout=120)[1] for process in processes]
   assert [process.returncode for process in processes] == [0, 0], errors

@@ -122,6 +122,14 @@ def test_the_page_keeps_its_runs_and_takes_others_in(ran, found, tmp_path):
   assert page.read_text() == whole  # the second seed of `muon_8e-3` was made anew
 
 
+def test_where_a_run_failed_the_page_has_the_others(ran, found, tmp_path, monkeypatch):
+  ran(found, 'digits')
+  failed = lambda command, check: subprocess.CompletedProcess(command, 1)
+  monkeypatch.setattr(subprocess, 'run', failed)
+  assert front.main([f'--runs={tmp_path}', '--data=digits']) == 1
+  assert '## Digits' in (tmp_path / 'front.md').read_text()
+
+
 def test_runs_of_other_steps_are_not_set_side_by_side(found, tmp_path):
   counts = zip(found, (50, 50, 60, 50), strict=True)
   some = [run | {'settings': {'num_steps': steps}, 'changed': {}} for run, steps in counts]

@@ -55,7 +55,7 @@ def start(
   with socket.socket() as probe:
     probe.bind(('localhost', 0))
     port = probe.getsockname()[1]
-  flags = f'--xla_force_host_platform_device_count={devices}'
+  flags = f'{os.environ["XLA_FLAGS"]} --xla_force_host_platform_device_count={devices}'
   cache = {'JAX_COMPILATION_CACHE_DIR': jax.config.jax_compilation_cache_dir}
   env = os.environ | cache | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags}
   command = [
