@@ -145,7 +145,8 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
   hands = [command[-1] for command in started]
   assert hands == ['--index=1,7', '--index=4', '--index=5']
   for command in started:  # of a flag that is given twice the last counts
-    assert command[:3] == ['-m', 'vdm.ablate', '--workdir=W'] and command[-2] == '--workers=1'
+    assert command[:3] == ['-m', 'vdm.ablate', '--workdir=W']
+    assert command[-3:-1] == ['--workers=1', '--num_processes=1']  # none joins another's job
 
 
 def test_steps_to_a_loss():

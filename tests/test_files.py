@@ -124,3 +124,12 @@ def test_figures_and_tables_are_written_to_gs(bucket):
 def test_a_path_is_where_it_says(typed, path, monkeypatch):
   monkeypatch.setenv('HOME', '/home/me')
   assert str(files.path_of(typed)) == path
+
+
+def test_without_tensorflow_a_bucket_is_refused_in_one_line(monkeypatch):
+  monkeypatch.setattr(files, 'has_tensorflow', lambda: False)
+  assert str(files.path_of('a/b')) == 'a/b'
+  with pytest.raises(
+    ValueError, match=r"gs://a/b is read by TensorFlow: pip install 'vdm-jax\[ten"
+  ):
+    files.path_of('gs://a/b')

@@ -42,12 +42,12 @@ def test_tpu_pod_creates_installs_runs_everywhere_and_deletes():
   gcloud = ['gcloud', 'compute', 'tpus', 'queued-resources']
   assert all(command[:4] == gcloud and '--zone=us-central1-a' in command for command in commands)
   kinds = [command[4] for command in commands]
-  assert kinds == ['create', 'describe', 'ssh', 'scp', 'ssh', 'ssh', 'delete']
+  assert kinds == ['create', 'describe', 'ssh', 'ssh', 'scp', 'ssh', 'ssh', 'ssh', 'delete']
   assert {'--accelerator-type=v5litepod-32', '--node-id=v'} < set(commands[0])
-  for command in commands[2:6]:
+  for command in commands[2:8]:
     assert {'--node=all', '--worker=all'} < set(command)
-  assert '.[tpu]' in commands[4][-1]
-  typed = commands[5][-1].removeprefix('--command=')
+  assert '.[tpu,tensorflow]' in commands[5][-1]  # which reads and writes gs://
+  typed = commands[7][-1].removeprefix('--command=')
   assert shlex.join(['.venv/bin/python', *TYPED]) in typed.replace("'\\''", "'\"'\"'")
   assert 'bash launch/restart.sh .venv/bin/python' in typed
   assert '--xla_tpu_enable_async_collective_fusion=true' in typed
@@ -59,6 +59,32 @@ def test_tpu_pod_of_two_spot_slices_and_only_some_steps():
   create, _, logs = dry('tpu_pod.sh', '--dry_run', *POD, *more, *MAIN)
   assert {'--node-count=2', '--node-prefix=v', '--spot', '--project=p'} < set(create)
   assert 'tail' in logs[-1] and 'vdm.main' not in logs[-1]
+
+
+def test_tpu_pod_copies_data_to_every_host_and_says_where_they_are():
+  commands = dry('tpu_pod.sh', '--dry_run', *POD, '--data=gs://bucket/tfds', *MAIN)
+  copy, _, train, _ = (command[-1] for command in commands[-4:])
+  copy = shlex.split(copy.removeprefix('--command='))
+  assert copy[-5:] == ['storage', 'rsync', '--recursive', 'gs://bucket/tfds', 'vdm_data']
+  assert train.index(TYPED[-1][:10]) < train.index(' --config.data.dir=../vdm_data >run.log')
+
+
+@pytest.mark.parametrize('step', ['install', 'run'])
+def test_tpu_pod_starts_no_second_run_and_takes_none_its_folder(step, tmp_path):
+  first = dry('tpu_pod.sh', '--dry_run', *POD, f'--steps={step}', *MAIN)[0][-1]
+  (tmp_path / 'vdm_run').mkdir()
+  pid = tmp_path / 'vdm_run' / 'pid'
+
+  def status():
+    command = ['bash', '-c', first.removeprefix('--command=')]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+  assert status() == (0, '', '')
+  pid.write_text('999999999')  # of a run that has ended
+  assert status() == (0, '', '')
+  pid.write_text(str(os.getpid()))
+  assert status() == (1, '', 'a run goes on here: --steps=logs shows it\n')
 
 
 def test_gke_creates_one_workload_that_starts_again_after_75():
@@ -73,9 +99,11 @@ def test_gke_creates_one_workload_that_starts_again_after_75():
 @pytest.mark.parametrize('how', [dict(DRY_RUN='1'), {}])
 def test_slurm_gives_the_one_task_of_a_node_every_gpu(how):
   args = [WORKDIR] if how else ['--dry_run', WORKDIR]
-  export, srun = [c for c in dry('slurm.sbatch', *args, *MAIN, SLURM_GPUS_ON_NODE='4', **how) if c]
+  node = dict(SLURM_GPUS_ON_NODE='4', SLURM_CPUS_PER_TASK='64')
+  export, memory, srun = [c for c in dry('slurm.sbatch', *args, *MAIN, **node, **how) if c]
   assert 'JAX_LOCAL_DEVICE_IDS=0,1,2,3' in export
-  assert srun == ['srun', '--kill-on-bad-exit=0', 'python', *TYPED]
+  assert memory == ['export', 'XLA_CLIENT_MEM_FRACTION=.92']
+  assert srun == ['srun', '--kill-on-bad-exit=0', '--cpus-per-task=64', 'python', *TYPED]
   text = (LAUNCH / 'slurm.sbatch').read_text()
   for line in ('--ntasks-per-node=1', '--requeue', '--signal=TERM@300'):
     assert f'#SBATCH {line}\n' in text
@@ -130,6 +158,7 @@ MISTAKES = {
   'local workdir': ('gke_xpk.sh', [*GKE, '--workdir=/tmp/x', *MAIN], '--workdir=/tmp/x', 'gs://'),
   'slices': ('tpu_pod.sh', [*POD, '--num_slices=0', *MAIN], '--num_slices=0', 'try 1'),
   'capacity': ('tpu_pod.sh', [*POD, '--capacity=free', *MAIN], '--capacity=free', 'spot'),
+  'data': ('tpu_pod.sh', [*POD, '--data=/data', *MAIN], '--data=/data', 'leave it out'),
   'steps': ('tpu_pod.sh', [*POD, '--steps=make', *MAIN], '--steps=make', 'install'),
   'restarts': ('gke_xpk.sh', [*GKE, '--max_restarts=no', *MAIN], '--max_restarts=no', 'try 1'),
   'relative': ('slurm.sbatch', ['--workdir=runs/x', *MAIN], '--workdir=runs/x', 'full path'),

@@ -101,7 +101,7 @@ def test_another_host_or_container_is_watched_for_signs_of_life(
   theirs = lock._own() | other
   path.write_text(json.dumps(theirs))
   os.utime(path, (1, 1))
-  beating = threading.Thread(target=lock._beat, args=(path, theirs, ended))
+  beating = threading.Thread(target=lock._beat, args=(path, theirs, ended, []))
   if alive:
     beating.start()
   try:
@@ -123,8 +123,80 @@ def test_a_lock_that_another_job_has_taken_gets_no_sign_of_life(tmp_path, monkey
   path, own = tmp_path / lock.FILE, lock._own()
   path.write_text(json.dumps(lock._own() | {'host': 'elsewhere'}))
   os.utime(path, (1, 1))
-  lock._beat(path, own, threading.Event())  # which ends by itself
+  lock._beat(path, own, threading.Event(), [])  # which ends by itself
   assert path.stat().st_mtime == 1 and 'is now of process' in caplog.text
+
+
+def test_a_job_that_has_lost_its_lock_is_to_write_no_more(tmp_path, monkeypatch):
+  monkeypatch.setattr(lock, 'BEAT_SECONDS', 0.01)
+  path = tmp_path / lock.FILE
+  theirs = lock._own() | {'host': 'elsewhere'}
+  with lock.hold(tmp_path) as check:
+    check()
+    path.write_text(json.dumps(theirs))
+    with pytest.raises(ValueError, match=r'is now of process .* of elsewhere, which had no sign'):
+      for _ in range(500):
+        check()
+        time.sleep(0.01)
+  assert json.loads(path.read_text()) == theirs
+
+
+def test_a_storage_that_fails_in_words_of_its_own_ends_no_sign_of_life(tmp_path, monkeypatch):
+  class Unavailable(Exception):
+    pass
+
+  answers = iter([Unavailable('try again')])
+
+  def utime(path, real=os.utime):
+    for error in answers:
+      raise error
+    real(path)
+
+  monkeypatch.setattr(lock, 'BEAT_SECONDS', 0.01)
+  with lock.hold(tmp_path):
+    path = tmp_path / lock.FILE
+    os.utime(path, (1, 1))
+    monkeypatch.setattr(os, 'utime', utime)
+    deadline = time.monotonic() + 20
+    while path.stat().st_mtime == 1 and time.monotonic() < deadline:
+      time.sleep(0.01)
+    assert path.stat().st_mtime > 1 and next(answers, None) is None
+
+
+def test_of_two_that_claim_at_once_where_nothing_excludes_it_one_holds(tmp_path, monkeypatch):
+  """As on gs://, where the last one to write stays."""
+  monkeypatch.setattr(lock, '_is_remote', lambda path: True)
+  monkeypatch.setattr(lock, 'SETTLE_SECONDS', 0.2)
+  both = threading.Barrier(2)
+  writes = threading.Lock()
+
+  def write_if(condition, path, text):
+    good = condition()
+    if good:
+      both.wait(timeout=60)
+      with writes:
+        part = path.with_suffix('.part')
+        part.write_text(text)
+        part.replace(path)
+      both.wait(timeout=60)  # each has written
+    return good
+
+  monkeypatch.setattr(lock.files, 'write_if', write_if)
+  path, ended = lock.epath.Path(tmp_path) / lock.FILE, []
+
+  def claim(number):
+    try:
+      lock._claim(path, lock._own() | {'token': str(number)}, tmp_path)
+      ended.append('held')
+    except ValueError:
+      ended.append('refused')
+
+  threads = [threading.Thread(target=claim, args=(i,)) for i in range(2)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert sorted(ended) == ['held', 'refused']
 
 
 def test_an_older_lock_is_one_too(tmp_path, monkeypatch):
@@ -135,7 +207,7 @@ def test_an_older_lock_is_one_too(tmp_path, monkeypatch):
   del own['space']
   path.write_text(json.dumps(own))
   ended = threading.Event()
-  beating = threading.Thread(target=lock._beat, args=(path, own, ended))
+  beating = threading.Thread(target=lock._beat, args=(path, own, ended, []))
   beating.start()
   try:
     with pytest.raises(ValueError, match='is being written by'), lock.hold(tmp_path):

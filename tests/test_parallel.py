@@ -99,6 +99,22 @@ def test_flags_that_name_no_process_of_a_job_are_refused(job, message):
     hosts.initialize(*job)
 
 
+@pytest.mark.parametrize(('processes', 'kept'), [(1, True), (2, False)])
+def test_several_processes_keep_compiled_programs_where_all_can_read(processes, kept, monkeypatch):
+  given = jax.config.jax_compilation_cache_dir
+  monkeypatch.setattr(jax, 'process_count', lambda: processes)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  try:
+    jax.config.update('jax_compilation_cache_dir', None)
+    hosts.keep_compiled()
+    assert bool(jax.config.jax_compilation_cache_dir) == kept
+    jax.config.update('jax_compilation_cache_dir', '/shared')
+    hosts.keep_compiled()
+    assert jax.config.jax_compilation_cache_dir == '/shared'
+  finally:
+    jax.config.update('jax_compilation_cache_dir', given)
+
+
 @pytest.fixture(scope='module')
 def one_device():
   jax.config.update('jax_numpy_rank_promotion', 'allow')

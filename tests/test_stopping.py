@@ -4,6 +4,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -174,6 +175,70 @@ def test_a_process_that_waits_for_others_to_join_ends_alone(number, tmp_path):
   text = process.communicate(timeout=20)[0]  # it waits five minutes
   assert process.returncode == 75 and not list(tmp_path.iterdir())
   assert text == f'{number.name}: stopped before the job began; the same command goes on.\n'
+
+
+JOB = """
+import os, signal
+from vdm.system.stopping import stop
+stop.listen()
+import jax
+from vdm.system import hosts
+jax.config.update('jax_enable_preemption_service', True)
+hosts.initialize({arguments}, 100)
+print(jax.distributed.is_initialized(), jax.process_count(), flush=True)
+stop.defer()
+os.kill(os.getpid(), signal.SIGTERM)
+print(stop.agreed(), stop.name, flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+  ('arguments', 'environment', 'joined'),
+  [
+    ('"localhost:{port}", 1, 0', {}, True),
+    (
+      '"", None, None',
+      dict(
+        SLURM_JOB_ID='1',
+        SLURM_STEP_NODELIST='localhost',
+        SLURM_NTASKS='1',
+        SLURM_PROCID='0',
+        SLURM_LOCALID='0',
+      ),
+      False,  # JAX would give it one GPU of its node
+    ),
+  ],
+)
+def test_a_job_of_one_process_hears_signals_itself(arguments, environment, joined):
+  with socket.socket() as probe:
+    probe.bind(('localhost', 0))
+    port = probe.getsockname()[1]
+  code = JOB.format(arguments=arguments.format(port=port))
+  env = os.environ | environment
+  command = [sys.executable, '-c', code]
+  run = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=300)
+  assert run.stdout == f'{joined} 1\nTrue SIGTERM\n', run.stderr
+
+
+def test_a_handler_asks_jax_nothing_whose_locks_may_be_held(monkeypatch):
+  def held():
+    raise AssertionError('would wait for ever')
+
+  with stopping.Stop().listening() as stop:
+    stop.defer()
+    monkeypatch.setattr(jax, 'process_count', held)
+    monkeypatch.setattr(jax.distributed, 'is_initialized', held)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.agreed()
+
+
+def test_in_a_job_of_several_sigterm_stays_with_jax_which_tells_all(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(jax.distributed, 'is_initialized', lambda: True)
+  before = signal.getsignal(signal.SIGTERM)
+  with stopping.Stop().listening() as stop:
+    assert signal.getsignal(signal.SIGTERM) == before
+    assert signal.getsignal(signal.SIGINT) == stop._note
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """The loop, end to end: what a run leaves behind, how it goes on, and how it stops."""
 
+import contextlib
 import csv
 import json
 import os
@@ -250,6 +251,20 @@ def test_a_step_that_is_skipped_changes_nothing(tmp_path, monkeypatch, caplog):
 
 
 @pytest.mark.slow
+def test_a_run_whose_lock_another_job_has_taken_saves_no_more(tmp_path, monkeypatch):
+  calls = []
+
+  def check():
+    calls.append(None)
+    if len(calls) == 3:
+      raise ValueError('taken')
+
+  monkeypatch.setattr(loop.lock, 'hold', lambda workdir: contextlib.nullcontext(check))
+  with pytest.raises(ValueError, match='taken'):
+    loop.train(config_of(checkpoint__every_steps=100), tmp_path)
+  assert len(calls) == 3 and not list((tmp_path / 'checkpoints').glob('[0-9]*'))
+
+
 def test_too_many_skipped_steps_stop_the_run(tmp_path, monkeypatch):
   poison_gradients(monkeypatch, 1, 2)
   config = config_of(train__on_nan='skip', train__most_skipped=1, checkpoint__every_steps=1)

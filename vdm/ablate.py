@@ -177,7 +177,8 @@ def _share(indices: list[int]) -> int:
     subprocess.Popen(
       [
         *(sys.executable, '-m', 'vdm.ablate', *sys.argv[1:]),
-        *('--workers=1', f'--index={",".join(map(str, hand))}'),  # the last of a flag counts
+        # the last of a flag counts; each is alone, whatever job this is a process of
+        *('--workers=1', '--num_processes=1', f'--index={",".join(map(str, hand))}'),
       ],
       env=env,
     )
@@ -212,6 +213,9 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   """
   runs, reference = expand(grid), grid.reference.to_dict()
   indices = _indices(len(runs))
+  alone = not cli.named_job() and os.environ.get('SLURM_NTASKS', '1') == '1'
+  rule, remedy = '1 in a job of several processes', 'leave it out, or start it outside the job'
+  require(_WORKERS.value <= 1 or alone, '--workers', _WORKERS.value, rule, remedy)
   if _WORKERS.value < 1:
     raise ValueError(f'--workers={_WORKERS.value} must be at least 1; give 2 for two cores.')
   # a bad one is refused before the first is trained
@@ -258,7 +262,8 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
 def _main(argv):
   cli.refuse_words(argv)
   logs.set_up_logging()
-  cli.in_one_line(run, is_grid=True, works_on=works_on)
+  alone = _WORKERS.value > 1  # what runs is its children
+  cli.in_one_line(run, is_grid=True, works_on=works_on, stops_together=True, joins=not alone)
 
 
 if __name__ == '__main__':

@@ -53,6 +53,11 @@ FULL = re.compile(
 )
 
 
+def named_job() -> bool:
+  """Returns whether this is a process of a job that is started by hand."""
+  return bool(_COORDINATOR.value)
+
+
 def _of_file(error: OSError) -> str:
   """Returns an error of the system with the file that it is about."""
   cause = error.strerror or str(error)
@@ -64,6 +69,7 @@ def in_one_line(
   is_grid: bool = False,
   works_on: Callable[[Any, int], bool] | None = None,
   stops_together: bool = False,
+  joins: bool = True,
 ):
   """Exits with the status of command(config, workdir), or with the one line of what it refused.
 
@@ -73,6 +79,7 @@ def in_one_line(
     works_on: whether `command` can run with (config, number of devices); build.works_on if None.
     stops_together: whether `command` asks `stop.agreed`, so that a signal to one process of a job
       ends all; else it ends the one.
+    joins: whether `command` works with the other processes of a job, if there is one.
   """
   stop.listen()
   import jax
@@ -82,9 +89,10 @@ def in_one_line(
 
   try:
     jax.config.update('jax_enable_preemption_service', stops_together)
-    hosts.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
-    )
+    if joins:
+      hosts.initialize(
+        _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _HEARTBEAT_SECONDS.value
+      )
     config = _CONFIG.value
     if is_grid != hasattr(config, 'axes'):
       sys.exit(

@@ -67,7 +67,15 @@ def main(argv):
   from vdm.system import logs  # after the flags: it imports JAX
 
   logs.set_up_logging()
-  cli.in_one_line(_command(_MODE.value), stops_together=_MODE.value == 'train')
+  try:
+    command = _command(_MODE.value)
+  except ValueError as error:  # of --out
+    sys.exit(str(error))
+  cli.in_one_line(
+    command,
+    stops_together=_MODE.value == 'train',
+    joins=not _TOPOLOGY.value,  # of devices that are not here
+  )
 
 
 def _command(mode: str) -> Callable[[ConfigDict, epath.Path], int]:

@@ -25,9 +25,10 @@ def main(argv: list[str] | None = None) -> int:
     '--out', metavar='FILE.html', help='the page; else NAME.html here, or report.html of several'
   )
   given = parser.parse_args(argv)
-  name = files.absolute(files.path_of(given.workdirs[0])).name
-  path = given.out or (f'{name}.html' if len(given.workdirs) == 1 else 'report.html')
+  path = given.out
   try:
+    name = files.absolute(files.path_of(given.workdirs[0])).name
+    path = path or (f'{name}.html' if len(given.workdirs) == 1 else 'report.html')
     written = write(given.workdirs, path)
   except ValueError as error:
     print(f'error: {error}', file=sys.stderr)

@@ -23,6 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from etils import epath
 
+from vdm.system.packages import has_tensorflow
+
 # What readers of JSON, NPZ and pictures raise of files that are damaged, or of another kind.
 DAMAGE = (
   OSError,
@@ -43,7 +45,14 @@ DAMAGE = (
 
 
 def path_of(typed: os.PathLike | str) -> epath.Path:
-  """Returns the path that is typed: ~ is the user's home, and file:// this machine."""
+  """Returns the path that is typed: ~ is the user's home, and file:// this machine.
+
+  Raises:
+    ValueError: it is on gs://, which TensorFlow reads and writes, or gcsfs, and there is neither.
+  """
+  reads = has_tensorflow() or importlib.util.find_spec('gcsfs') is not None
+  if os.fspath(typed).startswith('gs://') and not reads:
+    raise ValueError(f"{typed} is read by TensorFlow: pip install 'vdm-jax[tensorflow]'.")
   return epath.Path(os.path.expanduser(os.fspath(typed).removeprefix('file://')))
 
 

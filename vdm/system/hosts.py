@@ -28,8 +28,9 @@ def initialize(
   """Joins the processes of one job; call it before anything asks JAX for a device.
 
   JAX itself finds the jobs of Cloud TPU, GKE, SLURM and Open MPI; if it finds none, this process
-  is alone. A job that is started by hand says its coordinator, num_processes and process_id;
-  num_processes=1 and no coordinator looks for no job.
+  is alone, as is the one task of a SLURM job, which JAX would give one GPU of its node. A job that
+  is started by hand says its coordinator, num_processes and process_id; num_processes=1 and no
+  coordinator looks for no job.
 
   Processes may start JOIN_SECONDS apart; what waits longer ends with EXIT_LOST, in one line. Once
   all are there, JAX ends every process (SIGABRT, status 134) when one has been silent for
@@ -39,13 +40,15 @@ def initialize(
     ValueError: the arguments do not name one process of a job.
   """
   _check_job(coordinator, num_processes, process_id, heartbeat_seconds)
+  if num_processes == 1:  # nobody is to be told of a signal, which JAX would take over
+    jax.config.update('jax_enable_preemption_service', False)
   job = dict(heartbeat_timeout_seconds=heartbeat_seconds)
   job |= dict(initialization_timeout=JOIN_SECONDS + 60)  # when JAX aborts, in a hundred lines
   if coordinator:
     by_hand = dict(coordinator_address=coordinator, cluster_detection_method='deactivate')
     job |= dict(num_processes=num_processes, process_id=process_id) | by_hand
     logging.info('process %d of %d joins %s', process_id, num_processes, coordinator)
-  elif num_processes == 1:
+  elif num_processes == 1 or _is_only_task():
     return
   try:
     # until all are there JAX waits in C++, where no signal is heard: not in the main thread
@@ -59,6 +62,7 @@ def initialize(
         )
         os._exit(EXIT_LOST)
       joined.result()
+      stop.joined()
   except ValueError as error:
     if 'coordinator_address should be defined' not in str(error):  # JAX for: found no job
       raise
@@ -70,6 +74,12 @@ def initialize(
       jax.process_count(),
       heartbeat_seconds,
     )
+
+
+def _is_only_task() -> bool:
+  """Returns whether this is the one task of a SLURM job, and none of those that mpirun starts."""
+  environment = os.environ
+  return environment.get('SLURM_NTASKS') == '1' and 'OMPI_MCA_orte_hnp_uri' not in environment
 
 
 def _check_job(
@@ -125,8 +135,12 @@ def keep_compiled():
 
   Not in the workdir: JAX runs what it finds there, and a workdir may be a stranger's.
   $JAX_COMPILATION_CACHE_DIR comes first. The directory is made when there is something to keep.
+  Of several processes JAX has the first one alone write: where each has a disk of its own the
+  others would compile what it does not, and on GPUs those that compile wait for all to measure
+  kernels. So they keep nothing but in $JAX_COMPILATION_CACHE_DIR, on a disk that they share.
   """
-  if not jax.config.jax_compilation_cache_dir:
+  alone = not jax.distributed.is_initialized() or jax.process_count() == 1
+  if alone and not jax.config.jax_compilation_cache_dir:
     directory = files.absolute(files.cache_folder() / 'xla')
     jax.config.update('jax_compilation_cache_dir', str(directory))
 

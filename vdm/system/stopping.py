@@ -6,6 +6,7 @@ same status. What comes after the first signal changes nothing, as schedulers se
 Ctrl-C some seconds after another one acts at once.
 
 In a job of several processes JAX tells all of them of a SIGTERM to one. Other signals become that.
+A handler asks JAX nothing: the lock that it would wait for may be held by what it has interrupted.
 """
 
 import contextlib
@@ -36,6 +37,7 @@ class Stop:
     self._reset()
     self._handlers = {}
     self._owns_process = False
+    self._several = False  # whether JAX has joined this process to others
 
   def _reset(self):
     self.name = ''  # of the first signal
@@ -44,19 +46,32 @@ class Stop:
     self._saves = False  # whether what is raised is caught, to save
     self._interrupted = 0.0  # the time of the first Ctrl-C
     self._calls = 0
+    self._reached = False
 
   def listen(self):
     """Takes the signals over for good; what `nohup` has the process ignore stays ignored."""
     self._listen()
     self._owns_process = True
 
+  def joined(self):
+    """Notes whether JAX has joined this process to others, once it may have.
+
+    JAX takes SIGTERM over where it joins a job, to tell all processes. Where there is one it is
+    taken back: nobody is to be told, and nobody asks JAX.
+    """
+    self._several = _is_one_of_several()
+    if self._handlers and not self._several:
+      signal.signal(signal.SIGTERM, self._note)
+
   def _listen(self):
+    self._several = _is_one_of_several()
     if self._handlers or threading.current_thread() is not threading.main_thread():
       return
     self._reset()
     hangup = [s for s in signal.Signals if s.name == 'SIGHUP']  # which Windows lacks
     kept = [s for s in hangup if signal.getsignal(s) != signal.SIG_IGN]
-    numbers = (signal.SIGTERM, signal.SIGINT, *kept)
+    ours = [] if self._several else [signal.SIGTERM]  # of several it is JAX's, which tells all
+    numbers = (*ours, signal.SIGINT, *kept)
     self._handlers = {number: signal.signal(number, self._note) for number in numbers}
     sys.unraisablehook = self._swallowed
 
@@ -84,7 +99,7 @@ class Stop:
 
     Not in a job of several processes, of which one cannot leave alone.
     """
-    if _is_one_of_several():
+    if self._several:
       yield
       return
     deferred, self._deferred, self._saves = self._deferred, False, True
@@ -106,15 +121,16 @@ class Stop:
 
   def agreed(self) -> bool:
     """Returns whether to stop here; to be called as often on every process, and as often true."""
-    if not _is_one_of_several():
+    if not self._several:
       return bool(self.name)
     from jax.experimental import multihost_utils
 
     self._calls += 1  # what JAX agrees on is a number of calls, from 1 on in every process
-    if not multihost_utils.reached_preemption_sync_point(self._calls):
-      return False
-    self.name = self.name or 'SIGTERM to one of the processes'
-    return True
+    # it is true of one call, on all processes; a grid asks on, in the run that comes after
+    self._reached |= multihost_utils.reached_preemption_sync_point(self._calls)
+    if self._reached:
+      self.name = self.name or 'SIGTERM to one of the processes'
+    return self._reached
 
   def close(self):
     """Has further signals ignored: all is written, and the process ends by itself."""
@@ -147,7 +163,7 @@ class Stop:
     if self._joining:
       _say(f'{name}: stopped before the job began; the same command goes on.')
       os._exit(EXIT_PREEMPTED)
-    if _is_one_of_several() and number != signal.SIGTERM:
+    if self._several and number != signal.SIGTERM:
       os.kill(os.getpid(), signal.SIGTERM)  # which JAX handles, and tells all processes
       return
     if self.name:
@@ -159,7 +175,7 @@ class Stop:
       return
     _say(f'{name}: stopped; the same command goes on.')
     # or where leaving would wait for the others
-    if (importing and self._owns_process) or _is_one_of_several():
+    if (importing and self._owns_process) or self._several:
       os._exit(EXIT_PREEMPTED)
     self._ignore()
     raise Stopped(EXIT_PREEMPTED)

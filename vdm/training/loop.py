@@ -4,7 +4,7 @@ import contextlib
 import math
 import pathlib
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
@@ -67,6 +67,7 @@ class Job(NamedTuple):
   snapshots: checkpoint.CheckpointManager | None  # of the averages, if any are stored
   writer: writers.MetricWriter
   meter: Meter
+  check_lock: Callable[[], None]  # raises where another job writes to the workdir
   every: Every
   stop: Stop
 
@@ -94,7 +95,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
   with contextlib.ExitStack() as stack:
     stack.enter_context(stop.listening())
     config_file.check_writable(workdir, '--workdir', 'choose another --workdir')
-    stack.enter_context(lock.hold(workdir))
+    check_lock = stack.enter_context(lock.hold(workdir))
     data_file.check(workdir, source.identity)
     config_file.open_workdir(workdir, config)  # the first thing that is written
     data_file.keep(workdir, source.identity)
@@ -135,7 +136,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> int:
         model.decoder.suffix,
       )
       stack.callback(meter.close)
-      job = Job(workdir, runner, evaluations, manager, snapshots, writer, meter, every, stop)
+      parts = runner, evaluations, manager, snapshots, writer, meter, check_lock, every, stop
+      job = Job(workdir, *parts)
       batches = train_batches(source, settings.batch_size, config.seed, start)
       if owed:
         _make_up(job, start, runner.get_state(state))
@@ -168,6 +170,7 @@ def _take_steps(
     for step in range(start + 1, num_steps + 1):
       state, metrics = runner.step(state, next(placed))
       job.stop.defer()
+      job.check_lock()
       meter.push(step, metrics, runner.get_metrics)
       now = due(step, num_steps, job.every, job.stop.agreed())
       if now.evaluation or now.save or now.snapshot:
@@ -219,9 +222,11 @@ def _evaluate_and_save(job: Job, step: int, state: TrainState, now: Due):
         scores = _evaluate(job, state)
   except BaseException as error:
     failed = isinstance(error, FloatingPointError)
+    job.check_lock()
     checkpoint.save(job.manager, step, state, NOT_FINITE if failed else None)
     raise
   if now.save:
+    job.check_lock()  # an evaluation may have taken hours
     checkpoint.save(job.manager, step, state, scores)
 
 
@@ -230,8 +235,10 @@ def _make_up(job: Job, step: int, state: TrainState):
   try:
     scores = _evaluate(job, state)
   except FloatingPointError:
+    job.check_lock()
     checkpoint.score(job.manager, step, NOT_FINITE)
     raise
+  job.check_lock()
   checkpoint.score(job.manager, step, scores)
 
 

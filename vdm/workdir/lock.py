@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -21,16 +21,21 @@ from vdm.system import files
 
 FILE = 'lock.json'
 BEAT_SECONDS = 10.0  # between two signs of life
+SETTLE_SECONDS = 3.0  # after which who else has claimed a lock on gs:// has written it
 SILENT_BEATS = 3  # after which the job of another host is taken to be gone
 
 
 @contextlib.contextmanager
-def hold(workdir: os.PathLike | str) -> Iterator[None]:
+def hold(workdir: os.PathLike | str) -> Iterator[Callable[[], None]]:
   """Keeps other jobs out of a workdir, for as long as this one writes there.
 
   To be called on every process; the first one holds the lock. A job of the same host and container
   that has ended is passed over at once, however it ended; any other one once it has shown no sign
   of life for SILENT_BEATS.
+
+  Yields:
+    A check to be made before every write: it raises ValueError once another job holds the lock,
+    which then has seen no sign of life of this one.
 
   Raises:
     ValueError: another job writes there.
@@ -48,11 +53,17 @@ def hold(workdir: os.PathLike | str) -> Iterator[None]:
       refusal = ValueError(f'--workdir={workdir} is refused by the first process, which says why.')
   if refusal:
     raise refusal
-  ended = threading.Event()
+  ended, lost = threading.Event(), list[str]()
   if jax.process_index() == 0:
-    threading.Thread(target=_beat, args=(path, own, ended), daemon=True).start()
+    args = (path, own, ended, lost)
+    threading.Thread(target=_beat, args=args, daemon=True).start()
+
+  def check():
+    if lost:
+      raise ValueError(lost[0])
+
   try:
-    yield
+    yield check
   finally:
     ended.set()
     if jax.process_index() == 0 and _read(path) == own:
@@ -86,6 +97,9 @@ def _claim(path: epath.Path, own: dict[str, Any], workdir: os.PathLike | str):
       logging.info('%s: process %d of %s has ended', path, found['pid'], found['host'])
     still_so = functools.partial(_has, path, found)
     ours = files.write_if(still_so, path, json.dumps(own))
+    if ours and _is_remote(path):  # where two may write at once, and the last one stays
+      time.sleep(SETTLE_SECONDS)
+      ours = _read(path) == own
 
 
 def _read(path: epath.Path) -> dict[str, Any]:
@@ -151,16 +165,24 @@ def _life_of(path: epath.Path) -> Any:
   return (_read(path).get('token'), path.stat().mtime) if path.exists() else None
 
 
-def _beat(path: epath.Path, own: dict[str, Any], ended: threading.Event):
-  """Shows a sign of life until the job has ended."""
+def _is_remote(path: epath.Path) -> bool:
+  return '://' in str(path)
+
+
+def _beat(path: epath.Path, own: dict[str, Any], ended: threading.Event, lost: list[str]):
+  """Shows a sign of life until the job has ended; says in `lost` that another one has the lock."""
   while not ended.wait(BEAT_SECONDS):
-    if (found := _read(path)) and found != own:
-      logging.error('%s is now of process %d of %s', path, found['pid'], found['host'])
-      return
     try:
-      if '://' in str(path):
+      if (found := _read(path)) and found != own:
+        lost.append(
+          f'{path} is now of process {found["pid"]} of {found["host"]}, which had no sign of life '
+          'of this one; it ends without another save: see that one job writes there.'
+        )
+        logging.error(lost[0])
+        return
+      if _is_remote(path):
         files.write(path, json.dumps(own))
       else:
         os.utime(path)
-    except OSError as error:  # the job itself meets it at its next save
+    except Exception as error:  # TensorFlow's are no OSError; the job meets it at its next save
       logging.warning('%s cannot be written (%s)', path, error)
