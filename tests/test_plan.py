@@ -342,6 +342,19 @@ def test_largest_batch_is_found_from_either_side(first, expected):
   assert best == (expected, 100 + 10 * expected) and number == len(tried) <= 3
 
 
+def test_what_fits_a_gpu_is_what_jax_takes_of_it(monkeypatch):
+  for name in chips.SHARE:
+    monkeypatch.delenv(name, raising=False)
+  gpu, tpu = chips.GPUS['h100'], chips.TPUS['v5e']
+  assert (gpu.room, tpu.room) == (60e9, 16 * 2**30)
+  assert fit.fits(costs.Cost(0, memory=60e9), gpu) and not fit.fits(costs.Cost(0, memory=61e9), gpu)
+  for name in chips.SHARE:
+    monkeypatch.setenv(name, '.9')
+    assert (gpu.room, tpu.room) == (72e9, 16 * 2**30)
+    assert fit.fits(costs.Cost(0, memory=61e9), gpu)
+    monkeypatch.delenv(name)
+
+
 def test_largest_batch_keeps_to_its_budget_and_may_find_none():
   chip = chips.TPUS['v5e']._replace(hbm_bytes=1000)
   never = lambda size: costs.Cost(0, memory=1001)
@@ -383,6 +396,16 @@ def test_errors_are_one_line_with_a_remedy(topology, leaves, message):
   with pytest.raises(ValueError, match=message) as error:
     plan.run(digits(**leaves), topology, 0)
   assert '\n' not in str(error.value)
+
+
+@pytest.mark.slow
+def test_a_plan_of_devices_that_are_not_here_joins_no_job():
+  job = ('--coordinator=localhost:0', '--num_processes=2', '--process_id=0')  # which never begins
+  command = [sys.executable, '-m', 'vdm.main', '--config=configs/digits.py:debug', '--mode=plan']
+  command += ['--topology=h100:8', '--plan_search=0', *job]
+  root = pathlib.Path(__file__).parents[1]
+  done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=250)
+  assert done.returncode == 0 and 'digits_debug on h100:8' in done.stdout
 
 
 def test_a_missing_compiler_is_named(monkeypatch):
@@ -429,7 +452,7 @@ def test_what_does_not_fit_says_what_to_change(monkeypatch, capsys, rank_promoti
 def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
   config = digits(**{'train.batch_size': 64})
   where = costs.target('h100:8', 1)
-  cost = costs.Cost(0, memory=excess * where.chip.hbm_bytes)
+  cost = costs.Cost(0, memory=excess * where.chip.room)
   line = fit.advice(config.train, config.model, cost, where, state_bytes=0)
   assert f'--config.train.microbatches={microbatches},' in line
   assert f'--config.train.batch_size={batch_size},' in line
@@ -437,7 +460,7 @@ def test_advice_divides_the_batch_by_enough(excess, microbatches, batch_size):
 
 def test_advice_on_what_reads_a_run_divides_its_own_batch():
   where = costs.target('h100:8', 1)
-  cost = costs.Cost(0, memory=3.4 * where.chip.hbm_bytes)
+  cost = costs.Cost(0, memory=3.4 * where.chip.room)
   of = lambda name, images: costs.Step(name, None, (), images, 1, 1)
   line = fit.advice_on_reading(of('sample', 64), cost, where)
   assert line.startswith('sampling takes ') and ' try --config.sample.batch_size=16, more' in line

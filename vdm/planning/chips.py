@@ -1,8 +1,12 @@
 """This table has what vendors state of accelerators: arithmetic, memory, links."""
 
+import os
 from typing import NamedTuple
 
 GIB = 2**30
+# of the environment, for GPUs; XLA refuses to be given both
+SHARE = 'XLA_CLIENT_MEM_FRACTION', 'XLA_PYTHON_CLIENT_MEM_FRACTION'
+OF_GPUS = 0.75  # JAX's own
 
 
 class Chip(NamedTuple):
@@ -14,6 +18,13 @@ class Chip(NamedTuple):
   hbm_bytes: int
   hbm_bandwidth: float  # bytes/s
   link_bandwidth: float  # bytes/s that it can send to others of a slice or node, all links together
+  share: float = 1.0  # of the HBM that JAX takes, unless it is told by SHARE
+
+  @property
+  def room(self) -> float:
+    """Returns the bytes of HBM that a run gets."""
+    told = [os.environ[name] for name in SHARE if os.environ.get(name)]
+    return self.hbm_bytes * float(told[0] if told and self.share < 1 else self.share)
 
   def flops(self, dtype: str) -> float:
     """Returns the peak in FLOP/s for activations of this dtype."""
@@ -33,11 +44,11 @@ TPUS = {
 # of each figure that is "with sparsity", half of NVLink's, which adds both directions; 10^9 bytes
 # per gigabyte of HBM.
 GPUS = {
-  'a100': Chip('NVIDIA A100-SXM4-80GB', 312e12, 156e12, 80 * 10**9, 2039e9, 300e9),
-  'a100_40g': Chip('NVIDIA A100-SXM4-40GB', 312e12, 156e12, 40 * 10**9, 1555e9, 300e9),
-  'h100': Chip('NVIDIA H100 80GB HBM3', 989.4e12, 494.7e12, 80 * 10**9, 3350e9, 450e9),
-  'h100_pcie': Chip('NVIDIA H100 PCIe', 756e12, 378e12, 80 * 10**9, 2000e9, 300e9),
-  'h200': Chip('NVIDIA H200', 989.4e12, 494.7e12, 141 * 10**9, 4800e9, 450e9),
+  'a100': Chip('NVIDIA A100-SXM4-80GB', 312e12, 156e12, 80 * 10**9, 2039e9, 300e9, OF_GPUS),
+  'a100_40g': Chip('NVIDIA A100-SXM4-40GB', 312e12, 156e12, 40 * 10**9, 1555e9, 300e9, OF_GPUS),
+  'h100': Chip('NVIDIA H100 80GB HBM3', 989.4e12, 494.7e12, 80 * 10**9, 3350e9, 450e9, OF_GPUS),
+  'h100_pcie': Chip('NVIDIA H100 PCIe', 756e12, 378e12, 80 * 10**9, 2000e9, 300e9, OF_GPUS),
+  'h200': Chip('NVIDIA H200', 989.4e12, 494.7e12, 141 * 10**9, 4800e9, 450e9, OF_GPUS),
 }
 
 

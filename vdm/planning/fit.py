@@ -13,7 +13,7 @@ from vdm.planning.table import gib
 
 def fits(cost: Cost, chip: Chip) -> bool:
   """Returns whether a program of this memory runs; if that is not known it is taken to."""
-  return cost.limit is None and (cost.memory or 0) <= chip.hbm_bytes
+  return cost.limit is None and (cost.memory or 0) <= chip.room
 
 
 def advice(
@@ -53,7 +53,7 @@ def advice_on_reading(step: Step, cost: Cost, where: Target) -> str:
 
 def _excess(cost: Cost, chip: Chip) -> tuple[float, int]:
   """Returns the bytes there are, and the power of two that the images have to be divided by."""
-  limit = cost.limit or chip.hbm_bytes
+  limit = cost.limit or chip.room
   return limit, 2 ** max(1, math.ceil(math.log2(cost.memory / limit)))
 
 
@@ -87,7 +87,7 @@ def largest_batch(
   while tried < budget and size >= unit and (best is None or size > best.size):
     cost, tried = cost_of(size), tried + 1
     per_image = max(cost.memory - fixed, 1) / size
-    room = (chip.hbm_bytes - fixed) / per_image / unit
+    room = (chip.room - fixed) / per_image / unit
     guess = unit * 2 ** math.floor(math.log2(room)) if room >= 1 else 0
     if fits(cost, chip):
       best, size = Fit(size, cost.memory), guess

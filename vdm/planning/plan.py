@@ -94,7 +94,9 @@ def train_step(
   args = (state, _batch(data, mesh, how.batch_size))
   jitted = jit_runner(function, mesh, state).program
   residuals = functools.partial(residual_bytes, how, data, mesh, state)
-  return Step('train', jitted, args, how.batch_size, 1, num_steps, residuals)
+  # XLA sums over devices where a product is made, in its type, before it becomes float32
+  itemsize = jnp.dtype(how.model.dtype).itemsize
+  return Step('train', jitted, args, how.batch_size, 1, num_steps, residuals, itemsize)
 
 
 def _batch(data: ConfigDict, mesh: Mesh | AbstractMesh, size: int, mask: bool = False) -> dict:

@@ -80,8 +80,9 @@ COMPILED = (
 NO_CODE = 'No code was generated: --noplan_fast does, and says how long it takes.'
 ACCESSED = "XLA's own count of what is accessed takes loops once, and on-chip memory for HBM."
 ESTIMATED = (
-  'Nothing was compiled. Memory is what JAX keeps for the gradient, before fusion, with state and '
-  'gradient; traffic that of every product and convolution, with all else fused; both are rough.'
+  'Nothing was compiled. Memory is the state and 1.3 times what JAX keeps for the gradient, before '
+  'fusion, with the gradient; traffic that of every product and convolution, with all else fused; '
+  'both are rough.'
 )
 
 
