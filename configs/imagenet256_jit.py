@@ -10,7 +10,9 @@ of warm-up, no decay of either kind, no dropout but a tenth of the labels; Heun'
 600 epochs. The L and H of the paper are (width, num_blocks, head_width, bottleneck,
 conditioning_width) = (1024, 24, 64, 128, 256) and (1280, 32, 80, 256, 320), H with dropout.
 
-What differs: 32 tokens for the class are not here, positions are learned, and the network reads
+What differs: 32 tokens for the class are not here, positions are learned, norms have no gains but
+those of queries and keys, the class and the noise level begin as in VDM's networks (embeddings of
+unit variance) where DiT's begin at .02, and the network reads
 alpha x + sigma eps, of about unit variance, and a time that is linear in log-SNR. The paper bounds
 the division by the noise level at .05, log-SNR 5.9, beyond which 1e-6 of its times lie; here
 log-SNR ends at 8, and bits/dim of a model that never saw less noise say little. Of the paper's

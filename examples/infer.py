@@ -11,6 +11,7 @@ hold the truth. A picture goes to FOLDER/posterior.png.
 """
 
 import argparse
+import importlib.util
 import pathlib
 
 import jax
@@ -117,6 +118,8 @@ def main():
   parser.add_argument('--signals', type=int, default=300, help='whose posteriors are computed')
   parser.add_argument('--nuts', action='store_true', help='sample one posterior with numpyro too')
   args = parser.parse_args()
+  if args.nuts and importlib.util.find_spec('numpyro') is None:
+    parser.error('--nuts needs numpyro: pip install numpyro')
   vdm.use_cores()
   logs.set_up_logging()
   args.folder.mkdir(parents=True, exist_ok=True)

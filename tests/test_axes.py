@@ -23,7 +23,7 @@ from vdm.nn.vdm_unet import VDMUNet
 SMALL = {
   'vdm_unet': VDMUNet(width=8, num_blocks=1, fourier_exponents=(1,), residual=False),
   'adm_unet': ADMUNet(
-    width=8, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(2,), head_width=8
+    width=8, channel_multipliers=(1, 2), num_blocks=1, attention_resolutions=(3,), head_width=8
   ),
   'uvit': UViT(
     widths=(8,),
@@ -246,7 +246,8 @@ def test_a_coarser_field_is_a_repeated_one(name):
   z, t = np.tile(normal(0, 1, 2 * height, width, 2), (2, 1, 1, 1)), np.full(2, 0.4, np.float32)
   coarse = normal(1, 2, height, 1, 3)
   repeated = np.repeat(np.repeat(coarse, 2, axis=1), width, axis=2)
-  network = SMALL[name]
+  attention = dict(attention_resolutions=(height,)) if name == 'adm_unet' else {}
+  network = SMALL[name].clone(**attention)
   shapes = shapes_of(network, z, t, field=repeated)
   parameters = random_parameters(shapes)
   expected, found = (outputs(network, parameters, z, t, field=a) for a in (repeated, coarse))

@@ -32,7 +32,7 @@ def model_of(field=FIELD, **changes):
   made = build.Model(
     init=None,
     schedule=lambda *_: schedules.linear(-5.0, 8.0),
-    denoiser=lambda params, conditions=None: field.denoiser(0.0, 1.0),
+    denoiser=lambda params, conditions=None, **_: field.denoiser(0.0, 1.0),
     weighting=None,
     image_shape=(4, 4, 1),
     decoder=decoders.discrete(NUM_VALUES),

@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from vdm import build, configs, data
-from vdm.diffusion.schedules import SCHEDULES
+from vdm.diffusion.schedules import SCHEDULES, Learned
 from vdm.diffusion.weightings import WEIGHTINGS
 from vdm.evaluation.bound import make_evaluator
 from vdm.sampling.draw import make_sampler
@@ -142,6 +142,37 @@ def test_the_two_imagenets_are_not_mixed_up():
       assert data.eval_split == 'validation'
 
 
+@pytest.mark.parametrize('shape', [(256, 256, 1), (100, 75, 2), (64, 64, 64, 1), (1000, 3)])
+def test_large_arrays_of_any_size_have_a_network_that_takes_them(shape):
+  config = load('my_arrays', 'large').unlock()
+  config.data.update(image_shape=shape, as_found=False)
+  config.data.update(shift=(0.0,) * shape[-1], scale=(1.0,) * shape[-1])
+  model = build.model(config)
+  z = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+  eps = lambda key, z: model.denoiser(model.init(key))(z, jnp.zeros(2)).eps
+  assert jax.eval_shape(eps, jax.random.key(0), z).shape == z.shape
+
+
+def test_arrays_too_large_to_attend_over_are_refused_with_what_takes_them():
+  config = load('my_arrays').unlock()
+  config.data.update(image_shape=(256, 256, 1), shift=(0.0,), scale=(1.0,), as_found=False)
+  model = build.model(config)
+  with pytest.raises(ValueError, match=r'has 65,536 positions, .*--config=configs/my_arrays.py:l'):
+    jax.eval_shape(model.init, jax.random.key(0))
+
+
+@pytest.mark.parametrize('size', [64, 96])
+def test_attention_is_at_levels_that_there_are(size):
+  config = load('imagenet64').unlock()
+  config.data.image_shape = (size, size, 3)
+  model = build.model(config)
+  if size == 64:
+    jax.eval_shape(model.init, jax.random.key(0))
+    return
+  with pytest.raises(ValueError, match=r'attention_resolutions=\(32, 16, 8\) .* 96, 48, 24, 12;'):
+    jax.eval_shape(model.init, jax.random.key(0))
+
+
 def own(name, factory, block, monkeypatch, **leaves):
   """The config of digits with a schedule or weighting of one's own."""
   table = {'schedule': SCHEDULES, 'weighting': WEIGHTINGS}[block]
@@ -175,6 +206,21 @@ def test_a_schedule_of_ones_own_must_fall(monkeypatch, of, time):
     ValueError, match=rf"config.eval.schedule.name='mine' must .* t = {time}, and"
   ):
     build.model(config)
+
+
+def test_a_schedule_of_ones_own_with_parameters_must_fall_at_the_start(monkeypatch):
+  ends = lambda params: (params['first'], params['last'])
+  line = lambda first, last: lambda t: first + (last - first) * t
+
+  def build_of(first, last):
+    init = lambda: {'first': jnp.float32(first), 'last': jnp.float32(last)}
+    factory = lambda log_snr_min, log_snr_max: Learned(init, lambda params: line(*ends(params)))
+    return build.model(own('mine', factory, 'schedule', monkeypatch, **ENDS))
+
+  with pytest.raises(ValueError, match=r"schedule.name='mine' must be .*not at t = 0.00391, and"):
+    build_of(-5.0, 8.0)
+  model = build_of(8.0, -5.0)
+  jax.jit(lambda: build_of(8.0, -5.0).schedule(model.init(jax.random.key(0)))(jnp.ones(1)))()
 
 
 def test_a_schedule_that_falls_slowly_somewhere_is_none_that_does_not(monkeypatch):

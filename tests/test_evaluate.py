@@ -77,7 +77,7 @@ def exact_model(mean, covariance, schedule='linear'):
   return build.Model(
     init=None,
     schedule=lambda *_: fixed,
-    denoiser=lambda params, label=None: denoise,
+    denoiser=lambda params, conditions=None, **_: denoise,
     weighting=WEIGHTINGS['elbo'](),
     image_shape=SHAPE,
     decoder=discrete(VALUES),

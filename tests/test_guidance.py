@@ -205,7 +205,11 @@ def config_of(**guidance_settings):
   ('path', 'value', 'message'),
   [
     ('sample.guidance.kind', 'cfg', r"guidance.kind='cfg' must be 'none', "),
-    ('sample.guidance.kind', 'classifier_free', r'with config.model.class_conditional=True and'),
+    (
+      'sample.guidance.kind',
+      'classifier_free',
+      r'told no condition; train with config.train.label_dropout=0.1 and classes \(config.model.cl',
+    ),
     ('sample.guidance.kind', 'auto', r"guidance.checkpoint='' must be the workdir"),
     ('sample.guidance.log_snr_min', 200.0, r'log_snr_min=200.0 must be below'),
     ('sample.threshold.name', 'hard', r"threshold.name='hard' must be one of none, static"),
@@ -329,6 +333,15 @@ def test_what_samples_of_the_model_cannot_follow_is_refused(change, message):
   with config.unlocked():
     config.sample.update_from_flattened_dict(change)
   with pytest.raises(ValueError, match=message):
+    build.model(config)
+
+
+def test_a_remedy_for_guidance_is_one_that_the_model_can_have():
+  config = default.get_config('debug')
+  config.data.update(embedding_size=3, vector_shift=(0.0,) * 3, vector_scale=(1.0,) * 3)
+  config.sample.guidance.kind = 'classifier_free'
+  told = 'for a model that was told its vector of all examples; train with config.train.label_drop'
+  with pytest.raises(ValueError, match=told):
     build.model(config)
 
 

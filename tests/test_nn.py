@@ -12,7 +12,7 @@ from jax.sharding import AbstractDevice
 from vdm.configs import default
 
 from vdm.nn import NETWORKS, attention, convolution, layers
-from vdm.nn.conditioning import Conditioning, sinusoidal_embedding
+from vdm.nn.conditioning import Conditioning, ScaleShift, sinusoidal_embedding
 from vdm.nn.mlp import MLP
 from vdm.nn.vdm_unet import VDMUNet
 from vdm.system import parallel
@@ -401,7 +401,126 @@ def test_attention_on_tpu_is_softmax_attention(width, monkeypatch):
   traced = lambda: str(jax.make_jaxpr(lambda *args: attention.softmax_attention(*args))(*shapes))
   with jax.sharding.use_abstract_mesh(mesh):
     assert 'shard_map' in traced() and 'pallas_call' in traced()
+    shapes = [jax.ShapeDtypeStruct((4, *a.shape[1:]), a.dtype) for a in shapes]
+    assert 'pallas_call' not in traced()  # four examples are not for eight devices
   assert 'pallas_call' not in traced()
+
+
+def test_attention_on_tpu_has_a_second_gradient_where_one_is_asked_for():
+  device = AbstractDevice(device_kind='TPU v5 lite', num_cores=1, platform='tpu')
+  x = jax.ShapeDtypeStruct((1, 1024, 1, 64), jnp.float32)
+
+  def twice(x):
+    y, pull_back = jax.vjp(lambda x: attention.softmax_attention(x, x, x), x)
+    return (pull_back(y)[0] ** 2).sum()
+
+  with jax.sharding.use_abstract_mesh(parallel.abstract_mesh(1, 1, device)):
+    with pytest.raises(NotImplementedError):
+      jax.eval_shape(jax.grad(twice), x)
+    with attention.differentiated_twice():
+      assert jax.eval_shape(jax.grad(twice), x).shape == x.shape
+
+
+# A sum of so many equal numbers in bfloat16 ends at 256 times the number on XLA:CPU.
+MANY = (2, 64, 64)
+
+
+@pytest.mark.parametrize(
+  'layer',
+  [
+    layers.Dense(3, dtype=jnp.bfloat16),
+    convolution.Conv3(3, jnp.bfloat16),
+  ],
+  ids=['dense', 'conv'],
+)
+def test_gradients_by_biases_are_sums_in_float32(layer, rank_promotion_allowed):
+  x = jnp.zeros((*MANY, 2))
+  variables = layer.init(jax.random.key(0), x)
+  total = lambda variables: layer.apply(variables, x).astype(jnp.float32).sum()
+  gradient = jax.jit(jax.grad(total))(variables)['params']['bias']
+  np.testing.assert_allclose(gradient, math.prod(MANY), rtol=1e-6)
+
+
+def test_gradients_by_scales_and_shifts_are_sums_in_float32(rank_promotion_allowed):
+  layer, cond = ScaleShift(jnp.bfloat16), jnp.ones((MANY[0], 1))
+  x = jnp.ones((*MANY, 2), jnp.bfloat16)
+  variables = layer.init(jax.random.key(0), x, cond)
+  total = lambda variables: layer.apply(variables, x, cond).astype(jnp.float32).sum()
+  gradient = jax.jit(jax.grad(total))(variables)['params']['dense']
+  for leaf in jax.tree.leaves(gradient):
+    np.testing.assert_allclose(leaf, math.prod(MANY), rtol=1e-2)
+
+
+@pytest.mark.parametrize('shape', [(3,), (1, 1, 1, 3), (2, 1, 1, 3), (2, 4, 1, 3)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_what_is_spread_has_the_gradient_of_a_broadcast(shape, dtype, rank_promotion_allowed):
+  a, like = normal(0, *shape), jnp.zeros((2, 4, 5, 3), dtype)
+  g = normal(1, *like.shape).astype(dtype)
+  ours = lambda a: layers.spread(a, like)
+  theirs = lambda a: jnp.broadcast_to(a.astype(dtype), like.shape)
+  (value, pull_back), expected = jax.vjp(ours, a), jax.vjp(theirs, a)
+  np.testing.assert_array_equal(value, expected[0])
+  exact = jax.vjp(lambda a: jnp.broadcast_to(a, like.shape), a)[1](g.astype(jnp.float32))
+  np.testing.assert_allclose(*pull_back(g), *exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['vdm_unet', 'dit'])
+def test_gradients_by_conditions_are_sums_in_float32(name, rank_promotion_allowed):
+  """Beside the network in float32, with far more positions than bfloat16 can add up."""
+  fields = DETAILED[name] | (dict(conditioning_width=16) if name == 'dit' else {})
+  network = NETWORKS[name](**fields)
+  z, t = normal(0, 1, 64, 64, 1), jnp.full(1, 0.3)
+  parameters = random_parameters(network, z, t, train=False)
+
+  def gradient(network):
+    total = lambda parameters: network.apply(parameters, z, t, train=False).sum()
+    found = jax.jit(jax.grad(total))(parameters)['params']['conditioning']['dense_1']
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(found)])
+
+  exact, low = gradient(network), gradient(network.clone(dtype=jnp.bfloat16))
+  assert np.linalg.norm(low - exact) < 0.1 * np.linalg.norm(exact)
+
+
+def test_dense_is_that_of_flax(rank_promotion_allowed):
+  x = normal(0, 2, 5, 7)
+  ours, theirs = layers.Dense(3), nn.Dense(3)
+  variables = ours.init(jax.random.key(0), x)
+  jax.tree.map(np.testing.assert_array_equal, variables, theirs.init(jax.random.key(0), x))
+  parameters = random_parameters(ours, x)
+  np.testing.assert_allclose(ours.apply(parameters, x), theirs.apply(parameters, x), rtol=1e-6)
+
+
+DETAILED = {
+  'vdm_unet': dict(width=16, num_blocks=1, fourier_exponents=(), residual=False),
+  'adm_unet': dict(width=16, num_blocks=1, channel_multipliers=(1,), attention_resolutions=()),
+  'uvit': dict(widths=(16,), num_blocks=1, transformer_width=16, transformer_depth=1),
+  'dit': dict(width=16, num_blocks=1, head_width=8, patch_size=2, bottleneck=0),
+  'mlp': dict(width=16, num_blocks=1, residual=False),
+}
+HEADS = {'adm_unet': dict(head_width=16), 'uvit': dict(head_width=8, conditioning_width=16)}
+
+
+@pytest.mark.parametrize('name', DETAILED)
+def test_details_of_z_below_the_digits_of_bfloat16_reach_the_first_layer(
+  name, rank_promotion_allowed
+):
+  """Two z that are equal in bfloat16; what their difference makes of the first layer's output."""
+  fields = DETAILED[name] | HEADS.get(name, {}) | {'dtype': jnp.bfloat16}
+  fields |= dict(conditioning_width=16) if name == 'dit' else {}
+  network = NETWORKS[name](**fields)
+  z, t = jnp.full((1, 4, 4, 1), 1.0), jnp.zeros(1)
+  near = z + 2.0**-10 * normal(1, *z.shape).clip(-1, 1)
+  np.testing.assert_array_equal(near.astype(jnp.bfloat16), z.astype(jnp.bfloat16))
+  parameters = random_parameters(network, z, t, train=False)
+  if name == 'mlp':  # by which z goes round the layers
+    parameters['params']['gate'] = jax.tree.map(jnp.zeros_like, parameters['params']['gate'])
+  first = parameters['params']['dense_in' if name in ('dit', 'mlp') else 'conv_in']
+  # a layer whose channels are differences of neighbours
+  first['kernel'] = first['kernel'] - first['kernel'].mean(
+    axis=tuple(range(first['kernel'].ndim - 1))
+  )
+  found = [apply(network, parameters, z, t) for z in (z, near)]
+  assert float(jnp.abs(found[0] - found[1]).max()) > 1e-5
 
 
 @pytest.mark.parametrize(

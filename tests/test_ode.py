@@ -229,6 +229,27 @@ def test_bound_with_decoder_and_ode_agree_on_data_of_the_grid(small_tables):
 # --- the evaluation
 
 
+@pytest.mark.slow
+def test_it_is_in_float32_whatever_the_activations_are(rank_promotion_allowed):
+  config = digits.get_config('debug').unlock()
+  settings = evaluation_ode.OdeSettings(**config.eval.ode)
+  images = np.random.default_rng(0).integers(0, 17, (2, 8, 8, 1)).astype(np.uint8)
+  batch = {'image': images, 'index': jnp.arange(2), 'mask': jnp.ones(2)}
+  found, bounds = [], []
+  for dtype in ('float32', 'bfloat16'):
+    config.model.dtype = dtype
+    model = build.model(config)
+    params = model.init(jax.random.key(0))
+    # nothing at zero: the layers that start there hide the others
+    params = jax.tree.map(lambda a: a + 0.05 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), params)
+    found.append(jax.jit(evaluation_ode.make_step(model, settings))(params, batch, 0))
+    z = jnp.asarray(images, jnp.float32) / 8 - 1
+    bounds.append(model.denoiser(params)(z, jnp.zeros(2)).eps)
+  assert float(jnp.abs(bounds[0] - bounds[1]).max()) > 1e-4  # of the bound they are not the same
+  np.testing.assert_array_equal(found[0]['value'], found[1]['value'])
+  np.testing.assert_array_equal(found[0]['evaluations'], found[1]['evaluations'])
+
+
 def oracle(exact):
   """A model of 2 x 2 images whose denoiser is exact, and images of it."""
   m = exact.mixture(3, 4)
@@ -242,7 +263,7 @@ def oracle(exact):
   model = build.Model(
     init=None,
     schedule=lambda *_: schedule,
-    denoiser=lambda params, label=None: denoise_images,
+    denoiser=lambda params, conditions=None, **_: denoise_images,
     weighting=None,
     image_shape=(2, 2, 1),
     decoder=discrete(exact.NUM_VALUES),

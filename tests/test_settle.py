@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 from etils import epath
-from vdm.configs import default, digits
+from vdm.configs import default, digits, my_folder
 
 import vdm
 import vdm.data
@@ -319,3 +319,14 @@ def test_values_that_float32_cannot_tell_apart_are_refused(mean, std, tmp_path):
   np.savez(tmp_path / 'a.npz', x=x)
   with pytest.raises(ValueError, match=r'image has the mean .* take an offset off, or change the'):
     config_file.settled(config_of(tmp_path / 'a.npz'))
+
+
+def test_a_size_that_the_user_chooses_is_the_runs(tmp_path):
+  """Pictures are scaled to it: it is not found in the data, whatever else is."""
+  config = my_folder.get_config()
+  config_file.open_workdir(tmp_path, config)
+  leaves = config_file.flat(config_file.plain(config))
+  config_file.check_run(tmp_path, leaves)
+  config_file.check_run(tmp_path, leaves | {'data.train_images': 7})
+  with pytest.raises(ValueError, match=r'image_shape=.*32.*64.*choose another --workdir'):
+    config_file.check_run(tmp_path, leaves | {'data.image_shape': [64, 64, 3]})

@@ -199,7 +199,7 @@ def _check_conditions(class_conditional: bool, data: ConfigDict, label_dropout: 
     'config.train.label_dropout',
     label_dropout,
     'in [0, 1), and 0 without conditions',
-    'give 0, or 0.1 with config.model.class_conditional=True',
+    'give 0, or 0.1 with classes (config.model.class_conditional=True), vectors or fields',
   )
   require(
     scored == 'given' or not conditional or label_dropout > 0,

@@ -91,21 +91,24 @@ def check_weights(name: str, weighting: Weighting, log_snr_min: float, log_snr_m
   require(not len(bad), 'config.weighting.name', name, rule, remedy)
 
 
-def check_curves(block: ConfigDict, fixed: Schedule | None, name: str, weighting: Weighting):
+def check_curves(
+  block: ConfigDict, first: Callable[[], Schedule] | None, named: ConfigDict, weighting: Weighting
+):
   """Refuses a schedule that does not fall, and a weighting that is negative or not finite.
 
   They are looked at as numbers, also where a model is built inside a function that is traced.
 
   Args:
     block: config.schedule.
-    fixed: its schedule, None if that is trained.
-    name: of the weighting.
-    weighting: of that name.
+    first: makes its schedule, with the parameters that it starts from if it is trained; None where
+      levels differ between dimensions or examples, which is too much to look at.
+    named: config.weighting.
+    weighting: what it is.
   """
   with jax.ensure_compile_time_eval():
-    if fixed:
-      check_falls('schedule', block.name, fixed)
-    check_weights(name, weighting, block.log_snr_min, block.log_snr_max)
+    if first:
+      check_falls('schedule', block.name, first())
+    check_weights(named.name, weighting, block.log_snr_min, block.log_snr_max)
 
 
 def schedule(

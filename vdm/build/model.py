@@ -28,8 +28,9 @@ class Model(NamedTuple):
   init: Callable[[jax.Array], Any]  # key -> params {'network', 'schedule'}, and 'decoder' if any
   # (params, conditions={}) -> Schedule; conditions matter where the schedule is a function of them
   schedule: Callable[..., Schedule]
-  # (params, conditions={}, flag=None, *, train=False, key_dropout=None) -> Denoiser; conditions
-  # that the model does not take are passed over (`data.source.CONDITIONS`)
+  # (params, conditions={}, flag=None, *, train=False, key_dropout=None, precise=False) -> Denoiser;
+  # conditions that the model does not take are passed over (`data.source.CONDITIONS`); `precise` is
+  # for activations in float32, whatever config.model.dtype is
   denoiser: Callable[..., Denoiser]
   weighting: Weighting
   image_shape: tuple[int, ...]  # spatial axes, channels
@@ -109,9 +110,10 @@ def model(config: ConfigDict) -> Model:
     size = max(map(len, conditions.values())) if conditions else 1
     return learned.as_schedule(params['schedule'], told_of(size, conditions))
 
-  own = as_schedule({'schedule': learned.init()})
-  fixed = None if is_learned or learned.conditional else own  # the others fall by construction
-  factories.check_curves(config.schedule, fixed, config.weighting.name, weighting)
+  first = lambda: as_schedule({'schedule': learned.init()})
+  own = first()
+  one_path = not learned.conditional and not (is_learned and learned.multivariate)
+  factories.check_curves(config.schedule, first if one_path else None, config.weighting, weighting)
   check_sampling(config.sample, own, takes)
   factories.other_schedule(config.eval.schedule, 'eval.schedule', own)
   decoder = factories.decoder(config.decoder, data, config.schedule.log_snr_max)
@@ -144,7 +146,7 @@ def model(config: ConfigDict) -> Model:
       inputs |= dict(field=layers.append_field(each, inputs.get('field')))
     return mean_over_dims(level), inputs
 
-  def denoiser(params, conditions=None, flag=None, *, train=False, key_dropout=None):
+  def denoiser(params, conditions=None, flag=None, *, train=False, key_dropout=None, precise=False):
     if condition_on == 'live':
       ends = end_levels(as_schedule(params))  # so that t is always in [0, 1]
     else:
@@ -158,7 +160,8 @@ def model(config: ConfigDict) -> Model:
       z = inside(z)
       t, inputs = seen(z, log_snr, ends, conditions)
       z_in = network_input(output, z, log_snr)
-      out = network.apply({'params': params['network']}, z_in, t, **inputs, **kwargs)
+      applied = network.clone(dtype=jnp.float32) if precise else network
+      out = applied.apply({'params': params['network']}, z_in, t, **inputs, **kwargs)
       return Prediction(*map(inside, to_prediction(output, out, z, log_snr)))
 
     return denoise

@@ -35,6 +35,8 @@ def check_sampling(sample: ConfigDict, own: Schedule, takes: Takes):
     'ancestral and dpmpp_2m_sde add noise along the path',
   )
   guidance = sample.guidance
+  told = ' and '.join(takes.names)
+  whose = f'that was told its {told} of all examples' if told else 'that is told no condition'
   require(
     guidance.log_snr_min < guidance.log_snr_max,
     'config.sample.guidance.log_snr_min',
@@ -46,8 +48,9 @@ def check_sampling(sample: ConfigDict, own: Schedule, takes: Takes):
     guidance.kind != 'classifier_free' or takes.lack_learned,
     'config.sample.guidance.kind',
     guidance.kind,
-    "'none' or 'auto' for a model trained with all its labels",
-    'train with config.model.class_conditional=True and config.train.label_dropout=0.1',
+    f"'none' or 'auto' for a model {whose}",
+    'train with config.train.label_dropout=0.1'
+    + ('' if told else ' and classes (config.model.class_conditional=True), vectors or fields'),
   )
   require(
     guidance.kind != 'auto' or guidance.checkpoint != '',

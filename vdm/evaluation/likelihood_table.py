@@ -79,7 +79,8 @@ def run(of: Run, out: pathlib.Path | None = None) -> int:
     fingerprint = integrity.fingerprint(params)
     for source in sources:
       study = Study(model, of.mesh, source, folder, config.to_dict())
-      made_of = dict(kind=kind, params=name, step=step, fingerprint=fingerprint, dtype=model.dtype)
+      dtype = ode.DTYPE if kind == 'ode' else model.dtype
+      made_of = dict(kind=kind, params=name, step=step, fingerprint=fingerprint, dtype=dtype)
       place, table = make_scorer(study, settings, how, kind)(params, made_of)
       if kind == 'elbo' and how.maps:
         _write_maps(study, place, params, settings, how)
@@ -263,6 +264,7 @@ def _write(
     **cards.error_fields(value, stderr, count * table.found.dof),
     'bound': time_of if made_of['kind'] == 'elbo' else ode.title(ode.OdeSettings(**settings.ode)),
     'stderr_over': 'draws',
+    'dtype': made_of['dtype'],
     'num_images': count,
     'draws_per_image': how.draws,
     'conditions': how.conditions,

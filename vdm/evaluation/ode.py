@@ -21,6 +21,7 @@ STDERR = (
   'standard deviation over images of one estimate each (its own dequantisation draws and probes), '
   'over sqrt(num_images): an error as an estimate for the population the images come from'
 )
+DTYPE = 'float32'  # of the network's activations, whatever config.model.dtype is
 
 
 class OdeBitsPerDim(NamedTuple):
@@ -48,7 +49,11 @@ class OdeSettings(NamedTuple):
 
 
 def make_step(model: build.Model, settings: OdeSettings) -> Callable:
-  """Returns step(params, batch, seed) -> what each image of the batch has, each [B]."""
+  """Returns step(params, batch, seed) -> what each image of the batch has, each [B].
+
+  All is in float32, and no product is rounded on the way: an integrator takes what bfloat16 rounds
+  for a field that bends, and needs more steps for a likelihood that is further off.
+  """
 
   def step(params, batch, seed):
     u, index, mask, valid = batch['image'], batch['index'], batch['mask'], batch.get('valid')
@@ -60,20 +65,21 @@ def make_step(model: build.Model, settings: OdeSettings) -> Callable:
     else:
       keys = fold_in(key_probe, index)
       probes = ode.PROBES[settings.probe](keys, (settings.num_probes, *model.image_shape))
-    solution = ode.data_log_prob(
-      model.denoiser(params, conditions),
-      u,
-      fold_in(key_draw, index),
-      *end_points(schedule),
-      model.decoder.dequantizations[settings.dequantization],
-      probes=probes,
-      importance_samples=settings.importance_samples,
-      rtol=settings.rtol,
-      atol=settings.atol,
-      max_steps=settings.max_steps,
-      valid=valid,
-      schedule=schedule if model.multivariate else None,
-    )
+    with jax.default_matmul_precision('highest'):
+      solution = ode.data_log_prob(
+        model.denoiser(params, conditions, precise=True),
+        u,
+        fold_in(key_draw, index),
+        *end_points(schedule),
+        model.decoder.dequantizations[settings.dequantization],
+        probes=probes,
+        importance_samples=settings.importance_samples,
+        rtol=settings.rtol,
+        atol=settings.atol,
+        max_steps=settings.max_steps,
+        valid=valid,
+        schedule=schedule if model.multivariate else None,
+      )
     num_dims = count_dims(model.image_shape, valid)
     return {
       'log_prob': solution.log_prob,
@@ -210,7 +216,7 @@ def make_scorer(of: Study, eval_settings: ConfigDict) -> Callable[[Any, int], Od
       'seed': seed,
       'num_images': result.num_images,
       'data': of.source.identity,
-      'dtype': of.model.dtype,
+      'dtype': DTYPE,
     }
     path = cards.path_of(of.folder, parts, made_of, step)
     write_card(of, path, params, settings.params, step, card_fields(settings, result))
@@ -241,6 +247,7 @@ def card_fields(settings: OdeSettings, result: OdeBitsPerDim) -> dict[str, Any]:
     'stderr_is': STDERR,
     'stderr_over': 'images',
     'bound': title(settings),
+    'dtype': DTYPE,
     'num_images': result.num_images,
     'mean_evaluations': result.evaluations,
     'max_evaluations': result.max_evaluations,

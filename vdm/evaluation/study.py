@@ -55,7 +55,7 @@ def write_card(of: Study, path: pathlib.Path, params: Any, name: str, step: int,
     name: theirs, such as 'ema'.
     step: of training.
     fields: what is particular to this kind of evaluation, with 'value' and 'num_images', and with
-      'log_snr_max' and 'log_snr_min' where it was made between other ends than the parameters'.
+      'log_snr_max', 'log_snr_min' and 'dtype' where they are not the parameters' and the model's.
   """
   log_snr_max, log_snr_min = ends_of(of.model, params)
   settings, decoder = of.config['eval'], of.model.decoder
@@ -68,6 +68,7 @@ def write_card(of: Study, path: pathlib.Path, params: Any, name: str, step: int,
       'decoder': of.config['decoder']['name'],
       'log_snr_max': log_snr_max,
       'log_snr_min': log_snr_min,
+      'dtype': of.model.dtype,
       **fields,
       'whole_split': fields['num_images'] == of.source.identity['num_images'],
       'eval_batch_size': settings['batch_size'],
@@ -76,7 +77,6 @@ def write_card(of: Study, path: pathlib.Path, params: Any, name: str, step: int,
       'params': name,
       'step': step,
       'images_seen': step * of.config['train']['batch_size'],
-      'dtype': of.model.dtype,
       'config': of.config,
     },
   )

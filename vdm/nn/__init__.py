@@ -8,9 +8,9 @@ from vdm.nn.vdm_unet import VDMUNet
 
 NETWORKS = {'vdm_unet': VDMUNet, 'adm_unet': ADMUNet, 'uvit': UViT, 'dit': DiT, 'mlp': MLP}
 ORDER = (
-  'conditioning',
   'attention',
   'layers',
+  'conditioning',
   'convolution',
   'blocks',
   'vdm_unet',

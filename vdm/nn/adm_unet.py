@@ -42,7 +42,7 @@ class Block(nn.Module):
     h = conv(kernel_init=nn.initializers.zeros, name='conv_1')(h)
     x = self.resample(x)
     if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
+      x = layers.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
     h += x
     if self.num_heads:
       h = layers.Attention(self.num_heads, self.dtype, self.norm_groups, name='attention')(h)
@@ -140,10 +140,19 @@ class ADMUNet(nn.Module):
     )(t, label, vector, flag)
     channels = [self.width * multiplier for multiplier in self.channel_multipliers]
     h = layers.fit(layers.append_field(z, field), divisor)
-    attention = [h.shape[1] >> level in self.attention_resolutions for level in range(levels)]
+    sizes = [h.shape[1] >> level for level in range(levels)]
+    unknown = sorted(set(self.attention_resolutions) - set(sizes))
+    layers.require_field(
+      not unknown,
+      'attention_resolutions',
+      tuple(self.attention_resolutions),
+      f'sizes of the first axis at the levels, {", ".join(map(str, sizes))}',
+      f'{tuple(sizes[1:])}, or () for attention in the middle alone',
+    )
+    attention = [size in self.attention_resolutions for size in sizes]
 
     conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
-    h = conv(channels[0], name='conv_in')(h)
+    h = layers.read(functools.partial(conv, channels[0], name='conv_in'), h, self.dtype)
     skips = [h]
     for level in range(levels):
       if level:

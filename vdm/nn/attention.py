@@ -1,5 +1,7 @@
 """Softmax attention, by what each kind of device is fast at."""
 
+import contextlib
+import contextvars
 import math
 
 import jax
@@ -9,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 FLASH_FROM = 1024  # positions; below, the weights of an example are small beside the TPU's VMEM
+_TWICE = contextvars.ContextVar('differentiated_twice', default=False)
 FLASH_BLOCK = 512  # positions that the kernel works on at once
 
 
@@ -19,16 +22,31 @@ def softmax_attention(query, key, value):
   (reverse mode only) instead of kept. On CPU it runs example by example, whose weights stay in the
   cache, and no S x S matrix is transposed, which is what XLA:CPU is slowest at: it takes about half
   the time. On TPU a kernel of JAX's keeps them on the chip from FLASH_FROM positions on, in a
-  function that `parallel.jit` has told its mesh.
+  function that `parallel.jit` has told its mesh, whose devices divide the examples, and but inside
+  `differentiated_twice`.
   """
   mesh = jax.sharding.get_abstract_mesh()
   device, size = mesh.abstract_device, query.shape[1]
-  flash = size >= FLASH_FROM and size % FLASH_BLOCK == 0 and not mesh.manual_axes
-  if device and device.platform == 'tpu' and flash:
+  if device and device.platform == 'tpu' and _suits_flash(len(query), size, mesh):
     by_example = PartitionSpec(mesh.axis_names)
     run = jax.shard_map(_flash, in_specs=by_example, out_specs=by_example, check_vma=False)
     return run(query, key, value)
   return checkpoint_name(_attention(query, key, value), 'attention')
+
+
+def _suits_flash(batch, size, mesh):
+  fits = size >= FLASH_FROM and size % FLASH_BLOCK == 0 and not mesh.manual_axes
+  return fits and batch % mesh.size == 0 and not _TWICE.get()
+
+
+@contextlib.contextmanager
+def differentiated_twice(twice=True):
+  """Has attention inside be such that its gradient has one, too: the TPU's kernel has none."""
+  token = _TWICE.set(twice)
+  try:
+    yield
+  finally:
+    _TWICE.reset(token)
 
 
 def _flash(query, key, value):

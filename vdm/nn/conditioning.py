@@ -5,18 +5,23 @@ import math
 import jax.numpy as jnp
 from flax import linen as nn
 
+from vdm.nn.layers import Dense, spread
+
 
 class ScaleShift(nn.Module):
-  """Maps x [B, *space, C], cond [B, D] to x (1 + scale) + shift, both projections of cond."""
+  """Maps x [B, *space, C], cond [B, D] to x (1 + scale) + shift, both projections of cond.
+
+  The gradients by scale and shift are sums over space (`layers.spread`).
+  """
 
   dtype: jnp.dtype
   kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
 
   @nn.compact
   def __call__(self, x, cond):
-    dense = nn.Dense(2 * x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name='dense')
+    dense = Dense(2 * x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name='dense')
     both = jnp.expand_dims(dense(cond), range(1, x.ndim - 1))
-    scale, shift = jnp.split(both, 2, axis=-1)
+    scale, shift = (spread(a, x) for a in jnp.split(both, 2, axis=-1))
     return x * (1 + scale) + shift
 
 
@@ -69,8 +74,8 @@ class Conditioning(nn.Module):
     if self.augmentation_flag:
       flag = jnp.zeros_like(t) if flag is None else jnp.asarray(flag, jnp.float32)
       h = jnp.concatenate([h, flag[:, None]], axis=-1)
-    h = nn.swish(nn.Dense(4 * self.width, name='dense_0')(h))
-    h = nn.Dense(4 * self.width, name='dense_1')(h)
+    h = nn.swish(Dense(4 * self.width, name='dense_0')(h))
+    h = Dense(4 * self.width, name='dense_1')(h)
     if self.num_classes:
       # The null label's row is the last, which is also where the index -1 leads.
       label = jnp.full(t.shape, -1) if label is None else label
@@ -91,6 +96,6 @@ class Conditioning(nn.Module):
       null = self.param('null_embedding', nn.initializers.normal(1.0), (1, 4 * self.width))
       absent = jnp.isnan(vector).any(axis=-1, keepdims=True)
       vector = jnp.where(absent, 0, vector)  # before the product, whose gradient would be NaN
-      projected = nn.Dense(4 * self.width, use_bias=False, name='embedding')(vector)
+      projected = Dense(4 * self.width, use_bias=False, name='embedding')(vector)
       h += jnp.where(absent, null, projected)
     return nn.swish(h)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from vdm.nn.layers import axis_paddings
+from vdm.nn.layers import axis_paddings, spread
 
 
 def conv3(x, kernel, padding='zero'):
@@ -95,7 +95,8 @@ _conv.defvjp(_conv_fwd, _conv_bwd)
 class Conv3(nn.Module):
   """Applies a convolution of width 3 and a bias: x [B, *space, I] -> [B, *space, features].
 
-  See `conv3`; `padding` is 'zero', 'periodic', or a list of these with one per axis.
+  See `conv3` and `layers.spread`; `padding` is 'zero', 'periodic', or a list of these with one
+  per axis.
   """
 
   features: int
@@ -109,4 +110,4 @@ class Conv3(nn.Module):
     kernel = self.param('kernel', self.kernel_init, (*size, x.shape[-1], self.features))
     bias = self.param('bias', nn.initializers.zeros, (self.features,))
     y = conv3(x.astype(self.dtype), kernel.astype(self.dtype), self.padding)
-    return y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
+    return y + spread(bias, y)

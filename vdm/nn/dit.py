@@ -65,10 +65,11 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, h, _, cond, turns):
     batch, *sizes, channels = h.shape
-    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    dense = functools.partial(layers.Dense, dtype=self.dtype)
     zeros = nn.initializers.zeros
     parts = dense(6 * channels, kernel_init=zeros, name='cond')(cond)
     parts = jnp.split(jnp.expand_dims(parts, range(1, h.ndim - 1)), 6, axis=-1)
+    parts = [layers.spread(part, h) for part in parts]
 
     def norm(x, scale, shift, name):
       rms = nn.RMSNorm(use_scale=False, dtype=self.dtype, name=f'norm_{name}')
@@ -144,7 +145,7 @@ class DiT(nn.Module):
   def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     self._check(z.shape)
-    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    dense = functools.partial(layers.Dense, dtype=self.dtype)
     zeros = nn.initializers.zeros
 
     def block(name):
@@ -159,9 +160,12 @@ class DiT(nn.Module):
     )(t, label, vector, flag)
     h = layers.append_field(jnp.asarray(z, jnp.float32), field)
     h = layers.space_to_depth(layers.fit(h, self.patch_size), self.patch_size)
+    dense_in = functools.partial(dense, self.width, name='dense_in')
     if self.bottleneck:
-      h = dense(self.bottleneck, use_bias=False, name='bottleneck')(h)
-    h = dense(self.width, name='dense_in')(h)
+      low = functools.partial(dense, self.bottleneck, use_bias=False, name='bottleneck')
+      h = dense_in()(layers.read(low, h, self.dtype))
+    else:
+      h = layers.read(dense_in, h, self.dtype)
 
     sizes, kinds = h.shape[1:-1], layers.axis_paddings(self.padding, z.ndim - 2)
     told = layers.told_sizes(sizes, kinds)

@@ -4,6 +4,7 @@ Parameters are float32. `dtype` is that of activations; statistics, softmax and 
 vector are float32 whatever it is.
 """
 
+import functools
 import math
 
 import jax
@@ -46,7 +47,55 @@ class Dropout(nn.Module):
     if not train or not self.rate:
       return x
     keep = random_words(self.make_rng('dropout'), x.shape) >= jnp.uint32(self.rate * 2**32)
-    return jnp.where(keep, x * jnp.asarray(1 / (1 - self.rate), x.dtype), jnp.zeros_like(x))
+    kept = x.astype(jnp.float32) * jnp.float32(1 / (1 - self.rate))  # bfloat16 has no 1 / .9
+    return jnp.where(keep, kept, 0).astype(x.dtype)
+
+
+def spread(a, like):
+  """Returns a, of as many axes as `like` or [C], broadcast to the shape of `like`, in its type.
+
+  The gradient (reverse mode only) is a sum over what was broadcast, which is taken in float32: in
+  bfloat16 such a sum stops to grow at 256 times what is added.
+  """
+  a = a if a.ndim == like.ndim else a.reshape((1,) * (like.ndim - 1) + (-1,))
+  return _spread(a, like.shape, like.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _spread(a, shape, dtype):
+  return jnp.broadcast_to(a.astype(dtype), shape)
+
+
+def _spread_fwd(a, shape, dtype):
+  return _spread(a, shape, dtype), jnp.zeros((0, *a.shape), a.dtype)
+
+
+def _spread_bwd(shape, dtype, like, g):
+  axes = tuple(i for i, n in enumerate(like.shape[1:]) if n != shape[i])
+  return (g.astype(jnp.float32).sum(axes, keepdims=True).astype(like.dtype),)
+
+
+_spread.defvjp(_spread_fwd, _spread_bwd)
+
+
+class Dense(nn.Module):
+  """Applies a linear map and a bias to channels, x [..., I] -> [..., features], as Flax's does.
+
+  All is in `dtype` but the sum that the gradient by the bias is (`spread`).
+  """
+
+  features: int
+  use_bias: bool = True
+  dtype: jnp.dtype = jnp.float32
+  kernel_init: nn.initializers.Initializer = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x):
+    kernel = self.param('kernel', self.kernel_init, (x.shape[-1], self.features))
+    y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+    if not self.use_bias:
+      return y
+    return y + spread(self.param('bias', nn.initializers.zeros, (self.features,)), y)
 
 
 class GroupNorm(nn.Module):
@@ -117,12 +166,23 @@ class Attention(nn.Module):
     h = group_norm(channels, self.dtype, 'norm', self.norm_groups)(x)
     heads = (batch, math.prod(sizes), self.num_heads, channels // self.num_heads)
     q, k, v = (
-      nn.Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads)
+      Dense(channels, dtype=self.dtype, name=name)(h).reshape(heads)
       for name in ('query', 'key', 'value')
     )
     h = softmax_attention(q, k, v).reshape(x.shape)
     zeros = nn.initializers.zeros
-    return x + nn.Dense(channels, dtype=self.dtype, kernel_init=zeros, name='out')(h)
+    return x + Dense(channels, dtype=self.dtype, kernel_init=zeros, name='out')(h)
+
+
+def read(layer, x, dtype):
+  """Returns layer(dtype=float32)(x) in `dtype`, for the layer of a network that reads z.
+
+  With little noise z has details below the last digit of bfloat16, and of the products that
+  accelerators make of float32: rounded before the first layer they are lost, behind it they are in
+  the channels that are differences. The gradient by the kernel is rounded as others.
+  """
+  with jax.default_matmul_precision('highest'):
+    return layer(dtype=jnp.float32)(x).astype(dtype)
 
 
 def halve(x):

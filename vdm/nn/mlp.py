@@ -1,5 +1,7 @@
 """A residual perceptron for two-dimensional examples, and images if a U-Net is too expensive."""
 
+import functools
+
 import jax.numpy as jnp
 from flax import linen as nn
 
@@ -53,17 +55,17 @@ class MLP(nn.Module):
     h = own.reshape(len(z), -1)
     if field is not None:
       h = jnp.concatenate([h, jnp.asarray(field, jnp.float32).reshape(len(z), -1)], axis=-1)
-    h = nn.Dense(self.width, dtype=self.dtype, name='dense_in')(h)
+    h = layers.read(functools.partial(layers.Dense, self.width, name='dense_in'), h, self.dtype)
     for i in range(self.num_blocks):
       u = nn.LayerNorm(dtype=self.dtype, name=f'norm_{i}')(h)
-      u = nn.Dense(self.width, dtype=self.dtype, name=f'dense_{i}_0')(nn.swish(u))
-      u += nn.Dense(
+      u = layers.Dense(self.width, dtype=self.dtype, name=f'dense_{i}_0')(nn.swish(u))
+      u += layers.Dense(
         self.width, use_bias=False, kernel_init=zeros, dtype=self.dtype, name=f'cond_{i}'
       )(cond)
       u = layers.Dropout(self.dropout)(nn.swish(u), train=train)
-      h += nn.Dense(self.width, dtype=self.dtype, kernel_init=zeros, name=f'dense_{i}_1')(u)
+      h += layers.Dense(self.width, dtype=self.dtype, kernel_init=zeros, name=f'dense_{i}_1')(u)
     h = nn.swish(nn.LayerNorm(dtype=self.dtype, name='norm_out')(h))
-    gate = nn.Dense(own[0].size, dtype=self.dtype, kernel_init=zeros, name='gate')(h)
-    h = nn.Dense(z.shape[-1], dtype=self.dtype, kernel_init=zeros, name='dense_out')(h)
+    gate = layers.Dense(own[0].size, dtype=self.dtype, kernel_init=zeros, name='gate')(h)
+    h = layers.Dense(z.shape[-1], dtype=self.dtype, kernel_init=zeros, name='dense_out')(h)
     h = h.astype(jnp.float32) + (own * gate.astype(jnp.float32).reshape(own.shape)).sum(axis=-1)
     return (h + z if self.residual else h).reshape(shape)

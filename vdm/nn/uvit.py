@@ -28,7 +28,7 @@ class TransformerBlock(nn.Module):
   @nn.compact
   def __call__(self, h, _, cond):
     batch, *sizes, channels = h.shape
-    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    dense = functools.partial(layers.Dense, dtype=self.dtype)
     zeros = nn.initializers.zeros
 
     def norm(x, name):
@@ -135,7 +135,7 @@ class UViT(nn.Module):
     fewer = 'widths or a smaller config.model.patch_size'
     layers.check_image_shape('uvit', z.shape, divisor, fewer, *rule)
 
-    dense = functools.partial(nn.Dense, dtype=self.dtype)
+    dense = functools.partial(layers.Dense, dtype=self.dtype)
     conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
     chain = functools.partial(blocks.chain, scan=self.scan_blocks, remat=self.remat)
     concatenate = self.skip == 'concatenate'
@@ -156,7 +156,7 @@ class UViT(nn.Module):
     )(t, label, vector, flag)
     h = layers.fit(layers.append_field(jnp.asarray(z, jnp.float32), field), divisor)
     h = layers.space_to_depth(h, self.patch_size)
-    h = conv(self.widths[0], name='conv_in')(h)
+    h = layers.read(functools.partial(conv, self.widths[0], name='conv_in'), h, self.dtype)
 
     skips = []
     for level, width in enumerate(self.widths):

@@ -1,12 +1,15 @@
 """VDM's network: a U-Net with no down-sampling (arXiv 2107.00630, appendix B; public code)."""
 
 import functools
+import math
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from vdm.nn import blocks, convolution, layers
 from vdm.nn.conditioning import Conditioning
+
+MOST_POSITIONS = 2**14  # whose attention takes 1 GiB per example and head, several times
 
 
 class ResBlock(nn.Module):
@@ -28,15 +31,15 @@ class ResBlock(nn.Module):
     h = nn.swish(layers.group_norm(x.shape[-1], self.dtype, 'norm_0', self.norm_groups)(x))
     conv = functools.partial(convolution.Conv3, self.features, self.dtype, padding=self.padding)
     h = conv(name='conv_0')(h)
-    shift = nn.Dense(
+    shift = layers.Dense(
       self.features, use_bias=False, kernel_init=zeros, dtype=self.dtype, name='cond'
     )(cond)
-    h += jnp.expand_dims(shift, range(1, h.ndim - 1))
+    h += layers.spread(jnp.expand_dims(shift, range(1, h.ndim - 1)), h)
     h = nn.swish(layers.group_norm(self.features, self.dtype, 'norm_1', self.norm_groups)(h))
     h = layers.Dropout(self.dropout)(h, train=train)
     h = conv(kernel_init=zeros, name='conv_1')(h)
     if x.shape[-1] != self.features:
-      x = nn.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
+      x = layers.Dense(self.features, dtype=self.dtype, name='shortcut')(x)
     return x + h
 
 
@@ -62,7 +65,8 @@ class VDMUNet(nn.Module):
 
   The layers are conv; `num_blocks` residual blocks; block, attention, block; `num_blocks` + 1
   blocks, each of which also reads one of the earlier outputs, the last first; GroupNorm, swish,
-  conv. All are at full resolution, for one to three spatial axes of any size.
+  conv. All are at full resolution, for one to three spatial axes of any size, with MOST_POSITIONS
+  at most, for attention is over all.
 
   Attributes:
     width: channels of every activation; even, and a multiple of `num_heads`.
@@ -110,7 +114,7 @@ class VDMUNet(nn.Module):
       z: [B, *space, C] float32, the noisy examples.
       t: [B] float32, the noise level (log_snr_max - log_snr) / (log_snr_max - log_snr_min).
       label: [B] int32; -1 or `num_classes`: no label. None: no labels at all.
-      vector: [B, E] float32, with `embedding_size` only; zeros: no vector. None: none at all.
+      vector: [B, E] float32, with `embedding_size` only; NaN: no vector. None: none at all.
       field: [B, *coarse, F] float32, appended to what the first convolution reads, after it was
         repeated to the shape of z if it is coarser by whole factors. None: there is none.
       flag: [B], with `augmentation_flag` only; None: zeros.
@@ -122,6 +126,13 @@ class VDMUNet(nn.Module):
     layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     layers.check_heads(self.num_heads, self.width)
     layers.check_axes('vdm_unet', z.shape)
+    positions = math.prod(z.shape[1:-1])
+    if positions > MOST_POSITIONS:
+      raise ValueError(
+        f'config.data.image_shape={z.shape[1:]} has {positions:,} positions, and vdm_unet attends '
+        f'over all of them: at most {MOST_POSITIONS:,}; adm_unet and uvit halve the array first, '
+        'as in --config=configs/my_arrays.py:large.'
+      )
 
     def residual(name):
       fields = (self.width, self.dropout, self.dtype, self.norm_groups, self.padding)
@@ -144,7 +155,7 @@ class VDMUNet(nn.Module):
     )(t, label, vector, flag)
     conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
     h = layers.append_field(layers.fourier_features(z, self.fourier_exponents), field)
-    h = conv(self.width, name='conv_in')(h)
+    h = layers.read(functools.partial(conv, self.width, name='conv_in'), h, self.dtype)
 
     chain = functools.partial(blocks.chain, block, scan=self.scan_blocks, remat=self.remat)
     first = h

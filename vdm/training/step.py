@@ -21,6 +21,7 @@ from vdm.diffusion.guidance import drop
 from vdm.diffusion.ode import PROBES
 from vdm.diffusion.times import stratified
 from vdm.evaluation.bound import log_snr_bins
+from vdm.nn.attention import differentiated_twice
 
 
 class Recipe(NamedTuple):
@@ -114,20 +115,21 @@ def loss(
   if recipe.second_order:
     signs = PROBES['rademacher'](fold_in(jax.random.fold_in(key, 6), index), model.image_shape)
   t = stratified(key_t, index, recipe.batch_size)
-  bound = variational_bound(
-    model.denoiser(params, conditions, flag, train=True, key_dropout=key_dropout),
-    schedule,
-    model.decoder_of(params),
-    model.weighting,
-    u,
-    t,
-    standard_normal(fold_in(key_recon, index), model.image_shape),
-    standard_normal(fold_in(key_eps, index), model.image_shape),
-    recipe.num_timesteps,
-    probe,
-    valid,
-    signs,
-  )
+  with differentiated_twice(bool(recipe.second_order)):
+    bound = variational_bound(
+      model.denoiser(params, conditions, flag, train=True, key_dropout=key_dropout),
+      schedule,
+      model.decoder_of(params),
+      model.weighting,
+      u,
+      t,
+      standard_normal(fold_in(key_recon, index), model.image_shape),
+      standard_normal(fold_in(key_eps, index), model.image_shape),
+      recipe.num_timesteps,
+      probe,
+      valid,
+      signs,
+    )
   num_dims, decoder = count_dims(model.image_shape, valid), model.decoder
   diffusion = bound.diffusion._replace(loss=bound.diffusion.loss / num_dims)
   value = ((bound.recon + bound.prior) / num_dims + diffusion.loss).mean()

@@ -117,6 +117,8 @@ def check_run(workdir: os.PathLike | str, leaves: Mapping[str, Any]):
   """
   if (epath.Path(workdir) / CONFIG).exists():
     found = {f'data.{leaf}' for leaf in (*FOUND, *itertools.chain(*STATISTICS.values()))}
+    if leaves['data.resize'] or leaves['data.name'] == 'gaussian_field':
+      found.remove('data.image_shape')  # it is the user's to choose
     but = lambda tree: {name: value for name, value in tree.items() if name not in found}
     _require_same(workdir, but(flat(saved_config(workdir))), but(leaves))
 
