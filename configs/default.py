@@ -175,8 +175,8 @@ def get_config(arg=''):
       fields=dict(num_examples=256, samples_per_example=16),
       fid=False,  # --mode=eval: scores fid.num_images samples, by config.sample and config.fid
       likelihood='elbo',  # of --mode=eval: 'elbo', 'ode', or 'elbo,ode' for both; training: elbo
-      # The exact likelihood by the probability-flow ODE: see vdm.diffusion.ode. A solve per draw, in
-      # float32 whatever model.dtype is.
+      # The exact likelihood by the probability-flow ODE: see vdm.diffusion.ode. A solve per draw,
+      # in float32 whatever model.dtype is.
       ode=dict(
         params='ema',  # 'raw', 'ema' or another average
         rtol=1e-4,  # of a step: relative to the log-determinant per dimension and to z ...

@@ -17,14 +17,14 @@ def get_config(arg=''):
 
   Its network keeps all positions, and attends over all: for up to some 64 x 64, or 16^3. `large`
   has one that halves the array three times, and attends at the coarsest level alone: for 256 x 256,
-  or 64^3, any sizes.
+  or 64^3, any sizes; `large_debug` is its debug.
   """
   config = gaussian_fields.get_config()
   with config.unlocked():
     config.name = 'my_arrays'
     config.data.update(name='arrays', as_found=True, condition_shape=())
     config.model.padding = 'zero'
-    if arg == 'large':
+    if arg in ('large', 'large_debug'):
       config.name = 'my_large_arrays'
       kept = ('output', 'class_conditional', 'condition_on', 'dtype', 'dropout', 'norm_groups')
       config.model = {name: config.model[name] for name in kept} | dict(
@@ -41,6 +41,6 @@ def get_config(arg=''):
       config.train.batch_size = 16
       config.eval.update(batch_size=16, draws=4)
       config.sample.update(num_images=16, preview_images=16, batch_size=16)
-    if arg == 'debug':
+    if arg in ('debug', 'large_debug'):
       default.debug(config)
   return config.lock()

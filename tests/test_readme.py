@@ -143,7 +143,8 @@ def test_every_command_of_the_readme_runs_at_toy_size(words, tmp_path):
     picture = Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8))
     picture.save(tmp_path / 'DIR' / 'ab'[number % 2] / f'{number}.png')
   np.savez(tmp_path / 'FILE.npz', x=rng.normal(size=(64, 8, 8, 1)).astype(np.float32))
-  typed = [re.sub(r'^(--config=.*)$', r'\1:debug', word) for word in words]
+  typed = [re.sub(r'^(--config=[^:]*)$', r'\1:debug', word) for word in words]
+  typed = [re.sub(r'^(--config=.*:large)$', r'\1_debug', word) for word in typed]
   typed = [word.replace('=FILE', '=FILE.npz') for word in typed]
   typed = [word.replace('=configs/', f'={ROOT}/configs/') for word in typed]
   done = subprocess.run(
