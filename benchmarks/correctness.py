@@ -39,7 +39,7 @@ CASES = {  # name: config file, leaves
     'cifar10',
     {'schedule.name': 'learned_net', 'model.attention': True},
   ),
-  'adm_unet, adaptive, F': ('imagenet64', {'model.attention_resolutions': (32,)}),
+  'adm_unet, adaptive, F': ('imagenet64', {'model.attention_resolutions': (8,)}),
   'uvit, adaptive, v': ('fashion_mnist_pp', {}),
   'dit, learned_endpoints': ('digits_dit', {}),
   'mlp, discrete time': (
