@@ -149,6 +149,20 @@ def test_workers_share_the_runs_that_are_left(monkeypatch):
     assert command[-3:-1] == ['--workers=1', '--num_processes=1']  # none joins another's job
 
 
+def test_workers_are_refused_in_a_job_of_several_processes(tmp_path, monkeypatch):
+  monkeypatch.setattr(ablate, '_WORKERS', SimpleNamespace(value=2))
+  monkeypatch.setattr(ablate, '_INDEX', SimpleNamespace(value=None))
+  monkeypatch.setattr(ablate.cli, 'named_job', lambda: False)
+  monkeypatch.setenv('SLURM_NTASKS', '2')
+  monkeypatch.setenv('SLURM_STEP_NODELIST', 'a,b')
+  with pytest.raises(ValueError, match=r'--workers=2 must be 1 in a job of several processes'):
+    ablate.run(weightings.get_config('debug'), tmp_path)
+  monkeypatch.delenv('SLURM_STEP_NODELIST')
+  monkeypatch.setattr(ablate.cli, 'named_job', lambda: True)
+  with pytest.raises(ValueError, match=r'--workers=2 must be 1 in a job of several processes'):
+    ablate.run(weightings.get_config('debug'), tmp_path)
+
+
 def test_steps_to_a_loss():
   curve = {10: 4.0, 20: 2.0, 30: 3.0, 40: 1.0}
   assert grids.steps_to(curve, 3.0) == 15

@@ -213,7 +213,8 @@ def run(grid: ConfigDict, workdir: pathlib.Path) -> int:
   """
   runs, reference = expand(grid), grid.reference.to_dict()
   indices = _indices(len(runs))
-  alone = not cli.named_job() and os.environ.get('SLURM_NTASKS', '1') == '1'
+  task = 'SLURM_STEP_NODELIST' in os.environ and os.environ.get('SLURM_NTASKS') != '1'
+  alone = not cli.named_job() and not task
   rule, remedy = '1 in a job of several processes', 'leave it out, or start it outside the job'
   require(_WORKERS.value <= 1 or alone, '--workers', _WORKERS.value, rule, remedy)
   if _WORKERS.value < 1:
