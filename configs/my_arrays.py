@@ -9,7 +9,7 @@ each that is there is used, but for --config.data.ignore=mask and the like, and 
 is found.
 """
 
-from vdm.configs import default, gaussian_fields
+from vdm.configs import default, fields3d, gaussian_fields
 
 
 def get_config(arg=''):
@@ -17,7 +17,7 @@ def get_config(arg=''):
 
   Its network keeps all positions, and attends over all: for up to some 64 x 64, or 16^3. `large`
   has one that halves the array three times, and attends at the coarsest level alone: for 256 x 256,
-  or 64^3, any sizes; `large_debug` is its debug.
+  or 64^3, of sizes that need not divide; `large_debug` shrinks it as `debug` does the other.
   """
   config = gaussian_fields.get_config()
   with config.unlocked():
@@ -26,13 +26,9 @@ def get_config(arg=''):
     config.model.padding = 'zero'
     if arg in ('large', 'large_debug'):
       config.name = 'my_large_arrays'
-      kept = ('output', 'class_conditional', 'condition_on', 'dtype', 'dropout', 'norm_groups')
-      config.model = {name: config.model[name] for name in kept} | dict(
-        name='adm_unet',
+      config.model = fields3d.get_config().model.to_dict() | dict(
         width=32,
         channel_multipliers=(1, 2, 2, 4),
-        num_blocks=1,
-        attention_resolutions=(),
         head_width=32,
         padding='zero',
         fit_size=True,

@@ -20,8 +20,8 @@
 #   --dry_run           prints every command and runs none
 #
 # What follows -- goes to vdm.main. The run outlives the connection: --steps=logs shows its log again,
-# --steps=run goes on after a stop, and is refused while it runs. A step that fails ends the launcher, and the slice stays, and costs,
-# until --steps=delete.
+# --steps=run goes on after a stop, and is refused while it runs. A step that fails ends the launcher,
+# and the slice stays, and costs, until --steps=delete.
 set -euo pipefail
 source "$(dirname "$0")/common.sh"
 
