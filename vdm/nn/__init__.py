@@ -9,6 +9,7 @@ from vdm.nn.vdm_unet import VDMUNet
 NETWORKS = {'vdm_unet': VDMUNet, 'adm_unet': ADMUNet, 'uvit': UViT, 'dit': DiT, 'mlp': MLP}
 ORDER = (
   'attention',
+  'checks',
   'layers',
   'conditioning',
   'convolution',

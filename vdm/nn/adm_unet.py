@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import convolution, layers
+from vdm.nn import checks, convolution, layers
 from vdm.nn.conditioning import Conditioning, ScaleShift
 
 
@@ -104,9 +104,9 @@ class ADMUNet(nn.Module):
   @nn.compact
   def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
-    layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
+    checks.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     levels = len(self.channel_multipliers)
-    layers.require_field(
+    checks.require_field(
       levels and min(self.channel_multipliers) >= 1,
       'channel_multipliers',
       self.channel_multipliers,
@@ -114,10 +114,10 @@ class ADMUNet(nn.Module):
       '(1, 2, 3, 4)',
     )
     divisor, rule = 2 ** (levels - 1), (self.padding, self.fit_size)
-    layers.check_image_shape('adm_unet', z.shape, divisor, 'channel_multipliers', *rule)
+    checks.check_image_shape('adm_unet', z.shape, divisor, 'channel_multipliers', *rule)
 
     def heads(channels):
-      layers.check_head_width(self.head_width, channels)
+      checks.check_head_width(self.head_width, channels)
       return channels // self.head_width
 
     def block(name, h, channels, skip=None, attention=False, **kwargs):
@@ -142,7 +142,7 @@ class ADMUNet(nn.Module):
     h = layers.fit(layers.append_field(z, field), divisor)
     sizes = [h.shape[1] >> level for level in range(levels)]
     unknown = sorted(set(self.attention_resolutions) - set(sizes))
-    layers.require_field(
+    checks.require_field(
       not unknown,
       'attention_resolutions',
       tuple(self.attention_resolutions),

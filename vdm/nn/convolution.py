@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import lax
 
-from vdm.nn.layers import axis_paddings, spread
+from vdm.nn.checks import axis_paddings
+from vdm.nn.layers import spread
 
 
 def conv3(x, kernel, padding='zero'):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from vdm.nn import blocks, layers
+from vdm.nn import blocks, checks, layers
 from vdm.nn.attention import softmax_attention
 from vdm.nn.conditioning import Conditioning, ScaleShift
 
@@ -167,8 +167,8 @@ class DiT(nn.Module):
     else:
       h = layers.read(dense_in, h, self.dtype)
 
-    sizes, kinds = h.shape[1:-1], layers.axis_paddings(self.padding, z.ndim - 2)
-    told = layers.told_sizes(sizes, kinds)
+    sizes, kinds = h.shape[1:-1], checks.axis_paddings(self.padding, z.ndim - 2)
+    told = checks.told_sizes(sizes, kinds)
     position = self.param('position', nn.initializers.normal(0.02), (1, *told, self.width))
     h += position.astype(self.dtype)
     turns = jnp.asarray(rotations(sizes, kinds, self.head_width // 2))
@@ -184,14 +184,14 @@ class DiT(nn.Module):
 
   def _check(self, shape):
     common = (self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
-    layers.check_fields(*common, width_field='conditioning_width')
+    checks.check_fields(*common, width_field='conditioning_width')
     for name, least in dict(width=1, patch_size=1, bottleneck=0).items():
       value = getattr(self, name)
-      layers.require_field(value >= least, name, value, f'at least {least}', least)
-    layers.check_head_width(self.head_width, self.width)
+      checks.require_field(value >= least, name, value, f'at least {least}', least)
+    checks.check_head_width(self.head_width, self.width)
     rule = (self.padding, self.fit_size)
-    layers.check_image_shape('dit', shape, self.patch_size, 'patch_size', *rule)
+    checks.check_image_shape('dit', shape, self.patch_size, 'patch_size', *rule)
     least = 2 * (len(shape) - 2)
     good = self.head_width % 2 == 0 and self.head_width >= least
     fact = f'even, and at least {least} for the rotations of {len(shape) - 2} axes'
-    layers.require_field(good, 'head_width', self.head_width, fact, max(64, least))
+    checks.require_field(good, 'head_width', self.head_width, fact, max(64, least))

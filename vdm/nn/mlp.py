@@ -5,7 +5,7 @@ import functools
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import layers
+from vdm.nn import checks, layers
 from vdm.nn.conditioning import Conditioning
 
 
@@ -42,7 +42,7 @@ class MLP(nn.Module):
 
     The first layer reads the field, of any size, beside z.
     """
-    layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
+    checks.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
     if z.ndim < 2:
       raise ValueError(f'mlp takes vectors [B, D] or images, but z has shape {z.shape}.')
     shape = z.shape

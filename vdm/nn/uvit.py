@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import adm_unet, blocks, convolution, layers
+from vdm.nn import adm_unet, blocks, checks, convolution, layers
 from vdm.nn.attention import softmax_attention
 from vdm.nn.conditioning import Conditioning, ScaleShift
 
@@ -112,19 +112,19 @@ class UViT(nn.Module):
   def __call__(self, z, t, label=None, vector=None, field=None, flag=None, *, train):
     """Returns the raw output of the network; the arguments are those of `VDMUNet`."""
     common = (self.conditioning_width, self.num_blocks, self.dropout, self.num_classes)
-    layers.check_fields(*common, width_field='conditioning_width')
+    checks.check_fields(*common, width_field='conditioning_width')
     for name in ('transformer_depth', 'transformer_width', 'patch_size'):
       value = getattr(self, name)
-      layers.require_field(value >= 1, name, value, 'at least 1', 1)
-    layers.check_head_width(self.head_width, self.transformer_width)
-    layers.require_field(
+      checks.require_field(value >= 1, name, value, 'at least 1', 1)
+    checks.check_head_width(self.head_width, self.transformer_width)
+    checks.require_field(
       self.widths and min(self.widths) >= 1,
       'widths',
       self.widths,
       'positive integers, one per level',
       '(128, 256, 512)',
     )
-    layers.require_field(
+    checks.require_field(
       self.skip in ('concatenate', 'residual'),
       'skip',
       self.skip,
@@ -133,7 +133,7 @@ class UViT(nn.Module):
     )
     divisor, rule = self.patch_size * 2 ** len(self.widths), (self.padding, self.fit_size)
     fewer = 'widths or a smaller config.model.patch_size'
-    layers.check_image_shape('uvit', z.shape, divisor, fewer, *rule)
+    checks.check_image_shape('uvit', z.shape, divisor, fewer, *rule)
 
     dense = functools.partial(layers.Dense, dtype=self.dtype)
     conv = functools.partial(convolution.Conv3, dtype=self.dtype, padding=self.padding)
@@ -166,8 +166,8 @@ class UViT(nn.Module):
       wider = (*self.widths, self.transformer_width)[level + 1]
       h = dense(wider, name=f'halve_{level}')(layers.halve(h))
 
-    kinds = layers.axis_paddings(self.padding, z.ndim - 2)
-    told = layers.told_sizes(h.shape[1:-1], kinds)
+    kinds = checks.axis_paddings(self.padding, z.ndim - 2)
+    told = checks.told_sizes(h.shape[1:-1], kinds)
     position = self.param('position', nn.initializers.normal(0.02), (1, *told, h.shape[-1]))
     h += position.astype(self.dtype)
     h, _ = chain(transformer, 'transformer_*', self.transformer_depth, h, None, cond)

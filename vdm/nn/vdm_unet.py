@@ -6,7 +6,7 @@ import math
 import jax.numpy as jnp
 from flax import linen as nn
 
-from vdm.nn import blocks, convolution, layers
+from vdm.nn import blocks, checks, convolution, layers
 from vdm.nn.conditioning import Conditioning
 
 MOST_POSITIONS = 2**14  # whose attention takes 1 GiB per example and head, several times
@@ -123,9 +123,9 @@ class VDMUNet(nn.Module):
     Returns:
       [B, *space, C] float32.
     """
-    layers.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
-    layers.check_heads(self.num_heads, self.width)
-    layers.check_axes('vdm_unet', z.shape)
+    checks.check_fields(self.width, self.num_blocks, self.dropout, self.num_classes)
+    checks.check_heads(self.num_heads, self.width)
+    checks.check_axes('vdm_unet', z.shape)
     positions = math.prod(z.shape[1:-1])
     if positions > MOST_POSITIONS:
       raise ValueError(
