@@ -100,7 +100,7 @@ _STAGES = tuple(
   '--config.checkpoint.every_steps=645'
   for stage in ('coarse2', 'details2', 'details1')
 )
-_LARGE = ','.join(map(str, range(18, 36)))  # runs with patches of 4 x 4 and 7 x 7
+_LARGE = ','.join(map(str, range(9, 36)))  # runs with patches of 2 x 2 and more
 _PLOTS, _FIELDS = 'vdm/evaluation/plots.py', 'vdm/evaluation/field_plots.py'
 _DIGITS = 'python -m vdm.main --config=configs/digits.py --workdir=RUNS/digits'
 _NET = '--config.schedule.name=learned_net'

@@ -116,7 +116,8 @@ def test_any_step_is_read_and_the_log_says_which_is_the_best(
   with caplog.at_level('INFO'):
     assert evaluate.run(read_run(config_of(), finished, step), tmp_path) == 0
     assert run_lib.run(read_run(config_of(), finished, step), tmp_path) == 0
-  assert f'step {read} of 2, 4; the best by likelihood is {lowest["step"]}' in caplog.text
+  best = f'the best by likelihood is {lowest["step"]}'
+  assert f'step {read} is read, of the saved 2, 4; {best}' in caplog.text
   (series,) = (s for name, s in cards.series(tmp_path).items() if 'bits_per_dim_ema' in name)
   assert [card['step'] for card in series] == [read]
   assert series[0]['value'] == pytest.approx({c['step']: c['value'] for c in own}[read], rel=1e-6)

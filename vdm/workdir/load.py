@@ -210,7 +210,8 @@ def _state(workdir: os.PathLike | str, init: build.InitState, mesh: Mesh, step: 
     if named[step] is None:
       raise ValueError(f'--step=best is not known: {there}, none of them evaluated; choose one.')
     best = 'none was evaluated' if lowest is None else f'the best by likelihood is {lowest}'
-    logging.info('%s: step %d of %s; %s', workdir, named[step], ', '.join(map(str, steps)), best)
+    saved = ', '.join(map(str, steps))
+    logging.info('%s: step %d is read, of the saved %s; %s', workdir, named[step], saved, best)
     abstract = parallel.abstract_state(mesh, init)
     one = None if step == 'newest' else named[step]
     restored = restore(reader, abstract, one, set_aside=False)
