@@ -40,6 +40,18 @@ jax.config.update('jax_compilation_cache_dir', CACHE)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.3)
 
 
+# Files whose tests compile much and run little: less is optimised than even the flag above says.
+COMPILING = (
+  'adm_unet axes blocks conditions configs evaluate experiment multivariate nn parallel reading '
+  'second_order train'
+).split()
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _little_optimized(request):
+  jax.config.update('jax_disable_most_optimizations', request.path.stem[5:] in COMPILING)
+
+
 def pytest_collection_modifyitems(items):
   """Takes the files with the most slow tests first: no worker is to end alone."""
   slow = collections.Counter(item.path for item in items if item.get_closest_marker('slow'))
