@@ -182,3 +182,10 @@ def test_least_variance_makes_the_density_follow_the_loss():
     spread.append(coefficients_of_variation(m))
   assert spread[0][0] > 0.5 and spread[-1][0] < 0.1 * spread[0][0]
   np.testing.assert_allclose(spread[-1][1], spread[0][1], rtol=0.05)  # of the linear one: the same
+
+
+def test_coefficients_of_variation_are_nan_where_there_are_none():
+  assert coefficients_of_variation(np.array([2.0, 5.0, 8.0], np.float32)) == (0.5, 1.0)
+  assert np.isnan(coefficients_of_variation(np.zeros(3, np.float32))).all()
+  ahead, behind = coefficients_of_variation(np.array([2.0, 3.0, 4.0], np.float32))
+  assert np.isnan(ahead) and behind == 0

@@ -178,9 +178,10 @@ def coefficients_of_variation(means):
 
   The first is of times as they are drawn, the second as if log_snr were drawn uniformly, both from
   the means of `moments`. An estimate by importance of few examples may have a negative square, and
-  is nan then.
+  is nan then, as is that of a loss of zero.
   """
-  squares = (float(square / means[0] ** 2 - 1) for square in means[1:])
+  mean, *squares = map(float, means)
+  squares = [square / mean**2 - 1 if mean else math.nan for square in squares]
   return tuple(math.sqrt(square) if square >= 0 else math.nan for square in squares)
 
 
