@@ -45,6 +45,7 @@ COMPILING = (
   'adm_unet axes blocks conditions configs evaluate experiment multivariate nn parallel reading '
   'second_order train'
 ).split()
+assert all(pathlib.Path(__file__).with_name(f'test_{name}.py').exists() for name in COMPILING)
 
 
 @pytest.fixture(autouse=True, scope='module')
